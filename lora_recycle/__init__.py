@@ -1,0 +1,55 @@
+"""Recycle LoRAs of vision transformers into one meta-LoRA that classifies new tasks without tuning."""
+
+import importlib
+
+from .version import __version__
+
+
+_LAZY = {
+    "AdapterError": "errors",
+    "AdapterPool": "pool",
+    "Backbone": "backbones",
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "DistillationConfig": "distillation.config",
+    "InversionConfig": "inversion.config",
+    "LoraInverter": "inversion.inverter",
+    "LoraRecycleError": "errors",
+    "MetaLoRAForFewShotClassification": "modeling.meta_lora",
+    "MetaLoraTrainer": "distillation.trainer",
+    "SurrogateDataset": "surrogate",
+    "TuningConfig": "tuning",
+    "evaluate": "evaluation.benchmark",
+    "pull_adapter": "hub.adapters",
+    "tune_pool": "tuning",
+}
+
+__all__ = [  # noqa: F822 - loaded on first use, so that importing the package stays quick
+    "AdapterError",
+    "AdapterPool",
+    "Backbone",
+    "ConfigError",
+    "DataError",
+    "DistillationConfig",
+    "InversionConfig",
+    "LoraInverter",
+    "LoraRecycleError",
+    "MetaLoRAForFewShotClassification",
+    "MetaLoraTrainer",
+    "SurrogateDataset",
+    "TuningConfig",
+    "__version__",
+    "evaluate",
+    "pull_adapter",
+    "tune_pool",
+]
+
+
+def __getattr__(name: str):
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+
+
+def __dir__():
+    return __all__

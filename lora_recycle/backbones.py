@@ -1,0 +1,223 @@
+"""One view of every vision transformer: tokens in, layers one by one, features out.
+
+The transformers model stays as it is (PEFT wraps its layers in place); the view walks through it, so that tokens can
+be dropped at any layer without touching the model's own code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModel, PreTrainedModel
+
+from .embedded import resolve_backbone
+from .errors import AdapterError, DataError
+from .sparsity import ATTENTION_NAME, keep_tokens, num_kept, record_cls_attention, select_top
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Where a model type keeps its parts, and what its image classification head reads."""
+
+    layers: str
+    norm: str
+    #: what `...ForImageClassification` feeds its head: the CLS token, the mean patch, or both concatenated
+    head_input: str = "cls"
+    pre_norm: str | None = None
+    #: the head of this family reads tokens before the final norm
+    head_before_norm: bool = False
+
+
+FAMILIES = {
+    "vit": Family("layers", "layernorm"),
+    "deit": Family("layers", "layernorm"),
+    "dinov2": Family("encoder.layer", "layernorm", head_input="cls+patches"),
+    "dinov2_with_registers": Family("encoder.layer", "layernorm", head_input="cls+patches"),
+    "clip_vision_model": Family(
+        "encoder.layers", "post_layernorm", head_input="patches", pre_norm="pre_layrnorm", head_before_norm=True
+    ),
+}
+
+
+class Backbone(nn.Module):
+    """A frozen vision transformer without a head.
+
+    Args:
+        model (`PreTrainedModel`): a headless model of a known family (`FAMILIES`).
+        processor: its image processor (size, resampling, mean and standard deviation).
+        name (`str`): what adapters call their base model.
+        revision (`str`, *optional*): the commit it was loaded from.
+    """
+
+    def __init__(self, model: PreTrainedModel, processor, name: str, revision: str | None = None):
+        super().__init__()
+        family = FAMILIES.get(model.config.model_type)
+        if family is None:
+            known = ", ".join(FAMILIES)
+            raise AdapterError(f"{name}: backbones of type {model.config.model_type} are not supported ({known} are).")
+        model.set_attn_implementation(ATTENTION_NAME)
+        self.model = model.eval().requires_grad_(False)
+        self.family, self.processor, self.name, self.revision = family, processor, name, revision
+        mean = torch.tensor(processor.image_mean, dtype=torch.float32).view(1, 3, 1, 1)
+        std = torch.tensor(processor.image_std, dtype=torch.float32).view(1, 3, 1, 1)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Backbone:
+        """Load a backbone and its image processor from a folder or a repo id (`demo`: the embedded one)."""
+        path = resolve_backbone(name_or_path)
+        hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        try:
+            config = AutoConfig.from_pretrained(path, **hub)
+            model_class = CLIPVisionModel if config.model_type.startswith("clip") else AutoModel
+            extra = {"add_pooling_layer": False} if config.model_type in ("vit", "deit") else {}
+            model = model_class.from_pretrained(
+                path, dtype=dtype or torch.float32, use_safetensors=True, **extra, **hub
+            )
+            processor = AutoImageProcessor.from_pretrained(path, backend="pil", **hub)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise AdapterError(f"{name_or_path}: the backbone cannot be loaded ({reason}).") from error
+        backbone = cls(model, processor, str(name_or_path), getattr(config, "_commit_hash", None))
+        return backbone.to(device) if device is not None else backbone
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.model.get_submodule(self.family.layers)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.model.config.hidden_size
+
+    @property
+    def head_size(self) -> int:
+        """Width of what a classification head of this family reads."""
+        return self.hidden_size * (2 if self.family.head_input == "cls+patches" else 1)
+
+    @property
+    def image_size(self) -> int:
+        size = self.model.config.image_size
+        return size if isinstance(size, int) else size[0]
+
+    @property
+    def patch_size(self) -> int:
+        size = self.model.config.patch_size
+        return size if isinstance(size, int) else size[0]
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches: CLS, and DeiT's distillation token or DINOv2's registers."""
+        if self.model.config.model_type == "deit":
+            return 2
+        return 1 + getattr(self.model.config, "num_register_tokens", 0)
+
+    @property
+    def device(self) -> torch.device:
+        return self.mean.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    def normalize(self, images: torch.Tensor) -> torch.Tensor:
+        """Images in [0, 1], or uint8, to the backbone's own pixel values: (B, 3, H, W)."""
+        if images.dtype == torch.uint8:
+            images = images.to(self.device).to(self.mean.dtype) / 255
+        return (images - self.mean) / self.std
+
+    def embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Tokens before the first layer: (B, 3, H, W) to (B, prefix + P, D)."""
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or pixel_values.shape[-1] != self.image_size:
+            raise DataError(
+                f"{self.name} takes images of shape (B, 3, {self.image_size}, {self.image_size}), "
+                f"got {tuple(pixel_values.shape)}. Pass images through its image processor first."
+            )
+        hidden = self.model.embeddings(pixel_values.to(self.dtype))
+        return self.model.get_submodule(self.family.pre_norm)(hidden) if self.family.pre_norm else hidden
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        kept: torch.Tensor | None = None,
+        prune: Mapping[int, float] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Tokens after the last layer, before the final norm.
+
+        Args:
+            pixel_values: (B, 3, H, W), normalised.
+            kept: int64 (B, k), the patches that are forwarded; all by default.
+            prune: layer index to keep ratio (of all patches): after that layer only the patches with the highest CLS
+                attention go on.
+
+        Returns:
+            Hidden states (B, prefix + k, D) and the positions (B, k) of the patches still there (None for all).
+        """
+        hidden, prefix = self.embed(pixel_values), self.num_prefix_tokens
+        if kept is not None:
+            hidden = keep_tokens(hidden, kept, prefix)
+        for i, layer in enumerate(self.layers):
+            if not prune or i not in prune:
+                hidden = self._call(layer, hidden)
+                continue
+            with record_cls_attention(layer) as attention:
+                hidden = self._call(layer, hidden)
+            k = num_kept(self.num_patches, prune[i])
+            if k < hidden.shape[1] - prefix:
+                chosen = select_top(attention.row[:, prefix:], k)
+                hidden = keep_tokens(hidden, chosen, prefix)
+                kept = chosen if kept is None else kept.gather(1, chosen)
+        return hidden, kept
+
+    @staticmethod
+    def _call(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        output = layer(hidden, None)
+        return output[0] if isinstance(output, tuple) else output
+
+    def pool(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The image's feature, the normed CLS token: (B, T, D) to (B, D)."""
+        return self.model.get_submodule(self.family.norm)(hidden[:, 0])
+
+    def pool_for_head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What this family's classification heads read: (B, T, D) to (B, `head_size`)."""
+        if self.family.head_input == "cls":
+            return self.pool(hidden)
+        if not self.family.head_before_norm:
+            hidden = self.model.get_submodule(self.family.norm)(hidden)
+        patches = hidden[:, self.num_prefix_tokens :].mean(1)
+        return patches if self.family.head_input == "patches" else torch.cat([hidden[:, 0], patches], -1)
+
+    def features(self, pixel_values: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
+        """Features of normalised images: (B, 3, H, W) to (B, D)."""
+        return self.pool(self.forward(pixel_values, kept)[0])
+
+
+@torch.inference_mode()
+def extract_features(
+    backbone: Backbone, images: torch.Tensor, batch_size: int = 128, kept: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Features of many images, float32 on the CPU: uint8 (N, 3, H, W) to (N, D)."""
+    chunks = []
+    for start in range(0, len(images), batch_size):
+        part = slice(start, start + batch_size)
+        tokens = None if kept is None else kept[part].to(backbone.device)
+        chunks.append(backbone.features(backbone.normalize(images[part]), tokens).float().cpu())
+    return torch.cat(chunks) if chunks else torch.zeros(0, backbone.hidden_size)

@@ -1,0 +1,108 @@
+"""One dataclass is the Python argument, the YAML recipe and the command-line flags of a stage."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .errors import ConfigError
+
+
+@dataclasses.dataclass
+class RecipeConfig:
+    """Base of the configs: checked at construction, read from and written to plain dictionaries and YAML files.
+
+    A subclass lists its fields with `field(default, "help text")` and checks ranges in `check`.
+    """
+
+    def __post_init__(self):
+        hints = typing.get_type_hints(type(self))
+        for f in dataclasses.fields(self):
+            setattr(self, f.name, _coerce(getattr(self, f.name), hints[f.name], f"{type(self).__name__}.{f.name}"))
+        self.check()
+
+    def check(self) -> None:
+        """Raise `ConfigError` where a value is out of range."""
+
+    def require(self, condition: bool, message: str) -> None:
+        if not condition:
+            raise ConfigError(f"{type(self).__name__}: {message}")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "the recipe"):
+        names = [f.name for f in dataclasses.fields(cls)]
+        unknown = sorted(set(values) - set(names))
+        if unknown:
+            raise ConfigError(
+                f"{where}: unknown key {unknown[0]!r} for {cls.__name__}. Known keys: {', '.join(names)}."
+            )
+        return cls(**values)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path):
+        return cls.from_dict(read_yaml(path), where=str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def field(default: Any, help: str, choices: tuple[str, ...] | None = None):
+    """A dataclass field with its documentation and, for strings, the values allowed."""
+    metadata = {"help": help, "choices": choices}
+    if isinstance(default, (dict, list)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def require_choices(config: RecipeConfig) -> None:
+    """Raise `ConfigError` where a field with `choices` holds something else."""
+    for f in dataclasses.fields(config):
+        choices, value = f.metadata.get("choices"), getattr(config, f.name)
+        if choices and value is not None and value not in choices:
+            config.require(False, f"{f.name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises `ConfigError` where it is missing, unreadable or no mapping."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML ({str(error).splitlines()[0]}).") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a recipe is a mapping of settings, got a {type(values).__name__}.")
+    return values
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    """Accept what YAML and the command line give for `hint`; raise `ConfigError` otherwise."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _coerce(value, next(a for a in arguments if a is not type(None)), where)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_coerce(v, arguments[0], where) for v in value)
+    if origin is dict and isinstance(value, dict):
+        return {str(k): _coerce(v, arguments[1], where) for k, v in value.items()}
+    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-3 as a string
+        except ValueError:
+            pass
+    elif hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    elif isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    if isinstance(value, float) and hint is float:
+        return value
+    name = getattr(hint, "__name__", str(hint))
+    raise ConfigError(f"{where}: expected {name}, got {value!r}.")

@@ -1,0 +1,1 @@
+"""Distillation: surrogate images into one meta-LoRA."""

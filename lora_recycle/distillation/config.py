@@ -1,0 +1,54 @@
+"""Settings of the distillation of surrogate data into one meta-LoRA."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ..configuration import RecipeConfig, field, require_choices
+
+
+@dataclasses.dataclass
+class DistillationConfig(RecipeConfig):
+    """How the meta-LoRA learns (stage 2 of LoRA Recycle, and ensemble-relational distillation)."""
+
+    steps: int = field(300, "optimiser steps; 0 leaves the initialisation, which with `average` is the exact average")
+    rank: int = field(16, "rank of the meta-LoRA, on all linear layers")
+    init: str = field("average", "average: the exact mean of the pool, cut to the rank; zero", ("average", "zero"))
+    lr: float = field(1e-3, "peak step size of Adam")
+    schedule: str = field(
+        "cosine",
+        "cosine: one warm-up and decay; cyclic: 25 + 75 steps again and again (the paper)",
+        ("cosine", "cyclic"),
+    )
+    relational_weight: float = field(1.0, "weight of the relational loss: similarities pulled to the teachers' mean")
+    relational_batch: int = field(160, "surrogate images of one relational batch, shared out equally to the groups")
+    similarity_scale: float = field(15.0, "factor on cosine similarities before the softmax")
+    groups: str = field(
+        "auto",
+        "auto: adapters grouped by the similarity of their weights, each image taught by its own group; "
+        "one: every image taught by all adapters",
+        ("auto", "one"),
+    )
+    kl_weight: float = field(0.0, "weight of single-source episodes: KL to the adapter's own head")
+    interpolation_weight: float = field(0.0, "weight of interpolated episodes: cross-entropy, mixed classes")
+    episodes: int = field(4, "episodes of each kind and step")
+    ways: int = field(5, "classes of an episode")
+    shots: int = field(1, "support images of each class")
+    queries: int = field(5, "query images of each class")
+    metric: str = field("cosine", "distance of queries to class centres", ("cosine", "euclidean"))
+    temperature: float = field(0.1, "divisor of the (negative) distances")
+    use_masks: bool = field(True, "forward only the kept tokens where the surrogate data holds them")
+    checkpoint_every: int = field(50, "steps between checkpoints")
+    seed: int = field(0, "seed of the batches and of the initial weights")
+
+    def check(self) -> None:
+        require_choices(self)
+        for name in ("steps", "relational_weight", "kl_weight", "interpolation_weight"):
+            self.require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("rank", "episodes", "shots", "queries", "checkpoint_every"):
+            self.require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        self.require(self.ways >= 2, f"ways must be at least 2, got {self.ways}")
+        self.require(self.relational_batch >= 4, f"relational_batch must be at least 4, got {self.relational_batch}")
+        self.require(self.lr > 0 and self.temperature > 0, "lr and temperature must be positive")
+        weights = self.relational_weight + self.kl_weight + self.interpolation_weight
+        self.require(self.steps == 0 or weights > 0, "all losses have weight 0: nothing to learn in `steps` steps")

@@ -1,0 +1,133 @@
+"""Episodes drawn from surrogate data, and which classes of different adapters are the same thing."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from ..errors import DataError
+from ..surrogate import Shard
+
+
+@dataclasses.dataclass(frozen=True)
+class SurrogateEpisode:
+    """Indices of images in the concatenated surrogate data.
+
+    `support` (ways, shots) and `query` (ways, queries); `source` is the shard of a single-source episode and `classes`
+    its (ways,) classes in that adapter's head; both None for an interpolated one.
+    """
+
+    support: torch.Tensor
+    query: torch.Tensor
+    source: int | None = None
+    classes: torch.Tensor | None = None
+
+
+def class_identities(shards: list[Shard], predictions: torch.Tensor | None = None) -> dict[tuple[int, int], int]:
+    """Give every (shard, class) the number of the thing it shows, equal for two adapters that know the same class.
+
+    Two classes are the same if their label names are (ignoring case and separators), or, where one of the adapters
+    has no names, if each adapter takes most of the other's images of the class for its own class.
+
+    Args:
+        predictions: int (T, N), what each adapter's head says of all images, for adapters without names.
+    """
+    offsets, number = _offsets(shards), 0
+    identity: dict[tuple[int, int], int] = {}
+    known: dict[str, int] = {}
+    for s, shard in enumerate(shards):
+        names = shard.adapter.get("labels")
+        for c in shard.labels.unique().tolist():
+            name = "".join(ch for ch in names[c].lower() if ch.isalnum()) if names else None
+            match = known.get(name) if name else None
+            if match is None and predictions is not None:
+                match = _agreeing(s, c, shards, offsets, predictions, identity, named=name is not None)
+            if match is None:
+                match, number = number, number + 1
+            identity[s, c] = match
+            if name:
+                known[name] = match
+    return identity
+
+
+def _agreeing(s, c, shards, offsets, predictions, identity, named: bool) -> int | None:
+    """An earlier class that adapter `s` and its owner both take for class `c`; None where names decide."""
+    mine = torch.nonzero(shards[s].labels == c).flatten() + offsets[s]
+    for (t, d), number in identity.items():
+        if t == s or (named and shards[t].adapter.get("labels")):
+            continue
+        theirs = torch.nonzero(shards[t].labels == d).flatten() + offsets[t]
+        here = (predictions[t, mine] == d).float().mean()
+        there = (predictions[s, theirs] == c).float().mean()
+        if min(here, there) > 0.5:
+            return number
+    return None
+
+
+def _offsets(shards: list[Shard]) -> list[int]:
+    offsets = [0]
+    for shard in shards:
+        offsets.append(offsets[-1] + len(shard))
+    return offsets
+
+
+class EpisodeSampler:
+    """Draws episodes of both kinds.
+
+    Args:
+        shards: surrogate images of the adapters, concatenated in this order.
+        identities: from [`class_identities`].
+
+    Raises:
+        DataError: too few classes hold enough images.
+    """
+
+    def __init__(self, shards: list[Shard], identities: dict, ways: int, shots: int, queries: int):
+        self.ways, self.shots, self.queries, self.identities = ways, shots, queries, identities
+        offsets, needed = _offsets(shards), shots + 1
+        self.images: dict[tuple[int, int], torch.Tensor] = {}
+        for s, shard in enumerate(shards):
+            for c in shard.labels.unique().tolist():
+                index = torch.nonzero(shard.labels == c).flatten() + offsets[s]
+                if len(index) >= needed:
+                    self.images[s, c] = index
+        by_shard: dict[int, list[int]] = {}
+        for s, c in self.images:
+            by_shard.setdefault(s, []).append(c)
+        self.by_shard = {s: classes for s, classes in by_shard.items() if len(classes) >= ways}
+        self.things: dict[int, list[tuple[int, int]]] = {}
+        for key in self.images:
+            self.things.setdefault(identities[key], []).append(key)
+        if len(self.things) < ways:
+            raise DataError(
+                f"The surrogate data has {len(self.things)} different classes of {needed} images or more, "
+                f"fewer than the {ways} of an episode."
+            )
+
+    def single_source(self, generator: torch.Generator) -> SurrogateEpisode:
+        """All classes from one adapter, so that its own head can teach."""
+        if not self.by_shard:
+            raise DataError(f"No adapter has {self.ways} classes of {self.shots + 1} surrogate images or more.")
+        sources = list(self.by_shard)
+        source = sources[_draw(len(sources), 1, generator)[0]]
+        classes = [self.by_shard[source][i] for i in _draw(len(self.by_shard[source]), self.ways, generator)]
+        support, query = self._images([(source, c) for c in classes], generator)
+        return SurrogateEpisode(support, query, source, torch.tensor(classes))
+
+    def interpolated(self, generator: torch.Generator) -> SurrogateEpisode:
+        """Classes mixed from several adapters (cross-task interpolation), no thing twice under two adapters."""
+        things = list(self.things)
+        chosen = [self.things[things[i]] for i in _draw(len(things), self.ways, generator)]
+        keys = [owners[_draw(len(owners), 1, generator)[0]] for owners in chosen]
+        return SurrogateEpisode(*self._images(keys, generator))
+
+    def _images(self, keys, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        queries = min(self.queries, min(len(self.images[key]) for key in keys) - self.shots)
+        rows = [self.images[k][torch.randperm(len(self.images[k]), generator=generator)] for k in keys]
+        support = torch.stack([row[: self.shots] for row in rows])
+        return support, torch.stack([row[self.shots : self.shots + queries] for row in rows])
+
+
+def _draw(population: int, count: int, generator: torch.Generator) -> list[int]:
+    return torch.randperm(population, generator=generator)[:count].tolist()

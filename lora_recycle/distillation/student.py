@@ -1,0 +1,65 @@
+"""The student: a copy of the backbone that wears one trainable LoRA, the meta-LoRA to be."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from ..backbones import Backbone
+from ..pool import AdapterPool
+
+
+def linear_layers(backbone: Backbone) -> list[str]:
+    """Paths of all linear layers inside the transformer layers."""
+    prefix = backbone.family.layers + "."
+    modules = backbone.model.named_modules()
+    return sorted(name for name, m in modules if name.startswith(prefix) and isinstance(m, nn.Linear))
+
+
+class Student(nn.Module):
+    """Backbone + LoRA; only the LoRA learns.
+
+    Args:
+        backbone ([`Backbone`]): copied, so that the teachers never see the student's weights.
+        rank (`int`): of the LoRA, on all linear layers; its scale is 1.
+        base_name (`str`): what the saved adapter gives as its base model.
+        seed (`int`): of the LoRA's random factors.
+    """
+
+    def __init__(self, backbone: Backbone, rank: int, base_name: str, seed: int = 0):
+        super().__init__()
+        self.backbone = copy.deepcopy(backbone)
+        limit = min(min(self.backbone.model.get_submodule(m).weight.shape) for m in linear_layers(backbone))
+        self.rank = min(rank, limit)
+        config = LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=linear_layers(backbone))
+        config.base_model_name_or_path = base_name
+        config.revision = backbone.revision
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.peft_model: PeftModel = get_peft_model(self.backbone.model, config)
+        config.base_model_name_or_path = base_name
+
+    def forward(self, pixel_values: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
+        """Features: (B, 3, H, W) and, optionally, kept patches (B, k) to (B, D)."""
+        return self.backbone.features(pixel_values, kept)
+
+    @torch.no_grad()
+    def start_from_average(self, pool: AdapterPool) -> None:
+        """Set the LoRA to the exact mean of the pool's weight changes, cut to the rank."""
+        average = pool.average(self.rank)
+        for name, module in self.backbone.model.named_modules():
+            if not hasattr(module, "lora_A"):
+                continue
+            a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+            if name not in average:  # no adapter of the pool changes this layer: B = 0 leaves it alone
+                continue
+            factor_b, factor_a = average[name]
+            a.zero_(), b.zero_()
+            a[: len(factor_a)].copy_(factor_a)
+            b[:, : factor_b.shape[1]].copy_(factor_b)
+
+    def trainable(self) -> list[nn.Parameter]:
+        return [p for p in self.parameters() if p.requires_grad]

@@ -1,0 +1,17 @@
+"""Errors that a user can act on: each says what was wrong, where, and what to do. The command line prints one line."""
+
+
+class LoraRecycleError(ValueError):
+    """Base of all errors that this library raises on purpose."""
+
+
+class AdapterError(LoraRecycleError):
+    """An adapter (or its head) cannot be used: missing, damaged, unsafe, or made for another base model."""
+
+
+class ConfigError(LoraRecycleError):
+    """A setting is unknown, of the wrong type or out of range."""
+
+
+class DataError(LoraRecycleError):
+    """Images, labels or surrogate data are missing, damaged or too few."""

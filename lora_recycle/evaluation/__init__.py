@@ -1,0 +1,1 @@
+"""Few-shot evaluation on real images."""

@@ -1,0 +1,175 @@
+"""The few-shot protocol: accuracy of class centres on stored features, confidence intervals, paired differences.
+
+Pure functions on tensors: features of all images are computed once, by whatever method, and judged here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.nn.functional import normalize
+from torch.nn.utils.rnn import pad_sequence
+
+from ..errors import ConfigError, DataError
+from .episodes import Episode, EpisodeSet
+
+
+METRICS = ("cosine", "euclidean")
+_CHUNK_ELEMENTS = 4_000_000  # gathered query features at a time: 16 MB, stays near the cache
+
+
+def prototype_accuracy(
+    features: torch.Tensor, episodes: EpisodeSet, metric: str = "cosine", centred: bool = False
+) -> torch.Tensor:
+    """Accuracy of the nearest class centre, in per cent.
+
+    Args:
+        features (`torch.Tensor`): (N, D) features of all images, any float type.
+        episodes (`EpisodeSet`): E episodes that index them.
+        metric (`str`, *optional*, defaults to `cosine`): `cosine` or (squared) `euclidean`.
+        centred (`bool`, *optional*, defaults to `False`): subtract the mean of the episode's support features first.
+
+    Returns:
+        `torch.Tensor`: (E,) per-episode accuracy.
+
+    Raises:
+        ConfigError: another metric.
+        DataError: features that are not finite.
+    """
+    if metric not in METRICS:
+        raise ConfigError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}.")
+    return _accuracy([features], episodes, metric, centred)
+
+
+def ensemble_accuracy(features: Iterable[torch.Tensor], episodes: EpisodeSet) -> torch.Tensor:
+    """Accuracy, in per cent, of the mean over teachers of the cosine similarity to each teacher's own class centres.
+
+    Args:
+        features (`torch.Tensor` or iterable of tensors): (T, N, D), or T tensors (N, D_t), float16 accepted.
+            One teacher at a time is converted to float32, so an iterable may compute them as it goes.
+
+    Returns:
+        `torch.Tensor`: (E,) per-episode accuracy.
+
+    Raises:
+        DataError: no teacher, or features that are not finite.
+    """
+    return _accuracy(features, episodes, "cosine", centred=False)
+
+
+def confidence(values: torch.Tensor) -> tuple[float, float]:
+    """Mean of (E,) values and half the width of its 95% confidence interval, 1.96 std / sqrt(E).
+
+    Raises:
+        DataError: fewer than two values, which have no interval.
+    """
+    if len(values) < 2:
+        raise DataError(f"a confidence interval needs at least 2 episodes, got {len(values)}.")
+    values = values.double()
+    return values.mean().item(), 1.96 * values.std().item() / math.sqrt(len(values))
+
+
+def summarise(accuracies: dict[str, torch.Tensor], data: str, ways: int, shots: int) -> list[dict[str, Any]]:
+    """One row a method: its accuracy and its paired difference to `frozen`, each with a 95% interval, in per cent.
+
+    Args:
+        accuracies (`dict[str, torch.Tensor]`): (E,) per-episode accuracies of each method, on the same episodes.
+
+    Raises:
+        DataError: no method named `frozen`, or a method with another number of episodes.
+    """
+    if "frozen" not in accuracies:
+        raise DataError(f"no accuracies of 'frozen' to compare with, got {', '.join(accuracies) or 'none'}.")
+    frozen = accuracies["frozen"]
+    rows = []
+    for method, values in accuracies.items():
+        if len(values) != len(frozen):
+            raise DataError(f"{method} has {len(values)} episodes, frozen {len(frozen)}: they cannot be paired.")
+        numbers = (*confidence(values), *confidence(values.double() - frozen.double()))
+        accuracy, ci95, delta, delta_ci95 = (round(number, 3) for number in numbers)
+        rows.append(
+            {
+                "method": method,
+                "data": data,
+                "ways": ways,
+                "shots": shots,
+                "episodes": len(values),
+                "accuracy": accuracy,
+                "ci95": ci95,
+                "delta_vs_frozen": delta,
+                "delta_ci95": delta_ci95,
+            }
+        )
+    return rows
+
+
+def format_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows of `summarise` as an aligned plain-text table, an empty line between (data, ways, shots) groups."""
+    lines, groups = [["method", "data", "task", "accuracy", "vs frozen"]], [None]
+    for row in rows:
+        delta = f"{row['delta_vs_frozen']:+.2f} ± {row['delta_ci95']:.2f}" if row["method"] != "frozen" else "-"
+        task = f"{row['ways']}-way {row['shots']}-shot"
+        lines.append([row["method"], row["data"], task, f"{row['accuracy']:.2f} ± {row['ci95']:.2f}", delta])
+        groups.append((row["data"], task))
+    widths = [max(len(line[column]) for line in lines) for column in range(5)]
+    text = []
+    for number, line in enumerate(lines):
+        if number > 1 and groups[number] != groups[number - 1]:
+            text.append("")
+        left = [cell.ljust(width) for cell, width in zip(line[:3], widths, strict=False)]
+        right = [cell.rjust(width) for cell, width in zip(line[3:], widths[3:], strict=True)]
+        text.append("  ".join(left + right))
+    return "\n".join(text)
+
+
+def _accuracy(features: Iterable[torch.Tensor], episodes: EpisodeSet, metric: str, centred: bool) -> torch.Tensor:
+    """(E,) accuracy of the summed similarities of all members of `features`, each (N, D)."""
+    support, query, labels = _collate(episodes)
+    total = None
+    for member in features:
+        similarities = _similarities(member.float(), support, query, metric, centred)
+        total = similarities if total is None else total.add_(similarities)
+    if total is None:
+        raise DataError("no features to judge: the pool is empty.")
+    correct = (total.argmax(-1) == labels).sum(1)  # padded queries are labelled -1, never correct
+    return 100.0 * correct / (labels >= 0).sum(1)
+
+
+def _collate(episodes: EpisodeSet) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(E, W, S) support, (E, Q) query, (E, Q) labels; shorter query sets padded with image 0 and label -1."""
+    every: list[Episode] = list(episodes)
+    support = torch.stack([episode.support for episode in every])
+    query = pad_sequence([episode.query for episode in every], batch_first=True)
+    labels = pad_sequence([episode.query_labels for episode in every], batch_first=True, padding_value=-1)
+    return support, query, labels
+
+
+def _similarities(
+    features: torch.Tensor, support: torch.Tensor, query: torch.Tensor, metric: str, centred: bool
+) -> torch.Tensor:
+    """(E, Q, W) similarity of each query to each class centre, from (N, D) features."""
+    if not features.isfinite().all():
+        raise DataError("features hold NaN or infinite values: check the weights of the adapter.")
+    # Without centring the queries are normalised once per image, not once per episode
+    queries = normalize(features, dim=-1) if metric == "cosine" and not centred else features
+    found = []
+    for part in _chunks(len(support), support[0].numel() + query.shape[1], features.shape[1]):
+        shots = features[support[part]]  # (e, W, S, D)
+        centres, asked = shots.mean(2), queries[query[part]]  # (e, W, D), (e, Q, D)
+        if centred:
+            mean = shots.mean((1, 2)).unsqueeze(1)  # (e, 1, D)
+            centres, asked = centres - mean, asked - mean
+        if metric == "euclidean":
+            found.append(-torch.cdist(asked, centres).square())
+        else:
+            asked = normalize(asked, dim=-1) if centred else asked
+            found.append(asked @ normalize(centres, dim=-1).transpose(1, 2))
+    return torch.cat(found)
+
+
+def _chunks(episodes: int, images: int, width: int) -> Iterator[slice]:
+    step = max(1, _CHUNK_ELEMENTS // (images * width))
+    return (slice(start, start + step) for start in range(0, episodes, step))

@@ -1,0 +1,1 @@
+"""Adapters in, meta-LoRAs and data sets out."""

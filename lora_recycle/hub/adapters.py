@@ -1,0 +1,259 @@
+"""Adapters of the Hub or of a folder: fetched at one commit, checked, described, and read for one live backbone."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor, nn
+
+from ..errors import AdapterError
+from .files import (
+    CONFIG_FILE,
+    HEAD,
+    WEIGHTS_FILE,
+    count,
+    download,
+    guess_generation,
+    head_classes,
+    read_config,
+    read_header,
+    read_labels,
+    sha256_of,
+    target_names,
+)
+from .keys import PEFT_PREFIX, rebuild_config, to_backbone_keys
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What a pulled adapter is, known without a model.
+
+    Args:
+        name (`str`): repo id or folder name.
+        path (`Path`): local folder (a snapshot for a repo) that holds the files.
+        revision (`str`, *optional*): commit SHA, None for a plain local folder.
+        sha256 (`str`): of `adapter_model.safetensors`.
+        base_model (`str`, *optional*): what the adapter's config names as its base, with `base_revision`.
+        peft_type (`str`): `"LORA"`, `"LOHA"`, ...
+        rank (`int`, *optional*): the config's `r`; None for types without a rank. `alpha` likewise.
+        targets (`tuple[str, ...]`): sorted leaf names of the targets as in the file, e.g. `("fc1", "q_proj")`.
+        num_parameters (`int`): numbers in the file, the head's included.
+        size_bytes (`int`): size of the file.
+        num_classes (`int`, *optional*): rows of the head; None where the file has no head.
+        labels (`tuple[str, ...]`, *optional*): from the card, when their number is the head's.
+        generation (`int`, *optional*): major version of transformers whose names the keys look like, 4 or 5.
+        config (`dict`): parsed `adapter_config.json`.
+    """
+
+    name: str
+    path: Path
+    revision: str | None
+    sha256: str
+    base_model: str | None
+    base_revision: str | None
+    peft_type: str
+    rank: int | None
+    alpha: float | None
+    targets: tuple[str, ...]
+    num_parameters: int
+    size_bytes: int
+    num_classes: int | None
+    labels: tuple[str, ...] | None
+    generation: int | None
+    config: dict[str, Any]
+
+    @property
+    def where(self) -> str:
+        """Name and commit, as error messages give them."""
+        return f"{self.name}@{self.revision}" if self.revision else self.name
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain JSON types."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        labels = None if self.labels is None else list(self.labels)
+        return copy.deepcopy(values) | {"path": str(self.path), "targets": list(self.targets), "labels": labels}
+
+
+@dataclass
+class LoadedAdapter:
+    """An adapter read for one headless live model.
+
+    Args:
+        info (`AdapterInfo`): `generation` is now what the model's names showed.
+        peft_config (`PeftConfig`): its `target_modules` are the sorted live module paths that own adapter tensors.
+        state_dict (`dict[str, Tensor]`): float32, keys `base_model.model.<live module>...` without an adapter name.
+        head_weight (`Tensor`, *optional*): (C, D) float32; D is the hidden size, or twice that for DINOv2.
+        head_bias (`Tensor`, *optional*): (C,) float32.
+    """
+
+    info: AdapterInfo
+    peft_config: PeftConfig
+    state_dict: dict[str, Tensor]
+    head_weight: Tensor | None
+    head_bias: Tensor | None
+
+
+def find_adapters(folder: str | Path) -> list[Path]:
+    """The folder itself if it is an adapter, else its direct sub-folders that are, sorted by name.
+
+    Raises:
+        AdapterError: the folder is missing or holds no adapter.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise AdapterError(f"{folder}: no such folder.")
+    if (folder / CONFIG_FILE).is_file():
+        return [folder]
+    found = sorted(path.parent for path in folder.glob(f"*/{CONFIG_FILE}"))
+    if not found:
+        raise AdapterError(f"{folder}: no adapter here; neither it nor its sub-folders hold {CONFIG_FILE}.")
+    return found
+
+
+def pull_adapter(
+    repo_or_path: str | Path,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> AdapterInfo:
+    """Fetch one adapter at one commit, check its files without loading tensors, and describe it.
+
+    Args:
+        repo_or_path (`str` or `Path`): a local folder if one exists by that name, else a repo id on the Hub.
+        revision (`str`, *optional*): branch, tag or commit; resolved once to a commit. Not for a local folder.
+        token (`str` or `bool`, *optional*): for private and gated repos, as in `huggingface_hub`.
+        cache_dir (`str` or `Path`, *optional*): defaults to the Hugging Face cache.
+        local_files_only (`bool`, *optional*, defaults to `False`): look in the cache only.
+
+    Raises:
+        AdapterError: nothing there, files missing, damaged, unsafe or of an unknown adapter type.
+    """
+    folder = Path(repo_or_path)
+    if folder.is_dir():
+        if revision is not None:
+            raise AdapterError(f"{folder}: a local folder has no revision {revision!r}; leave `revision` out.")
+        folder = folder.resolve()
+        return _describe(folder, folder.name, None)
+    folder = download(str(repo_or_path), revision, token, cache_dir, local_files_only)
+    return _describe(folder, str(repo_or_path), folder.name)
+
+
+def load_adapter(info: AdapterInfo, model: nn.Module) -> LoadedAdapter:
+    """Read a pulled adapter's tensors for the headless `model`, which is not changed.
+
+    Load all adapters before one is put on `model`: PEFT replaces modules in place, and their names with them.
+
+    Raises:
+        AdapterError: a tensor is not finite, not floating point, missing, unexpected or of another shape than `model`
+            needs; the head is neither `hidden_size` nor twice that wide; or the config would change the base model.
+    """
+    tensors = _read_tensors(info)
+    head_weight, head_bias = _split_head(info, tensors, model.config.hidden_size)
+    try:
+        names, converted = to_backbone_keys(tensors, model)
+        peft_config = rebuild_config(info.config, names, model)
+    except AdapterError as error:
+        raise AdapterError(f"{info.where}: {WEIGHTS_FILE}: {error}") from error
+    state_dict = {names[key]: tensor for key, tensor in tensors.items()}
+    _check_against_model(info, peft_config, state_dict, model)
+    info = dataclasses.replace(info, generation=4) if converted else info
+    return LoadedAdapter(info, peft_config, state_dict, head_weight, head_bias)
+
+
+def _describe(folder: Path, name: str, revision: str | None) -> AdapterInfo:
+    where = f"{name}@{revision}" if revision else name
+    config, shapes = read_config(folder, where), read_header(folder, where)
+    num_classes = head_classes(shapes, where)
+    return AdapterInfo(
+        name=name,
+        path=folder,
+        revision=revision,
+        sha256=sha256_of(folder / WEIGHTS_FILE),
+        base_model=config.get("base_model_name_or_path"),
+        base_revision=config.get("revision"),
+        peft_type=config["peft_type"],
+        rank=config.get("r") if isinstance(config.get("r"), int) else None,
+        alpha=config.get("lora_alpha", config.get("alpha")),
+        targets=target_names(config, shapes),
+        num_parameters=sum(count(shape) for shape in shapes.values()),
+        size_bytes=(folder / WEIGHTS_FILE).stat().st_size,
+        num_classes=num_classes,
+        labels=read_labels(folder, where, num_classes),
+        generation=guess_generation(shapes),
+        config=config,
+    )
+
+
+def _read_tensors(info: AdapterInfo) -> dict[str, Tensor]:
+    """All tensors of the file as float32. Raises `AdapterError` where the file changed or a tensor is unusable."""
+    where = f"{info.where}: {WEIGHTS_FILE}"
+    try:
+        data = (info.path / WEIGHTS_FILE).read_bytes()
+        if hashlib.sha256(data).hexdigest() != info.sha256:
+            raise AdapterError(f"{where} changed since it was pulled; pull it again.")
+        tensors = load(data)
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"{where} cannot be read ({error}).") from error
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise AdapterError(f"{where}: {key} must be floating point, got {tensor.dtype}.")
+        tensors[key] = tensor.float()
+        if not torch.isfinite(tensors[key]).all():
+            raise AdapterError(f"{where}: {key} holds NaN or infinity.")
+    return tensors
+
+
+def _split_head(info: AdapterInfo, tensors: dict[str, Tensor], hidden: int) -> tuple[Tensor | None, Tensor | None]:
+    """Take the head's (C, D) weight and (C,) bias out of `tensors`; None for what the file has not."""
+    head = {key.rsplit(".", 1)[-1]: key for key in tensors if HEAD.fullmatch(key)}
+    if "weight" not in head:
+        return None, None
+    weight = tensors.pop(head["weight"])
+    if weight.shape[1] not in (hidden, 2 * hidden):
+        raise AdapterError(
+            f"{info.where}: {WEIGHTS_FILE}: {head['weight']} reads {weight.shape[1]} features, but the model has "
+            f"{hidden} (or {2 * hidden} with the mean of its patches). Was it made for another base model?"
+        )
+    return weight, tensors.pop(head["bias"]) if "bias" in head else None
+
+
+def _check_against_model(info: AdapterInfo, peft_config: PeftConfig, state_dict: dict[str, Tensor], model) -> None:
+    """Build the PEFT model without memory, and compare the names and shapes it would save with the adapter's."""
+    where = f"{info.where}: {WEIGHTS_FILE}"
+    own = {PEFT_PREFIX + name for name, _ in model.named_parameters()} & state_dict.keys()
+    if own and info.peft_type != "LN_TUNING":  # only that type stores its tensors under the base's own names
+        raise AdapterError(f"{where}: {min(own)} retrains a weight of the base model, which adapters here share.")
+    try:
+        expected = _expected_shapes(peft_config, model)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise AdapterError(f"{info.where}: PEFT cannot build this adapter on the model: {error}") from error
+    for kind, keys in (("lacks", expected.keys() - state_dict), ("holds unexpected", state_dict.keys() - expected)):
+        if keys:
+            raise AdapterError(f"{where} {kind} {len(keys)} tensor(s): {', '.join(sorted(keys)[:3])}.")
+    for key, tensor in sorted(state_dict.items()):
+        if tuple(tensor.shape) != expected[key]:
+            raise AdapterError(
+                f"{where}: {key} must be {expected[key]}, got {tuple(tensor.shape)}. "
+                "Was the adapter made for another base model?"
+            )
+
+
+def _expected_shapes(peft_config: PeftConfig, model: nn.Module) -> dict[str, tuple[int, ...]]:
+    peft_config = copy.deepcopy(peft_config)  # PEFT writes into it
+    peft_config.base_model_name_or_path = None
+    # the memo makes deepcopy take these for the weights: a copy of the model on the meta device
+    memo = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
+    memo |= {id(b): b.detach().to("meta") for b in model.buffers()}
+    wearing = get_peft_model(copy.deepcopy(model, memo), peft_config, low_cpu_mem_usage=True)
+    saved = get_peft_model_state_dict(wearing, save_embedding_layers=False)
+    return {key: tuple(tensor.shape) for key, tensor in saved.items()}

@@ -1,0 +1,225 @@
+"""The files of an adapter repo, fetched and checked before any tensor is read. Nothing here is ever executed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors import SafetensorError, safe_open
+
+from ..errors import AdapterError
+
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+CARD_FILE = "README.md"
+SIDECAR_FILE = "meta_lora_config.json"
+
+MAX_TENSOR_BYTES = 2 * 1024**3
+MAX_TEXT_BYTES = 10 * 1024**2
+MAX_CLASSES = 100_000
+# upper bound: every dtype is counted as float32, which is what loading makes of it
+_BYTES_PER_NUMBER = 4
+
+# the classifier as PEFT stores it, with and without the wrapper of `modules_to_save`
+HEAD = re.compile(
+    r"base_model\.model\.(cls_classifier|classifier|head|score|fc)(\.modules_to_save(\.\w+)?)?\.(weight|bias)"
+)
+# names that only transformers 4 gave to modules
+_GENERATION_4 = re.compile(
+    r"\.(vit|deit)\.encoder\.layer\.|attention\.attention\.|attention\.output\.dense|intermediate\.dense"
+    r"|\d\.output\.dense|\.weights_(in|out)\."
+)
+
+
+def download(repo: str, revision, token, cache_dir, local_files_only: bool) -> Path:
+    """Folder of the repo's snapshot, named after the commit: `snapshot_download` resolves the revision once.
+
+    Raises:
+        AdapterError: with what to do, where the repo, the revision or the connection is missing.
+    """
+    where = f"{repo}@{revision}" if revision else repo
+    try:
+        folder = snapshot_download(
+            repo,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, SIDECAR_FILE],
+        )
+    except GatedRepoError as error:
+        raise AdapterError(
+            f"{where}: gated; accept its terms on the Hub and pass a token (`hf auth login`)."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise AdapterError(f"{where}: the repo has no such revision.") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise AdapterError(f"{where}: no such folder or repo (a private repo needs a token).") from error
+    except LocalEntryNotFoundError as error:
+        advice = "pull it once with local_files_only=False" if local_files_only else "check the connection"
+        raise AdapterError(f"{where}: no such folder or repo in the local cache; {advice}.") from error
+    except OSError as error:  # other answers of the Hub, a full disk
+        raise AdapterError(f"{where}: the download failed: {(str(error).splitlines() or [error])[0]}") from error
+    return Path(folder)
+
+
+def read_config(folder: Path, where: str) -> dict[str, Any]:
+    """The parsed `adapter_config.json`. Raises `AdapterError` where it is no JSON object of a known adapter type."""
+    path = _checked_file(folder, CONFIG_FILE, where)
+    try:
+        config = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{where}: {CONFIG_FILE} is not valid JSON ({error}).") from error
+    if not isinstance(config, dict):
+        raise AdapterError(f"{where}: {CONFIG_FILE} must be a JSON object, got a {type(config).__name__}.")
+    if config.get("peft_type") not in list(PEFT_TYPE_TO_CONFIG_MAPPING):  # a list: the value may be unhashable
+        raise AdapterError(
+            f"{where}: {CONFIG_FILE} has peft_type {config.get('peft_type')!r}, which this PEFT does not know. "
+            "Upgrade peft, or check that the folder is an adapter."
+        )
+    return config
+
+
+def read_header(folder: Path, where: str) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor in `adapter_model.safetensors`, from its header alone.
+
+    Raises:
+        AdapterError: the file is missing, no regular file, only there as `.bin`, damaged, empty or of absurd size.
+    """
+    if not (folder / WEIGHTS_FILE).exists() and (folder / "adapter_model.bin").exists():
+        raise AdapterError(
+            f"{where}: only adapter_model.bin is there, and unpickling it could run any code. Convert it to "
+            f"{WEIGHTS_FILE} where you trust it (PeftModel.save_pretrained does)."
+        )
+    path = _checked_file(folder, WEIGHTS_FILE, where)
+    try:
+        # safe_open also compares the file's length with what the header announces
+        with safe_open(path, framework="pt") as file:
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterError(f"{where}: {WEIGHTS_FILE} is truncated or damaged ({error}). Fetch it again.") from error
+    if not shapes:
+        raise AdapterError(f"{where}: {WEIGHTS_FILE} holds no tensors.")
+    for key, shape in shapes.items():
+        if count(shape) * _BYTES_PER_NUMBER > MAX_TENSOR_BYTES:
+            raise AdapterError(f"{where}: {WEIGHTS_FILE}: {key} has shape {shape}, more than 2 GiB as float32.")
+    return shapes
+
+
+def head_classes(shapes: dict[str, tuple[int, ...]], where: str) -> int | None:
+    """Rows of the head. Raises `AdapterError` where its shapes are none of a linear layer's (C, D) and (C,)."""
+    heads = {key: shapes[key] for key in shapes if HEAD.fullmatch(key)}
+    if not heads:
+        return None
+    weights = [key for key in heads if key.endswith(".weight")]
+    biases = [key for key in heads if key.endswith(".bias")]
+    if len(weights) != 1 or len(biases) > 1:
+        raise AdapterError(f"{where}: {WEIGHTS_FILE}: expected one head, found {', '.join(sorted(heads))}.")
+    shape = heads[weights[0]]
+    if len(shape) != 2 or not 1 <= shape[0] <= MAX_CLASSES:
+        raise AdapterError(
+            f"{where}: {WEIGHTS_FILE}: {weights[0]} must be (classes, features) with 1 to {MAX_CLASSES} classes, "
+            f"got {shape}."
+        )
+    if biases and heads[biases[0]] != shape[:1]:
+        raise AdapterError(
+            f"{where}: {WEIGHTS_FILE}: {biases[0]} must be {shape[:1]} like the weight, got {heads[biases[0]]}."
+        )
+    return shape[0]
+
+
+def target_names(config: dict[str, Any], keys: Iterable[str]) -> tuple[str, ...]:
+    """Sorted leaf names of the config's targets, e.g. `("fc1", "q_proj")`."""
+    targets = config.get("target_modules") or []
+    if not isinstance(targets, list):  # a pattern: look at what it matched
+        targets = {key.split(".lora_")[0] for key in keys if ".lora_" in key} or [targets]
+    return tuple(sorted({str(target).rsplit(".", 1)[-1] for target in targets}))
+
+
+def guess_generation(keys: Iterable[str]) -> int:
+    """4 where a key has a name that only transformers 4 gave, else 5."""
+    return 4 if any(_GENERATION_4.search(key) for key in keys) else 5
+
+
+def count(shape: tuple[int, ...]) -> int:
+    """How many numbers a tensor of this shape holds."""
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def read_labels(folder: Path, where: str, num_classes: int | None) -> tuple[str, ...] | None:
+    """Class names from `id2label` or `labels` in the card's front matter.
+
+    None where there is no card, its YAML is broken, or it does not name exactly `num_classes` classes: labels are a
+    comfort, and a bad card does not make a bad adapter.
+    """
+    if num_classes is None or not (folder / CARD_FILE).exists():
+        return None
+    path = _checked_file(folder, CARD_FILE, where)
+    try:
+        metadata = ModelCard(_read_text(path), ignore_metadata_errors=True).data.to_dict()
+        labels = _label_list(metadata)
+    except Exception:  # noqa: BLE001 - YAML, Unicode and type errors of a file that anyone may have written
+        return None
+    return tuple(labels) if labels is not None and len(labels) == num_classes else None
+
+
+def _label_list(metadata: dict[str, Any]) -> list[str] | None:
+    id2label, labels = metadata.get("id2label"), metadata.get("labels")
+    if isinstance(id2label, dict):
+        names = {int(index): str(name) for index, name in id2label.items()}
+        return [names[index] for index in range(len(names))]  # a gap is a KeyError: no labels
+    return [str(name) for name in labels] if isinstance(labels, list) else None
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _checked_file(folder: Path, name: str, where: str) -> Path:
+    """The file's path. Raises `AdapterError` where it is missing, not regular, or a link out of the repo."""
+    path = folder / name
+    if not path.exists():
+        raise AdapterError(f"{where}: {name} is missing in {folder}.")
+    target = path.resolve()
+    if not target.is_file():
+        raise AdapterError(f"{where}: {name} is not a regular file.")
+    if not any(target.is_relative_to(root) for root in _link_roots(folder)):
+        raise AdapterError(f"{where}: {name} is a link that leaves the adapter's folder, to {target}.")
+    return path
+
+
+def _link_roots(folder: Path) -> list[Path]:
+    """Where a file of `folder` may really lie: in it or, for `<cache>/<repo>/snapshots/<commit>`, among blobs."""
+    folder = folder.resolve()
+    if folder.parent.name != "snapshots":
+        return [folder]
+    repo = folder.parent.parent
+    return [folder, repo / "blobs", repo.parent / "blobs"]  # the last: blobs that several repos share
+
+
+def _read_text(path: Path) -> str:
+    if path.stat().st_size > MAX_TEXT_BYTES:
+        raise ValueError(f"longer than {MAX_TEXT_BYTES} bytes")
+    return path.read_text(encoding="utf-8")

@@ -1,0 +1,181 @@
+"""Names in an adapter file, turned into names of the live backbone. The only half-private imports are here.
+
+transformers 5 renamed modules of its vision transformers (`encoder.layer.0.attention.attention.query` became
+`layers.0.attention.q_proj`) and converts *base* checkpoints on load; PEFT does not find those renames for adapters.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+from ..errors import AdapterError
+
+
+#: What PEFT puts before the path of a module of the base model.
+PEFT_PREFIX = "base_model.model."
+
+_PATTERNS = {"rank_pattern", "alpha_pattern"}
+# parts of a config that change the shared base model, or count its layers differently
+_CHANGES_BASE = ("layer_replication", "target_parameters", "trainable_token_indices", "alora_invocation_tokens")
+_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+# choices of modules that the explicit list of targets replaces, and a setting that makes PEFT import a module by name
+_DROPPED = ("modules_to_save", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_config")
+
+
+def to_backbone_keys(keys: Iterable[str], model: nn.Module) -> tuple[dict[str, str], bool]:
+    """Map the keys of an adapter file to keys for the headless live model.
+
+    Args:
+        keys (`Iterable[str]`):
+            PEFT state-dict keys without the classifier's, saved from the bare model or from a class around it, e.g.
+            `base_model.model.vit.encoder.layer.0.attention.attention.query.lora_A.weight`.
+        model (`nn.Module`):
+            The headless backbone, e.g. a `ViTModel`. Not changed.
+
+    Returns:
+        `tuple[dict[str, str], bool]`: key in the file -> key for `model`, e.g.
+        `base_model.model.layers.0.attention.q_proj.lora_A.weight`, and whether names of transformers 4 were converted.
+
+    Raises:
+        AdapterError: a key belongs to no module of `model`, or two keys come out the same.
+    """
+    leaves, renamings, prefixes = leaf_modules(model), _renamings(model), _class_prefixes(model)
+    renamed, converted = {}, False
+    for key in keys:
+        if not key.startswith(PEFT_PREFIX):
+            renamed[key] = key  # parameters that all layers share, such as `base_model.vera_A`
+            continue
+        path, was_converted = _live_path(key.removeprefix(PEFT_PREFIX), leaves, renamings, prefixes)
+        if path is None:
+            raise AdapterError(
+                f"{key}: {type(model).__name__} has no such module, under today's or older names. "
+                "Was the adapter made for another base model?"
+            )
+        renamed[key], converted = PEFT_PREFIX + path, converted or was_converted
+    if len(set(renamed.values())) < len(renamed):
+        double = next(v for v in renamed.values() if list(renamed.values()).count(v) > 1)
+        raise AdapterError(f"{double}: the file holds this tensor twice, under an old and a new name.")
+    return renamed, converted
+
+
+def leaf_modules(model: nn.Module) -> set[str]:
+    """Paths of the modules that an adapter can wrap: parameters of their own and no sub-modules."""
+    return {
+        name
+        for name, module in model.named_modules()
+        if name and next(module.children(), None) is None and next(module.parameters(recurse=False), None) is not None
+    }
+
+
+def module_of(key: str, leaves: set[str]) -> str | None:
+    """The longest path in `leaves` that `key` (with or without PEFT's prefix) goes through, or None."""
+    parts = key.removeprefix(PEFT_PREFIX).split(".")
+    # the last part is a parameter's own name, never a module's
+    paths = (".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1))
+    return next((path for path in paths if path in leaves), None)
+
+
+def rebuild_config(config: dict[str, Any], names: dict[str, str], model: nn.Module) -> PeftConfig:
+    """The adapter's config with the targets that its file has on `model`, not those that it lists.
+
+    Args:
+        config (`dict`): parsed `adapter_config.json`.
+        names (`dict[str, str]`): what `to_backbone_keys` gave for the file.
+        model (`nn.Module`): the headless backbone. Not changed.
+
+    Raises:
+        AdapterError: the config is not valid for its type, or the adapter would change the base model's own weights.
+    """
+    _check_keeps_base(config)
+    sources = _source_paths(names, model)
+    kind = PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]]
+    known = {f.name for f in dataclasses.fields(kind) if f.init}
+    unknown = sorted(key for key in config if key not in known and config[key])
+    if unknown:
+        raise AdapterError(f"the config sets {', '.join(unknown)}, which this PEFT does not know. Upgrade peft.")
+    values = {key: value for key, value in config.items() if key in known and key not in _DROPPED}
+    values |= {"target_modules": sorted(sources), "task_type": None, "inference_mode": True}
+    try:
+        for field in _PATTERNS & values.keys():
+            values[field] = _live_pattern(field, values[field] or {}, sources)
+        if values.get("feedforward_modules"):
+            values["feedforward_modules"] = _live_feedforward(values["feedforward_modules"], sources)
+        if isinstance(values.get("init_lora_weights"), str):
+            values["init_lora_weights"] = True  # the file's tensors replace what the initialisation leaves
+        return kind(**values)
+    except (TypeError, ValueError, re.error) as error:
+        raise AdapterError(f"the config is not valid for {config['peft_type']}: {error}") from error
+
+
+def _check_keeps_base(config: dict[str, Any]) -> None:
+    changing = [field for field in _CHANGES_BASE if config.get(field)]
+    if config.get("bias", "none") != "none":
+        changing.append("bias")
+    if str(config.get("init_lora_weights")).lower().startswith(_CHANGING_STARTS):
+        changing.append("init_lora_weights")
+    if changing:
+        raise AdapterError(
+            f"the config sets {changing[0]}={config[changing[0]]!r}, which changes the base model that adapters "
+            "share. Convert the adapter to plain LoRA, or leave it out."
+        )
+
+
+def _source_paths(names: dict[str, str], model: nn.Module) -> dict[str, str]:
+    """Live module path -> the path that the file gave it, for each module that owns tensors of the adapter."""
+    leaves, sources = leaf_modules(model), {}
+    for key, renamed in names.items():
+        if renamed.startswith(PEFT_PREFIX):
+            path = module_of(renamed, leaves)
+            parameter = renamed.removeprefix(PEFT_PREFIX + path)
+            sources[path] = key.removeprefix(PEFT_PREFIX).removesuffix(parameter)
+    return sources
+
+
+def _live_pattern(field: str, pattern: dict[str, Any], sources: dict[str, str]) -> dict[str, Any]:
+    """Ranks or alphas for the modules that `pattern` meant, under their exact live paths."""
+    live = {}
+    for path, source in sources.items():
+        value = next((v for key, v in pattern.items() if re.fullmatch(rf"(.*\.)?({key})", source)), None)
+        if value is not None and not isinstance(value, (int, float)):
+            raise AdapterError(
+                f"the config's {field} holds {type(value).__name__}s; convert the adapter to plain LoRA."
+            )
+        live |= {} if value is None else {path: value}
+    return live
+
+
+def _live_feedforward(names: str | list[str], sources: dict[str, str]) -> list[str]:
+    if isinstance(names, str):
+        return [path for path, source in sources.items() if re.fullmatch(names, source)]
+    return [path for path, source in sources.items() if any(f".{source}".endswith(f".{name}") for name in names)]
+
+
+def _live_path(path: str, leaves, renamings, prefixes) -> tuple[str | None, bool]:
+    """The first of: the path as it is, without the class prefix, under today's names; None where all fail."""
+    stripped = [path] + [path.removeprefix(prefix) for prefix in prefixes if path.startswith(prefix)]
+    for candidate in stripped:
+        if module_of(candidate, leaves) is not None:
+            return candidate, False
+    for candidate in stripped:
+        modern, _ = rename_source_key(candidate, renamings, [])
+        if module_of(modern, leaves) is not None:
+            return modern, True
+    return None, False
+
+
+def _renamings(model: nn.Module) -> list[WeightRenaming]:
+    # converters split or merge tensors, which is not defined for a low-rank factor: only plain renames count
+    return [r for r in get_model_conversion_mapping(model, add_legacy=False) if isinstance(r, WeightRenaming)]
+
+
+def _class_prefixes(model: nn.Module) -> list[str]:
+    """What a class around `model` puts before its module paths: `vit.` in `ViTForImageClassification`."""
+    names = (getattr(model, "base_model_prefix", ""), "vision_model")
+    return [f"{name}." for name in dict.fromkeys(names) if name]

@@ -1,0 +1,1 @@
+"""LoRA inversion: surrogate images from adapters."""

@@ -1,0 +1,305 @@
+"""MetaLoRAForFewShotClassification: the model that classifies a new task from its support images, untuned."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from peft import get_peft_model, set_peft_model_state_dict
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers.utils import ModelOutput
+
+from ..backbones import Backbone
+from ..embedded import backbone_name, resolve_meta_lora
+from ..errors import AdapterError, DataError
+from ..hub.adapters import load_adapter, pull_adapter
+from ..images import to_rgb
+from ..prototypes import class_centres, class_sums
+from ..surrogate import atomic_write
+from ..version import __version__
+from .heads import ClassCentreHead
+
+
+SIDECAR = "meta_lora_config.json"
+TASK_FILE = "few_shot_task.safetensors"
+
+
+@dataclasses.dataclass
+class FewShotOutput(ModelOutput):
+    """`loss` (scalar, where query labels are given), `logits` (Q, ways), `prototypes` (ways, D)."""
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    prototypes: torch.Tensor | None = None
+
+
+class MetaLoRAForFewShotClassification(nn.Module):
+    """A frozen ViT that wears a meta-LoRA and classifies by class centres of the support images.
+
+    Args:
+        backbone ([`Backbone`]): its linear layers are wrapped by PEFT in place.
+        peft_model: the PEFT model around `backbone.model`.
+        settings (`dict`, *optional*): the sidecar: head, metric, temperature, sources, results.
+    """
+
+    def __init__(self, backbone: Backbone, peft_model, settings: dict[str, Any] | None = None):
+        super().__init__()
+        self.backbone, self.peft_model, self.settings = backbone, peft_model, dict(settings or {})
+        self.head = ClassCentreHead(self.settings.get("metric", "cosine"), self.settings.get("temperature", 0.1))
+        self.label_names: list[Any] = []
+        self._sums: torch.Tensor | None = None
+        self._counts: torch.Tensor | None = None
+        self.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        base_model: str | Path | None = None,
+        base_revision: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> MetaLoRAForFewShotClassification:
+        """Load a meta-LoRA from a folder or a repo id; `demo` is the embedded one.
+
+        The base model is the one that the adapter names unless `base_model` is given. A fitted task that was saved
+        with it comes back fitted.
+
+        Raises:
+            AdapterError: files are missing or damaged, or do not fit the base model.
+        """
+        hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        info = pull_adapter(resolve_meta_lora(repo_or_path), revision=revision, **hub)
+        if base_model is None and info.base_model is None:
+            raise AdapterError(f"{info.where}: adapter_config.json names no base model. Pass base_model=...")
+        if base_model is None and base_revision is None:
+            base_revision = info.base_revision
+        base = base_model or info.base_model
+        backbone = Backbone.from_pretrained(base, revision=base_revision, device=device, dtype=dtype, **hub)
+        loaded = load_adapter(info, backbone.model)
+        loaded.peft_config.base_model_name_or_path = str(base)
+        peft_model = get_peft_model(backbone.model, loaded.peft_config)
+        set_peft_model_state_dict(peft_model, loaded.state_dict)
+        peft_model.to(device=backbone.device, dtype=backbone.dtype)
+        model = cls(backbone, peft_model, _read_sidecar(info.path / SIDECAR))
+        model._load_task(info.path / TASK_FILE)
+        return model
+
+    @classmethod
+    def from_student(cls, student, settings: dict[str, Any] | None = None) -> MetaLoRAForFewShotClassification:
+        """Wrap what [`MetaLoraTrainer.train`] returns."""
+        return cls(student.backbone, student.peft_model, settings)
+
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.device
+
+    def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Normalised images (B, 3, H, W) to embeddings (B, D)."""
+        return self.backbone.features(pixel_values.to(self.device))
+
+    def forward(
+        self,
+        support_pixel_values: torch.Tensor,
+        support_labels: torch.Tensor,
+        query_pixel_values: torch.Tensor,
+        query_labels: torch.Tensor | None = None,
+    ) -> FewShotOutput:
+        """Classify one task in a single forward pass.
+
+        Args:
+            support_pixel_values: (S, 3, H, W), normalised.
+            support_labels: int64 (S,), values 0 to ways - 1, each present.
+            query_pixel_values: (Q, 3, H, W).
+            query_labels: int64 (Q,); with them the output has a loss.
+
+        Raises:
+            DataError: labels that do not number 0 to ways - 1, one class only, or fewer labels than images.
+        """
+        support_labels = _check_support(support_pixel_values, support_labels).to(self.device)
+        ways = int(support_labels.max()) + 1
+        features = self.features(torch.cat([support_pixel_values, query_pixel_values]))
+        support, query = features.split([len(support_pixel_values), len(query_pixel_values)])
+        prototypes = class_centres(support, support_labels, ways)
+        logits = self.head.logits(query, prototypes)
+        loss = None if query_labels is None else F.cross_entropy(logits.float(), query_labels.to(self.device))
+        return FewShotOutput(loss=loss, logits=logits, prototypes=prototypes)
+
+    def preprocess(self, images) -> torch.Tensor:
+        """What the backbone takes: PIL images, arrays, file names, or uint8 tensors (N, 3, H, W) to (N, 3, S, S).
+
+        Floating-point tensors of the right size are taken as normalised already.
+        """
+        if isinstance(images, torch.Tensor) and images.is_floating_point():
+            return images.unsqueeze(0) if images.ndim == 3 else images
+        if isinstance(images, (Image.Image, str, Path)) or getattr(images, "ndim", 0) == 3:
+            images = [images]
+        pictures = [_to_picture(image) for image in images]
+        if not pictures:
+            raise DataError("No images were given.")
+        return self.backbone.processor(images=pictures, return_tensors="pt")["pixel_values"]
+
+    @torch.inference_mode()
+    def embed(self, images, batch_size: int = 64) -> torch.Tensor:
+        """Images in any form that `preprocess` takes to embeddings (N, D) on the model's device."""
+        if isinstance(images, (Image.Image, str, Path)):
+            images = [images]
+        parts = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
+        if not parts:
+            raise DataError("No images were given.")
+        return torch.cat([self.features(self.preprocess(part)) for part in parts])
+
+    def fit(self, images, labels: Sequence[Any]) -> MetaLoRAForFewShotClassification:
+        """Learn a task from its support images: one forward pass, no tuning. Labels may be names or numbers.
+
+        Raises:
+            DataError: no images, another number of labels, or one class only.
+        """
+        if len(set(_as_list(labels))) < 2:
+            raise DataError("A support set needs at least two classes, or there is nothing to tell apart.")
+        features, labels = self._labelled(images, labels)
+        self.label_names, self._sums, self._counts = [], None, None
+        self._add(features, labels)
+        return self
+
+    def add_classes(self, images, labels: Sequence[Any]) -> MetaLoRAForFewShotClassification:
+        """Add classes to a fitted task, or images to its classes, without seeing the earlier images again."""
+        self._require_fitted()
+        self._add(*self._labelled(images, labels))
+        return self
+
+    def predict_proba(self, images) -> torch.Tensor:
+        """Class probabilities, columns in the order of `label_names`: (N, classes), float32 on the CPU."""
+        self._require_fitted()
+        with torch.inference_mode():
+            return self.head.logits(self.embed(images), self.prototypes).float().softmax(-1).cpu()
+
+    def predict(self, images) -> list[Any]:
+        """The label of each image, as it was given to `fit`."""
+        return [self.label_names[i] for i in self.predict_proba(images).argmax(-1).tolist()]
+
+    @property
+    def prototypes(self) -> torch.Tensor:
+        """Class centres of the fitted task: (classes, D)."""
+        self._require_fitted()
+        return self._sums / self._counts[:, None]
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write a plain PEFT adapter with our sidecar, and the fitted task where there is one."""
+        folder = Path(save_directory)
+        config = self.peft_model.peft_config["default"]
+        config.base_model_name_or_path = backbone_name(config.base_model_name_or_path)
+        self.peft_model.save_pretrained(folder, safe_serialization=True)
+        processor = self.backbone.processor
+        settings = {
+            "head": "class_centres",
+            "metric": self.head.metric,
+            "temperature": self.head.temperature,
+            "image_processor": {
+                "size": self.backbone.image_size,
+                "resample": int(processor.resample),
+                "image_mean": list(processor.image_mean),
+                "image_std": list(processor.image_std),
+            },
+            "lora_recycle_version": __version__,
+        }
+        atomic_write(folder / SIDECAR, json.dumps({**self.settings, **settings}, indent=1).encode())
+        if self._sums is not None:
+            tensors = {"sums": self._sums.cpu().contiguous(), "counts": self._counts.cpu().contiguous()}
+            save_file(tensors, folder / TASK_FILE, metadata={"label_names": json.dumps(self.label_names)})
+        else:
+            (folder / TASK_FILE).unlink(missing_ok=True)
+
+    def _labelled(self, images, labels) -> tuple[torch.Tensor, list[Any]]:
+        labels = _as_list(labels)
+        features = self.embed(images)
+        if len(features) != len(labels):
+            raise DataError(f"{len(features)} images, but {len(labels)} labels: each image needs one.")
+        return features.float(), labels
+
+    def _add(self, features: torch.Tensor, labels: list[Any]) -> None:
+        names = self.label_names + sorted(set(labels) - set(self.label_names), key=lambda v: (str(type(v)), v))
+        index = torch.tensor([names.index(label) for label in labels], device=features.device)
+        sums, counts = class_sums(features, index, len(names))
+        if self._sums is not None:
+            sums[: len(self._sums)] += self._sums
+            counts[: len(self._counts)] += self._counts
+        self.label_names, self._sums, self._counts = names, sums, counts
+
+    def _require_fitted(self) -> None:
+        if self._sums is None:
+            raise DataError("This model has no task yet. Call fit(images, labels) first.")
+
+    def _load_task(self, path: Path) -> None:
+        if not path.is_file():
+            return
+        try:
+            with safe_open(path, "pt") as file:
+                self.label_names = json.loads(file.metadata()["label_names"])
+                self._sums = file.get_tensor("sums").to(self.device)
+                self._counts = file.get_tensor("counts").to(self.device)
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise AdapterError(f"{path}: the fitted task cannot be read ({error!r}). Delete the file.") from error
+
+
+def _check_support(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    labels = torch.as_tensor(labels)
+    if len(labels) != len(images) or not len(labels):
+        raise DataError(f"{len(images)} support images, but {len(labels)} labels.")
+    present = labels.unique()
+    if len(present) < 2:
+        raise DataError("A support set needs at least two classes, or there is nothing to tell apart.")
+    if not torch.equal(present.cpu(), torch.arange(len(present))):
+        raise DataError(f"Support labels must number the classes 0 to {len(present) - 1}, got {present.tolist()}.")
+    return labels.long()
+
+
+def _as_list(labels: Sequence[Any]) -> list[Any]:
+    return labels.tolist() if isinstance(labels, (torch.Tensor, np.ndarray)) else list(labels)
+
+
+def _to_picture(image) -> Image.Image:
+    """One image in any form as RGB. Raises `DataError` where it cannot be read."""
+    if isinstance(image, (str, Path)):
+        try:
+            with Image.open(image) as opened:
+                return to_rgb(opened)
+        except (OSError, Image.DecompressionBombError, ValueError) as error:
+            raise DataError(f"{image}: cannot be read as an image ({error}).") from error
+    if isinstance(image, torch.Tensor):
+        image = image.permute(1, 2, 0).cpu().numpy() if image.ndim == 3 and image.shape[0] in (1, 3) else image.numpy()
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8:
+            raise DataError(f"Arrays of pixels must be uint8, got {image.dtype}; scale to 0-255 first.")
+        image = Image.fromarray(image.squeeze(-1) if image.ndim == 3 and image.shape[-1] == 1 else image)
+    if not isinstance(image, Image.Image):
+        raise DataError(f"No image can be read from a {type(image).__name__}: pass PIL images, arrays or paths.")
+    return to_rgb(image)
+
+
+def _read_sidecar(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise AdapterError(f"{path}: the sidecar is damaged ({error}). Delete it to use the defaults.") from error
+    if not isinstance(settings, dict):
+        raise AdapterError(f"{path}: the sidecar must hold a JSON object.")
+    if settings.get("metric", "cosine") not in ("cosine", "euclidean"):
+        raise AdapterError(f"{path}: unknown metric {settings['metric']!r}; this version knows cosine and euclidean.")
+    return settings

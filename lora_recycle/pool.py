@@ -1,0 +1,281 @@
+"""AdapterPool: many adapters and their heads on one frozen backbone."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from peft import get_peft_model, set_peft_model_state_dict
+from tqdm.auto import tqdm
+
+from .backbones import Backbone
+from .errors import AdapterError
+from .hub.adapters import AdapterInfo, LoadedAdapter, find_adapters, load_adapter, pull_adapter
+
+
+#: Initialisations that leave the base weights alone, so that the delta is scale * B A and nothing else.
+_PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva", None)
+
+
+@dataclasses.dataclass
+class Adapter:
+    """One adapter as changes of the backbone's weights, with its head.
+
+    `factors` maps a module to (B, A) with delta W = B A, shapes (out, r) and (r, in). A change of full rank, from an
+    adapter that is no plain LoRA, has r = in and A = identity. `others` maps a parameter (bias, norm) to its change.
+    """
+
+    info: AdapterInfo
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    others: dict[str, torch.Tensor]
+    head_weight: torch.Tensor | None
+    head_bias: torch.Tensor | None
+
+    @property
+    def num_classes(self) -> int:
+        return 0 if self.head_weight is None else len(self.head_weight)
+
+    def label(self, index: int) -> str:
+        return self.info.labels[index] if self.info.labels else f"class {index}"
+
+    def logits(self, head_features: torch.Tensor) -> torch.Tensor:
+        """(B, `head_size`) to (B, C) through the adapter's own head."""
+        if self.head_weight is None:
+            raise AdapterError(f"{self.info.name}: has no classification head, so it cannot say what an image shows.")
+        weight, bias = self.head_weight.to(head_features), self.head_bias
+        return F.linear(head_features, weight, None if bias is None else bias.to(head_features))
+
+
+def to_adapter(loaded: LoadedAdapter, backbone: Backbone) -> Adapter:
+    """Turn PEFT tensors into weight changes: in closed form for plain LoRA, by merging for every other type."""
+    config = loaded.peft_config
+    plain = (
+        loaded.info.peft_type == "LORA"
+        and not getattr(config, "use_dora", False)
+        and getattr(config, "bias", "none") == "none"
+        and getattr(config, "init_lora_weights", True) in _PLAIN_INITS
+    )
+    factors, others = _lora_factors(loaded) if plain else _merged_changes(loaded, backbone)
+    return Adapter(loaded.info, factors, others, loaded.head_weight, loaded.head_bias)
+
+
+def _lora_factors(loaded: LoadedAdapter):
+    config, factors = loaded.peft_config, {}
+    for key, a in loaded.state_dict.items():
+        if not key.endswith(".lora_A.weight"):
+            continue
+        module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        b, rank = loaded.state_dict[key.replace(".lora_A.", ".lora_B.")], a.shape[0]
+        alpha = (config.alpha_pattern or {}).get(module, config.lora_alpha)
+        scale = alpha / (rank**0.5 if config.use_rslora else rank)
+        factors[module] = (b * scale, a)
+    return factors, {}
+
+
+def _merged_changes(loaded: LoadedAdapter, backbone: Backbone):
+    base = {name: p.detach().float().cpu() for name, p in backbone.model.named_parameters()}
+    wrapped = get_peft_model(copy.deepcopy(backbone.model).float().cpu(), loaded.peft_config)
+    set_peft_model_state_dict(wrapped, loaded.state_dict)
+    try:
+        merged = wrapped.eval().merge_and_unload()
+    except (AttributeError, NotImplementedError, ValueError, TypeError) as error:
+        raise AdapterError(
+            f"{loaded.info.name}: adapters of type {loaded.info.peft_type} cannot be merged into weights ({error})."
+        ) from error
+    factors, others = {}, {}
+    for name, parameter in merged.named_parameters():
+        change = parameter.detach().float() - base[name]
+        if not change.any():
+            continue
+        if change.ndim == 2 and name.endswith(".weight"):
+            factors[name.removesuffix(".weight")] = (change, torch.eye(change.shape[1]))
+        else:
+            others[name] = change
+    return factors, others
+
+
+def truncate(b: torch.Tensor, a: torch.Tensor, rank: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best approximation of B A at `rank` (Eckart-Young), both factors carrying the root of the spectrum.
+
+    B A is formed only where that is the smaller computation.
+    """
+    if b.shape[1] < min(b.shape[0], a.shape[1]):
+        q_b, r_b = torch.linalg.qr(b)
+        q_a, r_a = torch.linalg.qr(a.T)
+        u, s, vh = torch.linalg.svd(r_b @ r_a.T)
+        u, vh = q_b @ u, vh @ q_a.T
+    else:
+        u, s, vh = torch.linalg.svd(b @ a, full_matrices=False)
+    rank = min(len(s), rank or len(s))
+    root = s[:rank].sqrt()
+    return u[:, :rank] * root, root[:, None] * vh[:rank]
+
+
+class AdapterPool:
+    """Adapters of one base model.
+
+    Args:
+        backbone ([`Backbone`]): the frozen network that they adapt.
+        adapters (`list[Adapter]`): at least one.
+    """
+
+    def __init__(self, backbone: Backbone, adapters: Sequence[Adapter]):
+        if not adapters:
+            raise AdapterError("A pool needs at least one adapter.")
+        self.backbone, self.adapters = backbone, list(adapters)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        sources: str | Path | Sequence[str | Path],
+        base_model: str | Path | None = None,
+        *,
+        backbone: Backbone | None = None,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        progress: bool = False,
+    ) -> AdapterPool:
+        """Read adapters from a folder of PEFT folders, or from a list of folders and repo ids.
+
+        The base model is taken from the adapters, which must agree, unless `base_model` or `backbone` is given.
+
+        Raises:
+            AdapterError: an adapter is missing, damaged, or made for another base model.
+        """
+        hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        names = [sources] if isinstance(sources, (str, Path)) else list(sources)
+        paths = [p for name in names for p in (find_adapters(name) if Path(name).is_dir() else [name])]
+        infos = [pull_adapter(path, **hub) for path in paths]
+        if backbone is None:
+            base = base_model or _agreed_base(infos)
+            revision = None if base_model else infos[0].base_revision
+            backbone = Backbone.from_pretrained(base, revision=revision, device=device, dtype=dtype, **hub)
+        bar = tqdm(infos, desc="adapters", disable=not progress)
+        return cls(backbone, [to_adapter(load_adapter(info, backbone.model), backbone) for info in bar])
+
+    def __len__(self) -> int:
+        return len(self.adapters)
+
+    def __getitem__(self, index: int) -> Adapter:
+        return self.adapters[index]
+
+    def subset(self, indices: Sequence[int]) -> AdapterPool:
+        return AdapterPool(self.backbone, [self.adapters[i] for i in indices])
+
+    @contextlib.contextmanager
+    def folded(self, adapters: Sequence[Adapter] | int | None = None) -> Iterator[Backbone]:
+        """The backbone with one adapter, or the exact average of several (all by default), folded into its weights.
+
+        The forward costs what the bare backbone costs. The original weights come back bit by bit.
+        """
+        if isinstance(adapters, int):
+            adapters = [self.adapters[adapters]]
+        adapters = self.adapters if adapters is None else adapters
+        parameters = dict(self.backbone.model.named_parameters())
+        saved = {}
+
+        def change(name: str, delta: torch.Tensor) -> None:
+            saved.setdefault(name, parameters[name].data.clone())
+            parameters[name].data += delta.to(parameters[name]) / len(adapters)
+
+        try:
+            for module in sorted({m for adapter in adapters for m in adapter.factors}):
+                present = [adapter.factors[module] for adapter in adapters if module in adapter.factors]
+                change(f"{module}.weight", torch.cat([b for b, _ in present], 1) @ torch.cat([a for _, a in present]))
+            for adapter in adapters:
+                for name, delta in adapter.others.items():
+                    change(name, delta)
+            yield self.backbone
+        finally:
+            for name, value in saved.items():
+                parameters[name].data.copy_(value)
+
+    def average(
+        self, rank: int | None = None, indices: Sequence[int] | None = None
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """The exact mean of the weight changes, module to (B, A), cut to `rank` by SVD.
+
+        Averaging the factors themselves would not be the average of what the adapters do. Changes of biases and norms
+        are left out, a LoRA cannot carry them.
+        """
+        chosen = self.adapters if indices is None else [self.adapters[i] for i in indices]
+        result = {}
+        for module in sorted({m for adapter in chosen for m in adapter.factors}):
+            present = [adapter.factors[module] for adapter in chosen if module in adapter.factors]
+            b = torch.cat([b for b, _ in present], 1) / len(chosen)
+            result[module] = truncate(b, torch.cat([a for _, a in present]), rank)
+        return result
+
+    def similarity(self) -> torch.Tensor:
+        """Cosine between the adapters' weight changes, all layers flattened: (T, T), without forming a change."""
+        gram = torch.zeros(len(self), len(self), dtype=torch.float64)
+        for module in sorted({m for adapter in self.adapters for m in adapter.factors}):
+            owners = [i for i, adapter in enumerate(self.adapters) if module in adapter.factors]
+            factors = [self.adapters[i].factors[module] for i in owners]
+            b, a = torch.cat([b for b, _ in factors], 1), torch.cat([a for _, a in factors])
+            products = ((b.T @ b) * (a @ a.T)).double()  # <B1 A1, B2 A2> = sum (B1^T B2) * (A1 A2^T)
+            ranks = torch.tensor([b.shape[1] for b, _ in factors])
+            owner = F.one_hot(torch.tensor(owners).repeat_interleave(ranks), len(self)).double()
+            gram += owner.T @ products @ owner
+        norm = gram.diagonal().clamp_min(1e-30).sqrt()
+        return (gram / norm[:, None] / norm).float()
+
+    def groups(self, max_groups: int = 8) -> list[list[int]]:
+        """Adapters that belong together by the similarity of their weight changes (average linkage).
+
+        The tree is cut where the similarity of the merged groups falls by the largest factor; a pool whose merges
+        fall evenly stays one group.
+        """
+        from scipy.cluster.hierarchy import fcluster, linkage
+        from scipy.spatial.distance import squareform
+
+        if len(self) < 3:
+            return [list(range(len(self)))]
+        distance = (1 - self.similarity()).clamp_min(0).fill_diagonal_(0)
+        tree = linkage(squareform(distance.double().numpy(), checks=False), method="average")
+        merged_at = (1 - torch.tensor(tree[:, 2])).clamp_min(1e-4)  # similarity of each merge, falling
+        top = merged_at[-(max_groups + 1) :]
+        ratio = top[:-1] / top[1:]
+        best = int(ratio.argmax())
+        count = len(top) - best if ratio[best] > 1.5 else 1
+        label = fcluster(tree, count, criterion="maxclust")
+        found = [[i for i, v in enumerate(label) if v == g] for g in sorted(set(label))]
+        return sorted(found, key=lambda group: (-len(group), group))
+
+    def randomized(self, seed: int = 0) -> AdapterPool:
+        """A control: every weight change replaced by a random one of the same rank and Frobenius norm."""
+        generator = torch.Generator().manual_seed(seed)
+        adapters = []
+        for adapter in self.adapters:
+            factors = {}
+            for module, (b, a) in adapter.factors.items():
+                rank = min(b.shape[1], 16)
+                new_b = torch.randn(b.shape[0], rank, generator=generator)
+                new_a = torch.randn(rank, a.shape[1], generator=generator)
+                scale = torch.linalg.norm(b @ a) / torch.linalg.norm(new_b @ new_a)
+                factors[module] = (new_b * scale, new_a)
+            adapters.append(dataclasses.replace(adapter, factors=factors, others={}))
+        return AdapterPool(self.backbone, adapters)
+
+
+def _agreed_base(infos: Sequence[AdapterInfo]) -> str:
+    """The base model that all adapters name; `AdapterError` where they differ or name none."""
+    bases = {(info.base_model, info.base_revision): info.name for info in infos}
+    if len(bases) > 1:
+        (one, first), (two, second) = [(b, n) for (b, _), n in bases.items()][:2]
+        raise AdapterError(
+            f"{first} is made for {one} and {second} for {two} (or another revision of it): "
+            "a pool has one base model. Leave one out, or pass base_model=... if they are the same."
+        )
+    base = next(iter(bases))[0]
+    if not base:
+        raise AdapterError(f"{infos[0].name}: adapter_config.json names no base model. Pass base_model=...")
+    return base

@@ -1,0 +1,30 @@
+"""Class centres (prototypical networks, arXiv 1703.05175), for training and for use."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def class_sums(features: torch.Tensor, labels: torch.Tensor, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of the embeddings of each class and their number: (N, D), int64 (N,) to (C, D), (C,)."""
+    sums = features.new_zeros(num_classes, features.shape[1]).index_add_(0, labels, features)
+    return sums, torch.bincount(labels, minlength=num_classes).to(features)
+
+
+def class_centres(features: torch.Tensor, labels: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Mean embedding of each class: (N, D), int64 (N,) to (C, D)."""
+    sums, counts = class_sums(features, labels, num_classes)
+    return sums / counts[:, None].clamp_min(1)
+
+
+def centre_logits(
+    features: torch.Tensor, centres: torch.Tensor, metric: str = "cosine", temperature: float = 1.0
+) -> torch.Tensor:
+    """Scores of embeddings against class centres: (Q, D), (C, D) to (Q, C).
+
+    Euclidean: minus the distance, not squared (Eq. 3 of LoRA Recycle). Cosine: the cosine similarity.
+    """
+    if metric == "euclidean":
+        return -torch.cdist(features, centres) / temperature
+    return F.normalize(features, dim=-1) @ F.normalize(centres, dim=-1).T / temperature

@@ -1,0 +1,71 @@
+"""Token selection: pure functions on tensors, and the attention that shows which patches CLS looks at.
+
+Eq. 5 of LoRA Recycle (arXiv 2412.02220): a patch is worth the attention that CLS pays it, averaged over heads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+
+ATTENTION_NAME = "lora_recycle_sdpa"
+
+
+class ClsAttention:
+    """Holds the CLS row that the last attention computed while it was being recorded: (B, T), mean over heads."""
+
+    row: torch.Tensor | None = None
+    recording = False
+
+
+def sdpa_with_cls_row(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """SDPA that also keeps softmax(q_cls k^T), the one row of the map that token pruning needs.
+
+    `query`, `key`, `value` are (B, heads, T, head_dim). The row carries no gradient.
+    """
+    recorder = getattr(module, "cls_attention", None)
+    if recorder is not None and recorder.recording:
+        with torch.no_grad():
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            scores = (query[:, :, :1] @ key.transpose(-1, -2)).float() * scale  # (B, heads, 1, T)
+            recorder.row = scores.softmax(-1).mean(1)[:, 0]
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+AttentionInterface.register(ATTENTION_NAME, sdpa_with_cls_row)
+
+
+@contextlib.contextmanager
+def record_cls_attention(layer: torch.nn.Module) -> Iterator[ClsAttention]:
+    """Record the CLS row of the attention inside one transformer layer."""
+    recorder = ClsAttention()
+    recorder.recording = True
+    attention = [m for m in layer.modules() if hasattr(m, "scaling") and hasattr(m, "is_causal")]
+    for module in attention:
+        module.cls_attention = recorder
+    try:
+        yield recorder
+    finally:
+        for module in attention:
+            del module.cls_attention
+
+
+def num_kept(num_patches: int, keep_ratio: float) -> int:
+    """Patches kept of `num_patches` at a keep ratio in (0, 1]: at least one."""
+    return max(1, round(num_patches * keep_ratio))
+
+
+def select_top(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """The positions of the `k` largest scores of each row, ascending: (B, P) to int64 (B, k)."""
+    return scores.topk(k, dim=-1, sorted=False).indices.sort(-1).values
+
+
+def keep_tokens(hidden: torch.Tensor, kept: torch.Tensor, num_prefix: int) -> torch.Tensor:
+    """Prefix tokens and the kept patches: (B, num_prefix + P, D), (B, k) to (B, num_prefix + k, D)."""
+    index = (kept + num_prefix)[..., None].expand(-1, -1, hidden.shape[-1])
+    return torch.cat([hidden[:, :num_prefix], hidden.gather(1, index)], dim=1)

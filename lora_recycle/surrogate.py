@@ -1,0 +1,247 @@
+"""SurrogateDataset: a folder of safetensors shards, one for each adapter, and a manifest.
+
+manifest.json            config, sources with commits, image processor, checksums, scores
+shards/<adapter>.safetensors
+    pixels           uint8   (N, 3, H, W)
+    labels           int64   (N,)          class of the adapter's own head
+    teacher_logits   float32 (N, C)        taken on the stored pixels
+    teacher_features float16 (N, D)        taken on the stored pixels
+    kept_tokens      int16   (N, K)        only where tokens were pruned
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .errors import DataError
+
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+_REQUIRED = {
+    "pixels": (torch.uint8, 4),
+    "labels": (torch.int64, 1),
+    "teacher_logits": (torch.float32, 2),
+    "teacher_features": (torch.float16, 2),
+}
+
+
+@dataclasses.dataclass
+class Shard:
+    """The surrogate images of one adapter. Shapes as in the module's description."""
+
+    adapter: dict[str, Any]
+    pixels: torch.Tensor
+    labels: torch.Tensor
+    teacher_logits: torch.Tensor
+    teacher_features: torch.Tensor
+    kept_tokens: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def label_names(self) -> list[str]:
+        names = self.adapter.get("labels")
+        return list(names) if names else [f"class {i}" for i in range(self.teacher_logits.shape[1])]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the images that their own adapter classifies as intended."""
+        return (self.teacher_logits.argmax(1) == self.labels).float().mean().item()
+
+    @property
+    def confidence(self) -> float:
+        """Mean probability that the adapter gives the intended class."""
+        probabilities = self.teacher_logits.softmax(1).gather(1, self.labels[:, None])
+        return probabilities.mean().item()
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Write a file that is either whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+
+
+def _sha256(file) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def save_shard(path: Path, shard: Shard, config_id: str) -> None:
+    """Write one shard atomically; its header names the adapter and the configuration it was made with."""
+    tensors = {name: getattr(shard, name).contiguous() for name in _REQUIRED}
+    if shard.kept_tokens is not None:
+        tensors["kept_tokens"] = shard.kept_tokens.contiguous()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    metadata = {"adapter": json.dumps(shard.adapter, sort_keys=True), "config_id": config_id}
+    try:
+        save_file(tensors, partial, metadata=metadata)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_shard(path: Path) -> Shard:
+    """Read one shard. Raises `DataError` where it is missing, damaged or of another form."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            names = set(file.keys())
+            missing = sorted(set(_REQUIRED) - names)
+            if missing or "adapter" not in metadata:
+                raise DataError(f"{path}: not a surrogate shard, {missing or ['adapter']} is missing.")
+            for name, (_, ndim) in _REQUIRED.items():
+                if len(file.get_slice(name).get_shape()) != ndim:
+                    raise DataError(f"{path}: tensor {name} must have {ndim} dimensions.")
+            tensors = {name: file.get_tensor(name) for name in names if name in _REQUIRED or name == "kept_tokens"}
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path}: the shard is missing or damaged ({error}). Run invert again.") from error
+    for name, (dtype, _) in _REQUIRED.items():
+        if tensors[name].dtype != dtype or len(tensors[name]) != len(tensors["pixels"]):
+            raise DataError(f"{path}: tensor {name} has the wrong type or number of rows.")
+    return Shard(json.loads(metadata["adapter"]), **tensors)
+
+
+def shard_config_id(path: Path) -> str | None:
+    """The configuration that an existing shard was made with; None where there is no readable shard."""
+    with contextlib.suppress(OSError, SafetensorError):
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("config_id")
+    return None
+
+
+class SurrogateDataset:
+    """Surrogate images of a pool, read shard by shard.
+
+    Args:
+        folder: where `manifest.json` lies.
+        manifest: its content.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]):
+        self.folder, self.manifest = Path(folder), manifest
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> SurrogateDataset:
+        """Open a surrogate folder, or a data set repo on the Hub. Raises `DataError` where there is none."""
+        folder = Path(repo_or_path)
+        if not folder.is_dir():
+            from huggingface_hub import snapshot_download
+
+            try:
+                folder = Path(
+                    snapshot_download(
+                        str(repo_or_path),
+                        repo_type="dataset",
+                        revision=revision,
+                        token=token,
+                        cache_dir=cache_dir,
+                        local_files_only=local_files_only,
+                        allow_patterns=[MANIFEST, "shards/*.safetensors", "README.md"],
+                    )
+                )
+            except Exception as error:  # the client raises a dozen types, all meaning that it is not to be had
+                reason = str(error).strip().splitlines()[0]
+                raise DataError(f"{repo_or_path}: no such surrogate folder or data set repo ({reason}).") from error
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            if manifest["format_version"] > FORMAT_VERSION:
+                raise DataError(f"{folder}: written by a newer version of lora_recycle. Upgrade it.")
+            files = [entry["file"] for entry in manifest["shards"]]
+        except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+            raise DataError(f"{folder}: no readable {MANIFEST} ({error!r}). Is the inversion finished?") from error
+        if any(Path(f).is_absolute() or ".." in Path(f).parts for f in files):
+            raise DataError(f"{folder}: {MANIFEST} names a file outside the folder.")
+        return cls(folder, manifest)
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return sum(entry["num_images"] for entry in self.manifest["shards"])
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.manifest["shards"])
+
+    def shard(self, index: int, verify: bool = False) -> Shard:
+        """One adapter's images; `verify` compares the file with the manifest's checksum."""
+        entry = self.manifest["shards"][index]
+        path = self.folder / entry["file"]
+        if verify and (not path.is_file() or file_sha256(path) != entry["sha256"]):
+            raise DataError(f"{path}: missing, or not the file that {MANIFEST} describes. Run invert again.")
+        return load_shard(path)
+
+    def to_dataset(self):
+        """A `datasets.Dataset` with `image`, `label` (`ClassLabel`, "<adapter>/<class>") and `adapter`."""
+        import datasets
+        from PIL import Image
+
+        shards = [self.shard(i) for i in range(self.num_shards)]
+        names = [f"{shard.adapter['name']}/{name}" for shard in shards for name in shard.label_names]
+        offsets = [0]
+        for shard in shards:
+            offsets.append(offsets[-1] + len(shard.label_names))
+
+        def rows():
+            for shard, offset in zip(shards, offsets, strict=False):
+                for pixels, label in zip(shard.pixels, shard.labels.tolist(), strict=True):
+                    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+                    yield {"image": image, "label": offset + label, "adapter": shard.adapter["name"]}
+
+        features = {
+            "image": datasets.Image(),
+            "label": datasets.ClassLabel(names=names),
+            "adapter": datasets.Value("string"),
+        }
+        return datasets.Dataset.from_list(list(rows()), features=datasets.Features(features))
+
+
+def write_manifest(folder: Path, header: dict[str, Any], files: list[Path]) -> SurrogateDataset:
+    """Describe finished shards and write the manifest atomically."""
+    entries = []
+    for path in files:
+        shard = load_shard(path)
+        entries.append(
+            {
+                "file": path.relative_to(folder).as_posix(),
+                "sha256": file_sha256(path),
+                "num_images": len(shard),
+                "accuracy": round(shard.accuracy, 4),
+                "confidence": round(shard.confidence, 4),
+                "adapter": shard.adapter,
+            }
+        )
+    manifest = {"format_version": FORMAT_VERSION, **header, "shards": entries}
+    atomic_write(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+    return SurrogateDataset(folder, manifest)

@@ -1,0 +1,228 @@
+"""Make a pool: tune adapters with heads on the classes of a labelled data set and save them as anyone publishes them.
+
+This is the answer to "where do I get the LoRAs?". Nothing later in the library reads the images again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import shutil
+from pathlib import Path
+
+import peft
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from tqdm.auto import tqdm
+from transformers import AutoModelForImageClassification
+
+from .backbones import Backbone, extract_features
+from .configuration import RecipeConfig, field, require_choices
+from .embedded import backbone_name, resolve_backbone
+from .errors import DataError
+from .images import LabelledImages, load_labelled_images
+from .sparsity import num_kept
+
+
+@dataclasses.dataclass
+class TuningConfig(RecipeConfig):
+    """How `tune-pool` tunes its adapters."""
+
+    tasks: int = field(10, "adapters to make, each on its own draw of classes")
+    classes: int = field(10, "classes of each task")
+    images_per_class: int = field(200, "training images of each class, fewer where the set has fewer")
+    held_out: int = field(20, "images of each class kept back to measure the adapter, at most a fifth of the class")
+    epochs: int = field(4, "passes over the training images")
+    lr: float = field(2e-3, "peak step size of AdamW; warm-up of 5 % and cosine decay")
+    batch_size: int = field(32, "images of a step")
+    peft_type: str = field("LORA", "adapter type", ("LORA", "DORA", "LOHA", "LOKR"))
+    rank: int = field(8, "rank of the adapter")
+    targets: str = field("all", "which linear layers: all, or leaf names with commas, as in q_proj,v_proj")
+    keep_ratio: float = field(0.5, "share of the patches that each image shows before the last epoch (speed)")
+    flip: bool = field(True, "mirror half of the images; switch it off where left and right matter")
+    seed: int = field(0, "seed of the class draws, the order and the initial weights")
+
+    def check(self) -> None:
+        require_choices(self)
+        for name in ("tasks", "classes", "images_per_class", "epochs", "batch_size", "rank"):
+            self.require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        self.require(self.classes >= 2, f"classes must be at least 2, got {self.classes}")
+        self.require(0 < self.keep_ratio <= 1, f"keep_ratio must be in (0, 1], got {self.keep_ratio}")
+
+
+def adapter_config(config: TuningConfig, model: torch.nn.Module) -> peft.PeftConfig:
+    """The PEFT configuration for one adapter with its head."""
+    linear = {name.split(".")[-1] for name, m in model.base_model.named_modules() if isinstance(m, torch.nn.Linear)}
+    targets = sorted(linear) if config.targets == "all" else [t.strip() for t in config.targets.split(",")]
+    unknown = sorted(set(targets) - linear)
+    config.require(not unknown, f"targets: {unknown[:1]} is no linear layer here ({', '.join(sorted(linear))})")
+    common = {"target_modules": targets, "modules_to_save": ["classifier"], "r": config.rank}
+    if config.peft_type in ("LORA", "DORA"):
+        return peft.LoraConfig(lora_alpha=2 * config.rank, use_dora=config.peft_type == "DORA", **common)
+    return {"LOHA": peft.LoHaConfig, "LOKR": peft.LoKrConfig}[config.peft_type](alpha=2 * config.rank, **common)
+
+
+def augment(pixels: torch.Tensor, flip: bool, generator: torch.Generator, reach: int = 4) -> torch.Tensor:
+    """A random shift of up to `reach` pixels and, with `flip`, a mirror image: (B, 3, H, W) to the same."""
+    batch, _, height, width = pixels.shape
+    padded = F.pad(pixels, (reach,) * 4, mode="replicate")
+    dy, dx = torch.randint(0, 2 * reach + 1, (2, batch, 1), generator=generator)
+    rows, columns = dy + torch.arange(height), dx + torch.arange(width)
+    if flip:
+        mirrored = torch.rand(batch, 1, generator=generator) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    index = torch.arange(batch)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def split_task(data: LabelledImages, classes: list[int], config: TuningConfig, generator: torch.Generator):
+    """Training and held-out images of a task, labels renumbered: ((N, 3, H, W), (N,)) twice."""
+    train, held = [], []
+    by_class = data.by_class()
+    for new, old in enumerate(classes):
+        index = by_class[old][torch.randperm(len(by_class[old]), generator=generator)]
+        k = min(config.held_out, max(1, len(index) // 5))
+        if len(index) <= k:
+            raise DataError(f"{data.name}: class {data.label_names[old]!r} has {len(index)} image: two are needed.")
+        held += [(i, new) for i in index[:k].tolist()]
+        train += [(i, new) for i in index[k : k + config.images_per_class].tolist()]
+    return [(data.pixels[[i for i, _ in part]], torch.tensor([y for _, y in part])) for part in (train, held)]
+
+
+def class_centre_accuracy(view: Backbone, train, held) -> float:
+    """Held-out accuracy (per cent) of class centres, cosine, on the frozen backbone: what an adapter must beat."""
+    (images, labels), (held_images, held_labels) = train, held
+    features = F.normalize(extract_features(view, images), dim=-1)
+    centres = torch.stack([features[labels == c].mean(0) for c in labels.unique()])
+    scores = F.normalize(extract_features(view, held_images), dim=-1) @ F.normalize(centres, dim=-1).T
+    return (scores.argmax(1) == held_labels).float().mean().item() * 100
+
+
+def tune_adapter(
+    data: LabelledImages, classes: list[int], output: Path, config: TuningConfig, base_model: str, seed: int
+) -> dict[str, float]:
+    """Tune one adapter with its head on `classes` of `data` and save it with PEFT into `output`.
+
+    Returns its held-out accuracy and that of frozen class centres, in per cent. The folder appears when it is whole.
+    """
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    names = [data.label_names[c] for c in classes]
+    model = AutoModelForImageClassification.from_pretrained(
+        resolve_backbone(base_model), num_labels=len(classes), id2label=dict(enumerate(names))
+    )
+    view = Backbone(model.base_model, Backbone.from_pretrained(base_model).processor, base_model)
+    train, held = split_task(data, classes, config, generator)
+    frozen = class_centre_accuracy(view, train, held)
+    wrapped = peft.get_peft_model(model, adapter_config(config, model))
+    _fit(wrapped, view, *train, config, generator)
+    accuracy = _accuracy(wrapped, view, *held)
+    wrapped.peft_config["default"].base_model_name_or_path = base_model
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.half()
+    partial = output.with_name(f".{output.name}.{os.getpid()}")
+    wrapped.save_pretrained(partial)
+    results = {"accuracy": round(accuracy, 2), "frozen_class_centres": round(frozen, 2)}
+    (partial / "README.md").write_text(_card(output.name, base_model, data.name, names, results, config))
+    if output.exists():
+        shutil.rmtree(output)
+    partial.rename(output)
+    return results
+
+
+def _logits(wrapped, view: Backbone, pixel_values: torch.Tensor, kept=None) -> torch.Tensor:
+    hidden, _ = view(pixel_values, kept)
+    return wrapped.base_model.model.classifier(view.pool_for_head(hidden))
+
+
+def _fit(wrapped, view: Backbone, images, labels, config: TuningConfig, generator: torch.Generator) -> None:
+    parameters = [p for p in wrapped.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.01)
+    per_epoch = math.ceil(len(images) / config.batch_size)
+    steps, patches = per_epoch * config.epochs, view.num_patches
+    for step in range(steps):
+        if step % per_epoch == 0:
+            order = torch.randperm(len(images), generator=generator)
+        index = order[(step % per_epoch) * config.batch_size :][: config.batch_size]
+        kept = None
+        if config.keep_ratio < 1 and step < steps - per_epoch:
+            k = num_kept(patches, config.keep_ratio)
+            kept = torch.rand(len(index), patches, generator=generator).argsort(1)[:, :k]
+        pixels = view.normalize(augment(images[index], config.flip, generator))
+        warmup = min(1.0, (step + 1) / (0.05 * steps + 1))
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * warmup * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        loss = F.cross_entropy(_logits(wrapped, view, pixels, kept), labels[index])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+
+@torch.inference_mode()
+def _accuracy(wrapped, view: Backbone, images, labels) -> float:
+    wrapped.eval()
+    logits = torch.cat([_logits(wrapped, view, view.normalize(part)) for part in images.split(128)])
+    return (logits.argmax(1) == labels).float().mean().item() * 100
+
+
+def _card(name, base_model, data_name, labels, results, config: TuningConfig) -> str:
+    """A model card as people write them; `id2label` in its header is where the class names survive."""
+    import yaml
+
+    header = {
+        "library_name": "peft",
+        "base_model": base_model,
+        "pipeline_tag": "image-classification",
+        "tags": ["lora", "image-classification"],
+        "id2label": dict(enumerate(labels)),
+    }
+    lines = [
+        "---",
+        yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip(),
+        "---",
+        f"# {name}",
+        f"{config.peft_type} adapter (rank {config.rank}, layers: {config.targets}) of `{base_model}` with a head for "
+        f"{len(labels)} classes, tuned on images of `{data_name}`.",
+        f"Accuracy on held-out images of these classes: {results['accuracy']:.1f} % "
+        f"(class centres on the frozen backbone: {results['frozen_class_centres']:.1f} %).",
+    ]
+    return "\n\n".join(["\n".join(lines[:3]), *lines[3:]]) + "\n"
+
+
+def tune_pool(
+    data_path: str | Path,
+    output_dir: str | Path,
+    config: TuningConfig,
+    base_model: str = "demo",
+    progress: bool = True,
+) -> list[dict]:
+    """Tune `config.tasks` adapters on random draws of classes. Finished adapters are kept when it is run again.
+
+    Several processes (`accelerate launch`) share the tasks. Raises `DataError` where the data has too few classes.
+    """
+    state, output_dir = PartialState(), Path(output_dir)
+    backbone = Backbone.from_pretrained(base_model)
+    data = load_labelled_images(data_path, backbone.image_size, backbone.processor.resample, seed=config.seed)
+    available = sorted(data.by_class())
+    if len(available) < config.classes:
+        raise DataError(f"{data.name} has {len(available)} classes, fewer than the {config.classes} of a task.")
+    base_name = backbone_name(base_model)
+    mine, results = range(state.process_index, config.tasks, state.num_processes), []
+    for task in tqdm(mine, desc="tune-pool", disable=not (progress and state.is_main_process)):
+        target = output_dir / f"{data.name.replace('/', '-')}-{task:03d}"
+        if (target / "adapter_config.json").exists():
+            continue
+        draw = torch.Generator().manual_seed(config.seed * 100_003 + task)
+        classes = [available[i] for i in torch.randperm(len(available), generator=draw)[: config.classes].tolist()]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        results.append(
+            {
+                "adapter": str(target),
+                **tune_adapter(data, classes, target, config, base_name, config.seed * 100_003 + task),
+            }
+        )
+    return results
