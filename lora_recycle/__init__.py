@@ -18,7 +18,7 @@ _LAZY = {
     "MetaLoRAForFewShotClassification": "modeling.meta_lora",
     "MetaLoraTrainer": "distillation.trainer",
     "SurrogateDataset": "surrogate",
-    "TuningConfig": "tuning",
+    "TuningConfig": "tuning_config",
     "evaluate": "evaluation.benchmark",
     "pull_adapter": "hub.adapters",
     "tune_pool": "tuning",

@@ -146,7 +146,7 @@ class Backbone(nn.Module):
 
     def embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Tokens before the first layer: (B, 3, H, W) to (B, prefix + P, D)."""
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or pixel_values.shape[-1] != self.image_size:
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, self.image_size, self.image_size):
             raise DataError(
                 f"{self.name} takes images of shape (B, 3, {self.image_size}, {self.image_size}), "
                 f"got {tuple(pixel_values.shape)}. Pass images through its image processor first."

@@ -36,7 +36,7 @@ class RecipeConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "the recipe"):
         names = [f.name for f in dataclasses.fields(cls)]
-        unknown = sorted(set(values) - set(names))
+        unknown = sorted(set(values) - set(names), key=str)
         if unknown:
             raise ConfigError(
                 f"{where}: unknown key {unknown[0]!r} for {cls.__name__}. Known keys: {', '.join(names)}."

@@ -162,7 +162,7 @@ def _open_folder(folder: Path, split: str | None, labelled: bool) -> _Source:
         chosen = _choose_split(list(splits), split, folder)
         return _table(_read_parquet(splits[chosen]), f"{folder.name}/{chosen}", labelled)
     if not labelled:
-        paths = _images_below(folder, "no images below this folder.")
+        paths = images_below(folder, "no images below this folder.")
         return _Source(folder.name, len(paths), _fetch_paths(paths))
     return _class_folders(folder, split)
 
@@ -176,7 +176,7 @@ def _class_folders(folder: Path, split: str | None) -> _Source:
         raise DataError(f"{folder}: expected one folder of images for each class, found no folder.")
     paths, labels = [], []
     for label, entry in enumerate(classes):
-        found = _images_below(entry, "this class folder holds no images. Remove it or fill it.")
+        found = images_below(entry, "this class folder holds no images. Remove it or fill it.")
         paths += found
         labels += [label] * len(found)
     return _Source(name, len(paths), _fetch_paths(paths), torch.tensor(labels), [entry.name for entry in classes])
@@ -186,7 +186,7 @@ def _subfolders(folder: Path) -> list[Path]:
     return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _images_below(folder: Path, complaint: str) -> list[Path]:
+def images_below(folder: Path, complaint: str) -> list[Path]:
     known = Image.registered_extensions()
     found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in known and not p.name.startswith("."))
     if not found:

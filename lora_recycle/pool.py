@@ -59,6 +59,7 @@ def to_adapter(loaded: LoadedAdapter, backbone: Backbone) -> Adapter:
         and not getattr(config, "use_dora", False)
         and getattr(config, "bias", "none") == "none"
         and getattr(config, "init_lora_weights", True) in _PLAIN_INITS
+        and all(k.endswith((".lora_A.weight", ".lora_B.weight")) and t.ndim == 2 for k, t in loaded.state_dict.items())
     )
     factors, others = _lora_factors(loaded) if plain else _merged_changes(loaded, backbone)
     return Adapter(loaded.info, factors, others, loaded.head_weight, loaded.head_bias)

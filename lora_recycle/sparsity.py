@@ -45,7 +45,7 @@ def record_cls_attention(layer: torch.nn.Module) -> Iterator[ClsAttention]:
     """Record the CLS row of the attention inside one transformer layer."""
     recorder = ClsAttention()
     recorder.recording = True
-    attention = [m for m in layer.modules() if hasattr(m, "scaling") and hasattr(m, "is_causal")]
+    attention = [m for m in layer.modules() if hasattr(m, "is_causal")]
     for module in attention:
         module.cls_attention = recorder
     try:

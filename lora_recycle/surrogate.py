@@ -97,7 +97,8 @@ def save_shard(path: Path, shard: Shard, config_id: str) -> None:
         tensors["kept_tokens"] = shard.kept_tokens.contiguous()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    metadata = {"adapter": json.dumps(shard.adapter, sort_keys=True), "config_id": config_id}
+    # one entry: safetensors writes several in random order, and the same images must give the same bytes
+    metadata = {"shard": json.dumps({"adapter": shard.adapter, "config_id": config_id}, sort_keys=True)}
     try:
         save_file(tensors, partial, metadata=metadata)
         os.replace(partial, path)
@@ -112,8 +113,8 @@ def load_shard(path: Path) -> Shard:
             metadata = file.metadata() or {}
             names = set(file.keys())
             missing = sorted(set(_REQUIRED) - names)
-            if missing or "adapter" not in metadata:
-                raise DataError(f"{path}: not a surrogate shard, {missing or ['adapter']} is missing.")
+            if missing or "shard" not in metadata:
+                raise DataError(f"{path}: not a surrogate shard, {(missing or ['its header'])[0]} is missing.")
             for name, (_, ndim) in _REQUIRED.items():
                 if len(file.get_slice(name).get_shape()) != ndim:
                     raise DataError(f"{path}: tensor {name} must have {ndim} dimensions.")
@@ -123,14 +124,14 @@ def load_shard(path: Path) -> Shard:
     for name, (dtype, _) in _REQUIRED.items():
         if tensors[name].dtype != dtype or len(tensors[name]) != len(tensors["pixels"]):
             raise DataError(f"{path}: tensor {name} has the wrong type or number of rows.")
-    return Shard(json.loads(metadata["adapter"]), **tensors)
+    return Shard(json.loads(metadata["shard"])["adapter"], **tensors)
 
 
 def shard_config_id(path: Path) -> str | None:
     """The configuration that an existing shard was made with; None where there is no readable shard."""
-    with contextlib.suppress(OSError, SafetensorError):
+    with contextlib.suppress(OSError, SafetensorError, KeyError, TypeError, ValueError):
         with safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get("config_id")
+            return json.loads(file.metadata()["shard"])["config_id"]
     return None
 
 
@@ -180,7 +181,7 @@ class SurrogateDataset:
             if manifest["format_version"] > FORMAT_VERSION:
                 raise DataError(f"{folder}: written by a newer version of lora_recycle. Upgrade it.")
             files = [entry["file"] for entry in manifest["shards"]]
-        except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise DataError(f"{folder}: no readable {MANIFEST} ({error!r}). Is the inversion finished?") from error
         if any(Path(f).is_absolute() or ".." in Path(f).parts for f in files):
             raise DataError(f"{folder}: {MANIFEST} names a file outside the folder.")

@@ -5,7 +5,6 @@ This is the answer to "where do I get the LoRAs?". Nothing later in the library 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import shutil
@@ -14,42 +13,16 @@ from pathlib import Path
 import peft
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageClassification
 
 from .backbones import Backbone, extract_features
-from .configuration import RecipeConfig, field, require_choices
 from .embedded import backbone_name, resolve_backbone
 from .errors import DataError
 from .images import LabelledImages, load_labelled_images
+from .processes import process_state
 from .sparsity import num_kept
-
-
-@dataclasses.dataclass
-class TuningConfig(RecipeConfig):
-    """How `tune-pool` tunes its adapters."""
-
-    tasks: int = field(10, "adapters to make, each on its own draw of classes")
-    classes: int = field(10, "classes of each task")
-    images_per_class: int = field(200, "training images of each class, fewer where the set has fewer")
-    held_out: int = field(20, "images of each class kept back to measure the adapter, at most a fifth of the class")
-    epochs: int = field(4, "passes over the training images")
-    lr: float = field(2e-3, "peak step size of AdamW; warm-up of 5 % and cosine decay")
-    batch_size: int = field(32, "images of a step")
-    peft_type: str = field("LORA", "adapter type", ("LORA", "DORA", "LOHA", "LOKR"))
-    rank: int = field(8, "rank of the adapter")
-    targets: str = field("all", "which linear layers: all, or leaf names with commas, as in q_proj,v_proj")
-    keep_ratio: float = field(0.5, "share of the patches that each image shows before the last epoch (speed)")
-    flip: bool = field(True, "mirror half of the images; switch it off where left and right matter")
-    seed: int = field(0, "seed of the class draws, the order and the initial weights")
-
-    def check(self) -> None:
-        require_choices(self)
-        for name in ("tasks", "classes", "images_per_class", "epochs", "batch_size", "rank"):
-            self.require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        self.require(self.classes >= 2, f"classes must be at least 2, got {self.classes}")
-        self.require(0 < self.keep_ratio <= 1, f"keep_ratio must be in (0, 1], got {self.keep_ratio}")
+from .tuning_config import TuningConfig
 
 
 def adapter_config(config: TuningConfig, model: torch.nn.Module) -> peft.PeftConfig:
@@ -126,7 +99,7 @@ def tune_adapter(
     partial = output.with_name(f".{output.name}.{os.getpid()}")
     wrapped.save_pretrained(partial)
     results = {"accuracy": round(accuracy, 2), "frozen_class_centres": round(frozen, 2)}
-    (partial / "README.md").write_text(_card(output.name, base_model, data.name, names, results, config))
+    (partial / "README.md").write_text(_card(output.name.lstrip("."), base_model, data.name, names, results, config))
     if output.exists():
         shutil.rmtree(output)
     partial.rename(output)
@@ -204,7 +177,7 @@ def tune_pool(
 
     Several processes (`accelerate launch`) share the tasks. Raises `DataError` where the data has too few classes.
     """
-    state, output_dir = PartialState(), Path(output_dir)
+    state, output_dir = process_state(), Path(output_dir)
     backbone = Backbone.from_pretrained(base_model)
     data = load_labelled_images(data_path, backbone.image_size, backbone.processor.resample, seed=config.seed)
     available = sorted(data.by_class())

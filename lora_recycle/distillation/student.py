@@ -57,7 +57,7 @@ class Student(nn.Module):
             if name not in average:  # no adapter of the pool changes this layer: B = 0 leaves it alone
                 continue
             factor_b, factor_a = average[name]
-            a.zero_(), b.zero_()
+            b.zero_()  # where the average has a lower rank, the rows of A beyond it stay random, free to learn
             a[: len(factor_a)].copy_(factor_a)
             b[:, : factor_b.shape[1]].copy_(factor_b)
 

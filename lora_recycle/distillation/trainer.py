@@ -105,10 +105,13 @@ class MetaLoraTrainer:
         self.kept = torch.cat(masks).long() if config.use_masks and all(m is not None for m in masks) else None
         self.groups: list[TeacherGroup] = []
         predictions = None
-        if config.relational_weight:
+        nameless = any(not shard.adapter.get("labels") for shard in shards)
+        if config.relational_weight or (config.interpolation_weight and nameless):
             groups = self.pool.groups() if config.groups == "auto" else [list(range(len(self.pool)))]
-            self.groups, predictions = teach(self.pool, shards, groups, progress)
-            self.groups = [group for group in self.groups if len(group.images) >= 4]
+            found, predictions = teach(self.pool, shards, groups, progress)
+            self.groups = [group for group in found if len(group.images) >= 4]
+            if config.relational_weight and not self.groups:
+                raise DataError("The relational loss needs at least 4 surrogate images in a group of adapters.")
         self.logits = [shard.teacher_logits for shard in shards]
         self.offsets = torch.tensor([0] + [len(shard) for shard in shards]).cumsum(0).tolist()
         self.sampler = None

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from torch import nn
 from tqdm.auto import tqdm
 
 from ..backbones import Backbone
 from ..errors import AdapterError, ConfigError
 from ..pool import Adapter, AdapterPool
+from ..processes import process_state
 from ..relations import relational_divergence
 from ..sparsity import num_kept, record_cls_attention, select_top
 from ..surrogate import Shard, SurrogateDataset, save_shard, shard_config_id, write_manifest
@@ -91,7 +91,7 @@ class LoraInverter:
         Raises:
             AdapterError: an adapter has no head.
         """
-        state, output_dir = PartialState(), Path(output_dir)
+        state, output_dir = process_state(), Path(output_dir)
         names = _shard_names(self.pool)
         mine = list(range(state.process_index, len(self.pool), state.num_processes))
         bar = tqdm(mine, desc="invert", unit="adapter", disable=not (progress and state.is_main_process))
@@ -143,6 +143,8 @@ class LoraInverter:
     def _optimise(self, adapter: Adapter, starts, labels, generator, total: int) -> torch.Tensor:
         """Optimise one batch: (B, 3, S, S) in [0, 1] to uint8 of the same shape."""
         config, device = self.config, self.backbone.device
+        if config.iterations == 0:  # the starts themselves, not what the parameterisation makes of them
+            return (starts * 255).round().to(torch.uint8)
         space = MultiResolution if config.parameterization == "multires" else Pixels
         images, labels = space(starts.to(device)), labels.to(device)
         optimizer = torch.optim.Adam(images.parameters(), lr=config.lr, betas=(0.5, 0.99))

@@ -144,10 +144,9 @@ class MetaLoRAForFewShotClassification(nn.Module):
 
         Floating-point tensors of the right size are taken as normalised already.
         """
+        images = _as_batch(images)
         if isinstance(images, torch.Tensor) and images.is_floating_point():
-            return images.unsqueeze(0) if images.ndim == 3 else images
-        if isinstance(images, (Image.Image, str, Path)) or getattr(images, "ndim", 0) == 3:
-            images = [images]
+            return images
         pictures = [_to_picture(image) for image in images]
         if not pictures:
             raise DataError("No images were given.")
@@ -156,8 +155,7 @@ class MetaLoRAForFewShotClassification(nn.Module):
     @torch.inference_mode()
     def embed(self, images, batch_size: int = 64) -> torch.Tensor:
         """Images in any form that `preprocess` takes to embeddings (N, D) on the model's device."""
-        if isinstance(images, (Image.Image, str, Path)):
-            images = [images]
+        images = _as_batch(images)
         parts = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
         if not parts:
             raise DataError("No images were given.")
@@ -268,8 +266,17 @@ def _check_support(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return labels.long()
 
 
+def _as_batch(images):
+    """A sequence of images; one image alone becomes a sequence of one."""
+    if isinstance(images, torch.Tensor) and images.is_floating_point():
+        return images.unsqueeze(0) if images.ndim == 3 else images
+    single = isinstance(images, (Image.Image, str, Path)) or getattr(images, "ndim", 4) in (2, 3)
+    return [images] if single else images
+
+
 def _as_list(labels: Sequence[Any]) -> list[Any]:
-    return labels.tolist() if isinstance(labels, (torch.Tensor, np.ndarray)) else list(labels)
+    """Labels as plain Python values, so that equal ones are equal and JSON can hold them."""
+    return [label.item() if hasattr(label, "item") else label for label in labels]
 
 
 def _to_picture(image) -> Image.Image:

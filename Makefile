@@ -1,0 +1,27 @@
+# Each target sets up its own virtual environment first. `make demo` and `make test` need nothing but Python and pip.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+CHECKED := lora_recycle examples tests
+
+.PHONY: demo test quality style
+
+demo: $(READY)
+	$(BIN)/lora-recycle demo --output runs/demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+quality: $(READY)
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/ruff format --check $(CHECKED)
+
+style: $(READY)
+	$(BIN)/ruff check --fix $(CHECKED)
+	$(BIN)/ruff format $(CHECKED)
+
+$(READY): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	touch $(READY)

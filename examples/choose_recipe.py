@@ -1,0 +1,112 @@
+"""Compare settings of inversion and distillation by what comes out at the end, on validation classes.
+
+    python examples/choose_recipe.py --data DATA --work runs/choice --json docs/results/choice.json
+
+Changes one thing at a time against the base recipe, on 16 of the embedded adapters (4 of each data set), and measures
+the meta-LoRA on classes that no adapter saw: the validation splits of cifar_fs, mini_imagenet and vgg_flower, and the
+33 characters of omniglot_small's training split that the pool leaves out. DATA holds `<set>/<split>.parquet`. Finished
+variants are kept when it is run again. No test class is read.
+"""
+
+import argparse
+import json
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from make_pool import HELD_BACK
+
+from lora_recycle import AdapterPool, DistillationConfig, InversionConfig, LoraInverter, MetaLoraTrainer
+from lora_recycle.backbones import extract_features
+from lora_recycle.embedded import pool_path
+from lora_recycle.evaluation.episodes import sample_episodes
+from lora_recycle.evaluation.protocol import confidence, prototype_accuracy
+from lora_recycle.images import LabelledImages, load_labelled_images
+from lora_recycle.surrogate import atomic_write
+
+
+BASE_INVERT = {"images_per_class": 3, "max_classes": 10, "iterations": 20}
+BASE_DISTILL = {"steps": 100, "relational_batch": 96}
+MIX = {"dead-leaves": 0.5, "fractal": 0.25, "strokes": 0.25}
+
+#: name: (settings of inversion, settings of distillation) that differ from the base
+VARIANTS = {
+    "base (dead leaves, tv)": ({}, {}),
+    "start: noise": ({"starts": {"noise": 1}}, {}),
+    "start: fractal": ({"starts": {"fractal": 1}}, {}),
+    "start: dead leaves, fractal, strokes": ({"starts": MIX}, {}),
+    "mix, no inversion": ({"starts": MIX, "iterations": 0}, {}),
+    "mix, patch entropy": ({"starts": MIX, "priors": {"tv": 0.1, "patch_entropy": 0.1}}, {}),
+    "mix, batch norm of a CNN": ({"starts": MIX, "priors": {"tv": 0.1, "batch_norm": 0.01}}, {}),
+    "mix, hard for the average": ({"starts": MIX, "hard_weight": 5.0}, {}),
+    "mix, one group": ({"starts": MIX}, {"groups": "one"}),
+    "mix, episodes only (KL + interpolation)": (
+        {"starts": MIX},
+        {"relational_weight": 0, "kl_weight": 1, "interpolation_weight": 1, "queries": 2},
+    ),
+    "mix, start from zero": ({"starts": MIX}, {"init": "zero"}),
+    "mix, half the step size": ({"starts": MIX}, {"lr": 5e-4}),
+    "pixels, Adam 0.05": ({"parameterization": "pixels"}, {}),
+}
+
+
+def validation_sets(data: Path, size: int, resample: int) -> list[LabelledImages]:
+    found = [
+        load_labelled_images(data / name / "validation.parquet", size, resample, max_per_class=50)
+        for name in ("cifar_fs", "mini_imagenet", "vgg_flower")
+    ]
+    train = load_labelled_images(data / "omniglot_small" / "train.parquet", size, resample)
+    names, first = train.label_names, len(train.label_names) - HELD_BACK["omniglot_small"]
+    held = train.labels >= first
+    return [
+        *found,
+        LabelledImages(train.pixels[held], train.labels[held] - first, names[first:], "omniglot_small/held"),
+    ]
+
+
+def judge(network, sets, episodes) -> dict[str, torch.Tensor]:
+    """Per-episode accuracy by "<set> <shots>"."""
+    found = {}
+    for data in sets:
+        features = extract_features(network, data.pixels)
+        for shots in (1, 5):
+            found[f"{data.name} {shots}"] = prototype_accuracy(features, episodes[data.name, shots])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--pool", type=Path, default=pool_path())
+    parser.add_argument("--only", nargs="*", help="names of variants")
+    args = parser.parse_args()
+    chosen = sorted(p for p in args.pool.iterdir() if int(p.name[-2:]) in (1, 3, 6, 7))
+    pool = AdapterPool.from_pretrained(chosen)
+    backbone = pool.backbone
+    sets = validation_sets(args.data, backbone.image_size, int(backbone.processor.resample))
+    episodes = {(d.name, k): sample_episodes(d.labels, 5, k, 15, 600, seed=1) for d in sets for k in (1, 5)}
+    frozen = judge(backbone, sets, episodes)
+    with pool.folded() as averaged:
+        average = judge(averaged, sets, episodes)
+    results = json.loads(args.json.read_text()) if args.json.exists() else {}
+    results["average of 16, against frozen"] = {k: confidence(average[k] - frozen[k]) for k in frozen}
+    for name, (invert, distill) in VARIANTS.items():
+        if name in results or (args.only and name not in args.only):
+            continue
+        started, folder = time.perf_counter(), args.work / "surrogate"
+        shutil.rmtree(folder, ignore_errors=True)
+        surrogate = LoraInverter(pool, InversionConfig(**{**BASE_INVERT, **invert})).run(folder)
+        student = MetaLoraTrainer(pool, surrogate, DistillationConfig(**{**BASE_DISTILL, **distill})).train()
+        accuracy = judge(student.backbone, sets, episodes)
+        results[name] = {k: confidence(accuracy[k] - average[k]) for k in frozen}
+        results[name]["seconds"] = round(time.perf_counter() - started)
+        atomic_write(args.json, json.dumps(results, indent=1).encode())
+        gains = "  ".join(f"{k} {v[0]:+.2f}±{v[1]:.2f}" for k, v in results[name].items() if k != "seconds")
+        print(f"{name}: against the average: {gains}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Put the numbers of result files into the documentation.
+
+    python examples/write_tables.py
+
+Reads `docs/results/*.json`, as `lora-recycle evaluate --json` and `examples/choose_recipe.py` write them, and replaces
+what stands between `<!-- NAME -->` and `<!-- /NAME -->` in README.md and docs/*.md.
+"""
+
+import json
+import re
+from pathlib import Path
+
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "docs" / "results"
+METHODS = ("frozen", "frozen-centred", "random", "average", "meta-lora", "ensemble")
+
+
+def evaluation_table(names: list[str], methods: tuple[str, ...] = METHODS) -> str:
+    """One line a data set and shot, one column a method: the accuracy of `frozen`, differences for the others."""
+    lines = ["| data | shots | " + " | ".join(methods) + " |", "|---|---|" + "---|" * len(methods)]
+    for name in names:
+        path = RESULTS / f"{name}.json"
+        if not path.exists():
+            continue
+        rows = json.loads(path.read_text())["rows"]
+        for shots in sorted({row["shots"] for row in rows}):
+            found = {row["method"]: row for row in rows if row["shots"] == shots}
+            cells = [cell(found[method]) if method in found else "" for method in methods]
+            lines.append(f"| {rows[0]['data']} | {shots} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def cell(row: dict) -> str:
+    if row["method"] == "frozen":
+        return f"{row['accuracy']:.1f} ± {row['ci95']:.1f}"
+    return f"{row['accuracy']:.1f} ({row['delta_vs_frozen']:+.1f} ± {row['delta_ci95']:.1f})"
+
+
+def choice_table() -> str:
+    """Each variant's paired gain over the exact average, 1-shot / 5-shot, and the seconds it took."""
+    results = json.loads((RESULTS / "choice.json").read_text())
+    keys = [key for key in next(iter(results.values())) if key != "seconds"]
+    sets = list(dict.fromkeys(key.rsplit(" ", 1)[0] for key in keys))
+    lines = ["| variant | " + " | ".join(sets) + " | mean | seconds |", "|---|" + "---|" * (len(sets) + 2)]
+    for name, values in results.items():
+        cells = [
+            " / ".join(f"{values[f'{s} {k}'][0]:+.1f} ± {values[f'{s} {k}'][1]:.1f}" for k in (1, 5)) for s in sets
+        ]
+        means = [sum(values[f"{s} {k}"][0] for s in sets) / len(sets) for k in (1, 5)]
+        lines.append(f"| {name} | " + " | ".join(cells) + " | " + " / ".join(f"{m:+.2f}" for m in means))
+        lines[-1] += f" | {values.get('seconds', '')} |"
+    return "\n".join(lines)
+
+
+def pool_table() -> str:
+    """Held-out accuracy of the embedded adapters, as their cards say."""
+    lines = [
+        "| adapter | classes | adapter and layers | held-out accuracy | frozen class centres |",
+        "|---|---|---|---|---|",
+    ]
+    for card in sorted((ROOT / "lora_recycle" / "demo" / "assets" / "pool").glob("*/README.md")):
+        text = card.read_text()
+        classes = re.search(r"for (\d+) classes", text)[1]
+        kind, rank, layers = re.search(r"(\w+) adapter \(rank (\d+), layers: ([^)]*)\)", text).groups()
+        tuned, frozen = re.search(r"classes: ([\d.]+) %.*?: ([\d.]+) %", text, re.DOTALL).groups()
+        lines.append(f"| {card.parent.name} | {classes} | {kind}, rank {rank}, {layers} | {tuned} | {frozen} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    home = ["cifar_fs", "mini_imagenet", "vgg_flower", "omniglot_small"]
+    tables = {
+        "results": evaluation_table(home, ("frozen", "average", "meta-lora")),
+        "test": evaluation_table(home),
+        "backbone": evaluation_table([f"frozen_{name}" for name in FROZEN_SETS], ("frozen", "frozen-centred")),
+        "demo": evaluation_table(["demo_digits"]),
+        "choice": choice_table() if (RESULTS / "choice.json").exists() else "",
+        "pool": pool_table(),
+    }
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = path.read_text()
+        for name, table in tables.items():
+            pattern = rf"<!-- {name} -->.*?<!-- /{name} -->"
+            replacement = f"<!-- {name} -->\n{table}\n<!-- /{name} -->"
+            text = re.sub(pattern, lambda _, text=replacement: text, text, flags=re.DOTALL)
+        path.write_text(text)
+
+
+FROZEN_SETS = (
+    "cifar_fs_validation",
+    "cifar_fs_test",
+    "mini_imagenet_validation",
+    "mini_imagenet_test",
+    "vgg_flower_validation",
+    "vgg_flower_test",
+    "omniglot_small_test",
+)
+
+
+if __name__ == "__main__":
+    main()

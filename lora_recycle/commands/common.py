@@ -1,0 +1,97 @@
+"""What several verbs share: tables and hints, the pool's arguments, the device."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..embedded import pool_path
+from ..errors import ConfigError
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Rows in aligned columns under a header, numbers to the right."""
+    rows = [list(row) for row in rows]
+    lines = [list(header)] + [["-" if cell is None else str(cell) for cell in row] for row in rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    numeric = [
+        bool(rows) and all(isinstance(row[i], (int, float, type(None))) for row in rows) for i in range(len(widths))
+    ]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(line, widths, numeric, strict=True)
+        ).rstrip()
+        for line in lines
+    )
+
+
+def note(text: str) -> None:
+    """A remark on stderr: what the user should know but no program should parse."""
+    print(text, file=sys.stderr)
+
+
+def hint(command: str) -> None:
+    """The command that usually comes next, on stderr."""
+    note(f"Next: {command}")
+
+
+def add_base_model_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--base-model", metavar="X", help="folder or repo id of the base; by default what adapters name"
+    )
+
+
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", metavar="D", help="where to compute, as torch names it: cpu, cuda, cuda:1, mps")
+
+
+def add_pool_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "pool", nargs="+", metavar="POOL", help="folders of adapters, adapters, repo ids, or demo for the shipped ones"
+    )
+    add_base_model_argument(parser)
+    add_device_argument(parser)
+
+
+def sources(names: Sequence[str]) -> list[str | Path]:
+    """The names as the user gave them, with `demo` for the embedded pool."""
+    return [pool_path() if name == "demo" else name for name in names]
+
+
+def load_pool(args: argparse.Namespace, dtype: str | None = None):
+    """The [`AdapterPool`] that the pool arguments describe."""
+    import torch
+
+    from ..pool import AdapterPool
+
+    return AdapterPool.from_pretrained(
+        sources(args.pool),
+        args.base_model,
+        device=checked_device(args.device),
+        dtype=getattr(torch, dtype) if dtype else None,
+        progress=not args.quiet,
+    )
+
+
+def checked_device(name: str | None):
+    """The torch device of this name. Raises `ConfigError` where this machine has none."""
+    import torch
+
+    if name is None:
+        return None
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"--device {name}: not to be had on this machine ({reason}).") from error
+
+
+def is_main_process() -> bool:
+    """False on all but one of the processes that `accelerate launch` started."""
+    from ..processes import process_state
+
+    return process_state().is_main_process

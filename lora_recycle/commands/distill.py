@@ -1,0 +1,54 @@
+"""`lora-recycle distill`: surrogate images into one meta-LoRA."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+
+from ..distillation.config import DistillationConfig
+from ..errors import ConfigError
+from .arguments import add_config_arguments, build_config
+from .common import add_pool_arguments, hint, is_main_process, load_pool, table
+
+
+EPILOG = """\
+examples:
+  lora-recycle distill demo --surrogate surrogate --output meta_lora
+  lora-recycle distill pool --surrogate surrogate --output meta_lora --steps 1000 --rank 8
+  lora-recycle distill pool --surrogate surrogate --output meta_lora --init zero --kl-weight 1 --interpolation-weight 1
+  lora-recycle distill pool --output average --steps 0        the exact average, no training
+
+A killed run goes on where it was when the command is run again.
+"""
+
+
+def add_parser(subparsers, **options) -> argparse.ArgumentParser:
+    summary = "distil surrogate images and their adapters into one meta-LoRA"
+    parser = subparsers.add_parser("distill", help=summary, description=summary, epilog=EPILOG, **options)
+    add_pool_arguments(parser)
+    parser.add_argument("--surrogate", metavar="DIR", help="surrogate data of these adapters, a folder or repo id")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder that the meta-LoRA goes to")
+    add_config_arguments(parser, DistillationConfig)
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    config = build_config(args, DistillationConfig)
+    if args.surrogate is None and config.steps > 0:
+        raise ConfigError("distill needs --surrogate DIR (what invert wrote); only --steps 0 goes without.")
+    from ..distillation.trainer import MetaLoraTrainer
+    from ..modeling.saving import save_meta_lora, wrap_student
+    from ..surrogate import SurrogateDataset
+
+    surrogate = SurrogateDataset.from_pretrained(args.surrogate) if args.surrogate else None
+    trainer = MetaLoraTrainer(load_pool(args), surrogate, config)
+    trainer.train(Path(args.output) / "work", progress=not args.quiet)
+    if not is_main_process():
+        return
+    save_meta_lora(wrap_student(trainer), args.output)
+    rows = [(name, round(values[0], 4), round(values[-1], 4)) for name, values in trainer.history.items()]
+    print(
+        table(("loss", "first step", "last step"), rows) if rows else f"{args.output}: the initialisation, untrained"
+    )
+    hint(f"lora-recycle evaluate {shlex.quote(args.output)} --data PATH --pool {shlex.quote(args.pool[0])}")

@@ -1,0 +1,105 @@
+"""`lora-recycle evaluate`: a meta-LoRA and its rivals on real images, all on the same episodes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from pathlib import Path
+
+from ..embedded import backbone_name
+from ..errors import ConfigError
+from .common import add_base_model_argument, add_device_argument, checked_device, hint, note, sources
+
+
+EPILOG = """\
+examples:
+  lora-recycle evaluate demo --data photos                    folders photos/cat, photos/dog, ...
+  lora-recycle evaluate meta_lora --data test.parquet --pool pool --json results.json
+  lora-recycle evaluate someone/meta-lora --data cifar10 --split test --ways 10 --shots 1 5 20
+  lora-recycle evaluate demo --data photos --no-pool          quicker: only frozen and meta-lora
+
+methods: frozen (class centres on the bare backbone), frozen-centred, and meta-lora; with a pool also average
+(of all weight changes), ensemble (all adapters, one forward each) and random (a control).
+"""
+
+
+def add_parser(subparsers, **options) -> argparse.ArgumentParser:
+    summary = "judge a meta-LoRA and its rivals on real images"
+    parser = subparsers.add_parser("evaluate", help=summary, description=summary, epilog=EPILOG, **options)
+    parser.add_argument("model", metavar="MODEL", help="folder or repo id of a meta-LoRA, or demo for the shipped one")
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="PATH",
+        help="parquet file, data set folder, folder of class folders or Hub id",
+    )
+    parser.add_argument(
+        "--split", metavar="S", help="split of the data set (default: test, else validation, else train)"
+    )
+    parser.add_argument("--max-per-class", type=int, metavar="N", help="use at most so many images of each class")
+    for name, default, text in (
+        ("ways", 5, "classes of an episode"),
+        ("queries", 15, "query images of each class, fewer where a class has fewer"),
+        ("episodes", 600, "few-shot tasks to average over"),
+        ("seed", 0, "seed of the episodes"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
+    parser.add_argument(
+        "--shots", type=int, nargs="+", default=[1, 5], metavar="N", help="support images (default: 1 5)"
+    )
+    pools = parser.add_mutually_exclusive_group()
+    pools.add_argument("--pool", metavar="FOLDER", help="adapters to compare with (for demo: the shipped ones)")
+    pools.add_argument("--no-pool", action="store_true", help="leave out the methods that need a pool")
+    parser.add_argument("--json", metavar="FILE", help="write the rows to this file as well")
+    add_base_model_argument(parser)
+    add_device_argument(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.max_per_class is not None and args.max_per_class < 1:
+        raise ConfigError(f"--max-per-class must be at least 1, got {args.max_per_class}")
+    from ..evaluation.benchmark import evaluate
+    from ..evaluation.protocol import format_table
+    from ..images import load_labelled_images
+    from ..modeling.meta_lora import MetaLoRAForFewShotClassification
+    from ..surrogate import atomic_write
+
+    device = checked_device(args.device)
+    model = MetaLoRAForFewShotClassification.from_pretrained(args.model, base_model=args.base_model, device=device)
+    size, resample = model.backbone.image_size, int(model.backbone.processor.resample)
+    data = load_labelled_images(args.data, size, resample, args.max_per_class, args.split, args.seed)
+    result = evaluate(
+        data,
+        model,
+        pool=_load_pool(args, model, device),
+        ways=args.ways,
+        shots=args.shots,
+        queries=args.queries,
+        episodes=args.episodes,
+        seed=args.seed,
+        progress=not args.quiet,
+    )
+    print(format_table(result.rows))
+    for remark in result.notes:
+        note(remark)
+    if args.json:
+        atomic_write(Path(args.json), json.dumps({"rows": result.rows}, indent=1).encode())
+    hint(f"lora-recycle predict {shlex.quote(args.model)} --support FOLDER_OF_CLASS_FOLDERS IMAGES...")
+
+
+def _load_pool(args: argparse.Namespace, model, device):
+    """The pool to compare with, None without one. Raises `ConfigError` where it adapts another base than `model`."""
+    from ..evaluation.benchmark import find_pool
+    from ..pool import AdapterPool
+
+    found = None if args.no_pool else find_pool(args.model, args.pool)
+    if found is None:
+        return None
+    (found,) = sources([found])
+    pool = AdapterPool.from_pretrained(found, args.base_model, device=device, progress=not args.quiet)
+    mine, theirs = backbone_name(model.backbone.name), backbone_name(pool.backbone.name)
+    if mine != theirs:
+        raise ConfigError(f"{args.model} adapts {mine}, the pool {theirs}. If they are the same, pass --base-model.")
+    return pool

@@ -1,0 +1,48 @@
+"""`lora-recycle invert`: surrogate images from adapters."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+
+from ..inversion.config import InversionConfig
+from .arguments import add_config_arguments, build_config
+from .common import add_pool_arguments, hint, is_main_process, load_pool, table
+
+
+EPILOG = """\
+examples:
+  lora-recycle invert demo --output surrogate
+  lora-recycle invert pool --output surrogate --iterations 100 --priors tv=0.1 patch_entropy=0.05
+  lora-recycle invert someone/vit-lora-birds pool --output surrogate --keep-ratio 0.5
+  lora-recycle invert pool --output surrogate --starts images=1 --start-images my_photos
+  accelerate launch --num_processes 4 -m lora_recycle invert pool --output surrogate
+
+Finished shards of the same settings are kept when the command is run again.
+"""
+
+
+def add_parser(subparsers, **options) -> argparse.ArgumentParser:
+    summary = "make surrogate images from adapters"
+    parser = subparsers.add_parser("invert", help=summary, description=summary, epilog=EPILOG, **options)
+    add_pool_arguments(parser)
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder that the surrogate data goes to")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="number type of the backbone (default: float32)"
+    )
+    add_config_arguments(parser, InversionConfig)
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    config = build_config(args, InversionConfig)
+    from ..inversion.inverter import LoraInverter
+
+    surrogate = LoraInverter(load_pool(args, args.dtype), config).run(args.output, progress=not args.quiet)
+    if not is_main_process():
+        return
+    shards = surrogate.manifest["shards"]
+    rows = [(s["adapter"]["name"], s["num_images"], s["accuracy"], s["confidence"]) for s in shards]
+    print(table(("adapter", "images", "accuracy", "confidence"), rows))
+    pool = " ".join(shlex.quote(name) for name in args.pool)
+    hint(f"lora-recycle distill {pool} --surrogate {shlex.quote(args.output)} --output meta_lora")

@@ -1,0 +1,192 @@
+"""The demo: pool -> surrogate images -> meta-LoRA -> accuracy on real images, with a report page."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..configuration import read_yaml
+from ..distillation.config import DistillationConfig
+from ..distillation.trainer import MetaLoraTrainer
+from ..embedded import pool_path
+from ..errors import ConfigError
+from ..evaluation.benchmark import evaluate
+from ..hub.cards import usage_lines
+from ..images import LabelledImages, load_labelled_images
+from ..inversion.config import InversionConfig
+from ..inversion.inverter import LoraInverter
+from ..modeling.saving import save_meta_lora, wrap_student
+from ..pool import AdapterPool
+from ..surrogate import SurrogateDataset, atomic_write
+from .report import write_report
+
+
+RECIPE = Path(__file__).with_name("recipe.yaml")
+IMAGES_PER_CLASS = 40  # of the real data sets that it is judged on
+IMAGES_SHOWN = 48
+
+_MARKER = "demo.json"  # says that a folder of checkpoints is the demo's own, and of which settings
+
+
+@dataclasses.dataclass
+class DemoResult:
+    """`rows` and `notes` of the evaluation, where things lie, and the Python lines that use the meta-LoRA."""
+
+    rows: list[dict[str, Any]]
+    notes: list[str]
+    meta_lora: Path
+    report: Path
+    usage: str
+
+
+def run_demo(
+    output: str | Path = "runs/demo",
+    *,
+    data: Sequence[str | Path] = (),
+    recipe: str | Path | None = None,
+    pool: str | Path | None = None,
+    episodes: int = 600,
+    progress: bool = True,
+) -> DemoResult:
+    """Recycle a pool into a meta-LoRA and judge it on handwritten digits and on `data`.
+
+    Writes `surrogate/`, `meta_lora/`, `results.json` and `report.html` into `output`. Run again with the same settings
+    it keeps what is finished.
+
+    Args:
+        data: more real images, anything that [`load_labelled_images`] reads.
+        recipe: YAML file with the sections `invert` and `distill`; the demo's own by default.
+        pool: folder of adapters; the embedded ones by default.
+
+    Raises:
+        ConfigError: a recipe with an unknown section or key.
+        LoraRecycleError: adapters or images that cannot be used.
+    """
+    output = Path(output)
+    inversion, distillation = read_recipe(recipe or RECIPE)
+    adapters = AdapterPool.from_pretrained(pool or pool_path(), progress=progress)
+    sets = _real_images(data, adapters)  # read first: a wrong path is found before the work is done
+    surrogate, inversion_losses = _invert(adapters, inversion, output, progress)
+    trainer = MetaLoraTrainer(adapters, surrogate, distillation)
+    meta_lora = output / "meta_lora"
+    _train(trainer, meta_lora / "work", progress)
+    model = wrap_student(trainer)
+    save_meta_lora(model, meta_lora)
+    results = [evaluate(images, model, pool=adapters, episodes=episodes, progress=progress) for images in sets]
+    rows, notes = [row for r in results for row in r.rows], [text for r in results for text in r.notes]
+    model.settings["results"] = rows
+    save_meta_lora(model, meta_lora)
+    atomic_write(output / "results.json", json.dumps({"rows": rows}, indent=1).encode())
+    losses = {f"inversion, mean of {len(adapters)} adapters": inversion_losses}
+    losses |= {f"distillation: {name}": values for name, values in trainer.history.items()}
+    report = _write_report(output / "report.html", rows, losses, surrogate, adapters, model)
+    return DemoResult(rows, notes, meta_lora, report, usage_lines(str(meta_lora)))
+
+
+def read_recipe(path: str | Path) -> tuple[InversionConfig, DistillationConfig]:
+    """Both configs of a file with the sections `invert` and `distill`. Raises `ConfigError` for anything else."""
+    values = read_yaml(path)
+    unknown = sorted(str(key) for key in set(values) - {"invert", "distill"})
+    if unknown:
+        raise ConfigError(f"{path}: unknown key {unknown[0]!r}. The demo's sections are invert and distill.")
+    sections = [values.get(name) or {} for name in ("invert", "distill")]
+    if not all(isinstance(section, dict) for section in sections):
+        raise ConfigError(f"{path}: the sections invert and distill must be mappings of settings.")
+    return (
+        InversionConfig.from_dict(sections[0], where=f"{path}, section invert"),
+        DistillationConfig.from_dict(sections[1], where=f"{path}, section distill"),
+    )
+
+
+def load_digits_images(size: int, resample: int = 3, max_per_class: int = IMAGES_PER_CLASS) -> LabelledImages:
+    """scikit-learn's handwritten digits as RGB images: the first `max_per_class` of each of the ten classes."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()  # 8x8, grey levels 0 to 16
+    chosen = np.concatenate([np.flatnonzero(digits.target == digit)[:max_per_class] for digit in range(10)])
+    grey = (digits.images[chosen] * (255 / 16)).round().astype(np.uint8)
+    pictures = [np.asarray(Image.fromarray(g).convert("RGB").resize((size, size), resample)) for g in grey]
+    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+    return LabelledImages(pixels, torch.from_numpy(digits.target[chosen]).long(), list("0123456789"), "digits")
+
+
+def _real_images(data: Sequence[str | Path], pool: AdapterPool) -> list[LabelledImages]:
+    size, resample = pool.backbone.image_size, int(pool.backbone.processor.resample)
+    more = [load_labelled_images(path, size, resample, max_per_class=IMAGES_PER_CLASS) for path in data]
+    return [load_digits_images(size), *more]
+
+
+def _invert(
+    pool: AdapterPool, config: InversionConfig, output: Path, progress: bool
+) -> tuple[SurrogateDataset, list[float]]:
+    """The surrogate data and the mean loss of each iteration, which lies beside the shards for the next run."""
+    inverter, path = LoraInverter(pool, config), output / "surrogate" / "losses.json"
+    curves: dict[str, list[float]] = json.loads(path.read_text()) if path.is_file() else {}
+
+    def remember(name: str, _) -> None:
+        curves[name] = inverter.losses
+        atomic_write(path, json.dumps(curves).encode())
+
+    surrogate = inverter.run(output / "surrogate", progress=progress, on_shard=remember)
+    names = [Path(entry["file"]).name for entry in surrogate.manifest["shards"]]
+    known = [curves[name] for name in names if len(curves.get(name, ())) == config.iterations]
+    return surrogate, [sum(values) / len(known) for values in zip(*known, strict=True)]
+
+
+def _train(trainer: MetaLoraTrainer, work: Path, progress: bool) -> None:
+    """Train, going on from the demo's checkpoint of the same settings and throwing away one of other settings."""
+    parts = [trainer.config.to_dict(), [a.info.sha256 for a in trainer.pool.adapters]]
+    parts.append([entry["sha256"] for entry in trainer.surrogate.manifest["shards"]])
+    identity = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    marker = work / _MARKER
+    if marker.is_file() and marker.read_text() != identity:
+        shutil.rmtree(work)  # the marker says that the demo wrote it; other people's checkpoints stay
+    if not work.exists():
+        atomic_write(marker, identity.encode())
+    trainer.train(work, progress=progress)
+
+
+def _write_report(path: Path, rows, losses, surrogate: SurrogateDataset, pool: AdapterPool, model) -> Path:
+    images, labels, kept = _gallery(surrogate)
+    count = f"{len(pool)} adapters"
+    return write_report(
+        path,
+        title=f"One meta-LoRA from {count}",
+        rows=rows,
+        losses=losses,
+        surrogate_images=images,
+        surrogate_labels=labels,
+        kept_tokens=kept,
+        patch_size=pool.backbone.patch_size,
+        config={"backbone": pool.backbone.name, "pool": count, **_without(model.settings, "results", "sources")},
+        usage=usage_lines(str(path.parent / "meta_lora")),
+    )
+
+
+def _gallery(surrogate: SurrogateDataset) -> tuple[torch.Tensor, list[str], torch.Tensor | None]:
+    """About `IMAGES_SHOWN` images spread over the adapters and their classes, with names and kept patches."""
+    number = min(surrogate.num_shards, IMAGES_SHOWN)
+    each = IMAGES_SHOWN // number
+    images, labels, kept = [], [], []
+    for i in torch.linspace(0, surrogate.num_shards - 1, number).round().int().tolist():
+        shard = surrogate.shard(i)
+        order = shard.labels.argsort(stable=True)  # by class, so that even steps show many classes
+        chosen = order[torch.linspace(0, len(order) - 1, min(each, len(order))).round().long()]
+        images.append(shard.pixels[chosen])
+        labels += [f"{shard.label_names[c]} ({shard.adapter['name']})" for c in shard.labels[chosen].tolist()]
+        kept.append(None if shard.kept_tokens is None else shard.kept_tokens[chosen])
+    masks = None if any(part is None for part in kept) else torch.cat(kept)
+    return torch.cat(images), labels, masks
+
+
+def _without(settings: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in names}

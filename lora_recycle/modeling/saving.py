@@ -1,0 +1,49 @@
+"""From a trained student to a folder that can be published: the model, its sidecar and its card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+
+from ..distillation.trainer import MetaLoraTrainer
+from ..hub.cards import meta_lora_card
+from ..surrogate import atomic_write
+from ..version import __version__
+from .meta_lora import MetaLoRAForFewShotClassification
+
+
+def wrap_student(trainer: MetaLoraTrainer) -> MetaLoRAForFewShotClassification:
+    """The trainer's student as a model whose sidecar says where it came from."""
+    return MetaLoRAForFewShotClassification.from_student(trainer.student, _settings(trainer))
+
+
+def save_meta_lora(model: MetaLoRAForFewShotClassification, folder: str | Path) -> None:
+    """Write the adapter, the sidecar and a card. Call it on the main process only."""
+    folder = Path(folder)
+    model.save_pretrained(folder)
+    config = model.peft_model.peft_config["default"]
+    card = meta_lora_card(str(folder), config.base_model_name_or_path, config.revision, config.r, model.settings)
+    atomic_write(folder / "README.md", card.encode())
+
+
+def _settings(trainer: MetaLoraTrainer) -> dict[str, Any]:
+    infos = [adapter.info for adapter in trainer.pool.adapters]
+    return {
+        "sources": [
+            {"name": i.name, "revision": i.revision, "sha256": i.sha256, "peft_type": i.peft_type} for i in infos
+        ],
+        "distillation": trainer.config.to_dict(),
+        "inversion": None if trainer.surrogate is None else trainer.surrogate.manifest["config"],
+        "metric": trainer.config.metric,
+        "temperature": trainer.config.temperature,
+        "versions": {
+            "lora_recycle": __version__,
+            "torch": str(torch.__version__),
+            "transformers": transformers.__version__,
+            "peft": peft.__version__,
+        },
+    }

@@ -1,0 +1,110 @@
+"""The command line around the verbs: help without torch, exit codes, one line for each bad input."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from lora_recycle.commands import main as command_line
+from lora_recycle.commands.main import main
+
+
+VERBS = ["tune-pool", "inspect", "invert", "distill", "evaluate", "predict", "demo"]
+
+
+def test_help_of_every_verb_needs_no_torch():
+    script = (
+        "import sys\n"
+        "from lora_recycle.commands.main import build_parser\n"
+        f"for arguments in [['--help']] + [[verb, '--help'] for verb in {VERBS}]:\n"
+        "    try: build_parser().parse_args(arguments)\n"
+        "    except SystemExit as end: assert end.code == 0\n"
+        "print(sorted({name.split('.')[0] for name in sys.modules} & {'torch', 'transformers', 'peft', 'datasets'}))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert done.stdout.count("examples:") == 1 + len(VERBS)
+
+
+def test_python_m_runs_the_same_command_line():
+    done = subprocess.run([sys.executable, "-m", "lora_recycle", "--version"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("lora-recycle ")
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["invert"], ["invert", "p", "--output", "o", "--lr", "x"]])
+def test_wrong_usage_exits_with_2(arguments):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+
+
+def test_bad_recipes_are_named(work, tmp_path, fails):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("invert: {iterationz: 3}\n")
+    assert "unknown key 'iterationz'" in fails("invert", work / "pool", "--output", tmp_path / "s", "--recipe", recipe)
+    assert "unknown key 'iterationz'" in fails("demo", "--pool", work / "pool", "--recipe", recipe)
+    recipe.write_text("destill: {}\n")
+    assert "'destill'" in fails("demo", "--pool", work / "pool", "--recipe", recipe)
+    assert not (tmp_path / "s").exists()
+
+
+def test_missing_folders_are_named(work, tmp_path, fails):
+    nowhere = tmp_path / "nowhere"
+    assert "nowhere" in fails("inspect", nowhere)
+    assert "nowhere" in fails("invert", nowhere, "--output", tmp_path / "s")
+    assert "nowhere" in fails("predict", work / "meta", "--support", work / "photos", nowhere)
+    assert "nowhere" in fails("evaluate", work / "meta", "--data", nowhere)
+    missing = ["--surrogate", work / "photos", "--output", tmp_path / "m"]
+    assert "manifest.json" in fails("distill", work / "pool", *missing)
+
+
+def test_a_truncated_adapter_is_named(work, tmp_path, fails):
+    shutil.copytree(work / "pool", tmp_path / "pool")
+    weights = tmp_path / "pool" / "photos-001" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    for command in (["inspect"], ["invert", "--output", tmp_path / "s"]):
+        line = fails(command[0], tmp_path / "pool", *command[1:], *(["--quiet"] if len(command) > 1 else []))
+        assert "photos-001" in line and "truncated" in line
+
+
+def test_too_few_classes_or_a_broken_image_are_named(evaluate_arguments, work, tmp_path, fails):
+    assert "7 classes" in fails(*evaluate_arguments, "--ways", 7)
+    assert "6 classes, fewer than the 10" in fails(
+        "tune-pool", work / "photos", "--output", tmp_path / "p", "--base-model", work / "base"
+    )
+    (tmp_path / "one" / "cat").mkdir(parents=True)
+    shutil.copy(work / "photos" / "class 0" / "0.png", tmp_path / "one" / "cat")
+    image, broken = work / "photos" / "class 0" / "1.png", tmp_path / "broken.png"
+    assert "two classes" in fails("predict", work / "meta", "--support", tmp_path / "one", image)
+    broken.write_bytes(b"no image")
+    assert "broken.png" in fails("predict", work / "meta", "--support", work / "photos", broken)
+    assert "--device warp" in fails("invert", work / "pool", "--output", tmp_path / "s", "--device", "warp")
+
+
+def test_a_pool_of_another_base_is_refused(evaluate_arguments, work, tmp_path, fails):
+    shutil.copytree(work / "base", tmp_path / "other")
+    shutil.copytree(work / "pool" / "photos-000", tmp_path / "pool" / "a")
+    path = tmp_path / "pool" / "a" / "adapter_config.json"
+    path.write_text(path.read_text().replace(str(work / "base"), str(tmp_path / "other")))
+    assert "pass --base-model" in fails(*evaluate_arguments, "--pool", tmp_path / "pool")
+
+
+def test_system_errors_interrupts_and_debug(monkeypatch, fails):
+    def raising(error):
+        def run(_):
+            raise error
+
+        monkeypatch.setattr(command_line.inspect, "run", run)
+
+    raising(OSError(28, "No space left on device", "out/file"))
+    assert fails("inspect", "x") == "lora-recycle: error: out/file: No space left on device\n"
+    with pytest.raises(OSError):
+        main(["--debug", "inspect", "x"])
+    with pytest.raises(OSError):
+        main(["inspect", "x", "--debug"])
+    raising(KeyboardInterrupt())
+    assert main(["inspect", "x"]) == 130
+    raising(TypeError("a bug keeps its trace"))
+    with pytest.raises(TypeError):
+        main(["inspect", "x"])

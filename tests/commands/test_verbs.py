@@ -1,0 +1,158 @@
+"""Every verb for real, on a pool that is tuned once: what it prints and what it writes."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from transformers import ViTModel
+
+from lora_recycle import MetaLoRAForFewShotClassification
+
+
+CLASSES, IMAGES = 6, 8
+
+
+def test_tune_pool_keeps_what_is_there_and_prints_accuracies(work, tmp_path, run):
+    shutil.copytree(work / "pool", tmp_path / "pool")
+    shutil.rmtree(tmp_path / "pool" / "photos-001")
+    command = ["tune-pool", work / "photos", "--output", tmp_path / "pool", "--base-model", work / "base", "--quiet"]
+    code, out, err = run(*command, "--classes", 4, "--epochs", 1, "--tasks", 3, "--rank", 2)
+    header, row = out.splitlines()
+    assert code == 0 and "held-out accuracy" in header and "frozen class centres" in header
+    assert row.split()[0].endswith("photos-001")
+    assert "2 adapters were there already" in err and "Next: lora-recycle invert" in err
+
+
+def test_inspect_prints_a_table_and_json(work, run):
+    code, out, err = run("inspect", work / "pool")
+    lines = out.splitlines()
+    assert code == 0 and len(lines) == 4 and "Next:" in err
+    header = ["name", "base", "type", "rank", "targets", "classes", "labels", "transformers", "size", "commit"]
+    assert lines[0].split() == header
+    assert "LOHA" in lines[3] and "class" in lines[1]
+    code, out, _ = run("inspect", work / "pool" / "photos-000", work / "surrogate", "--json")
+    adapter, surrogate = json.loads(out)
+    assert adapter["kind"] == "adapter" and adapter["num_classes"] == 4 and len(adapter["labels"]) == 4
+    assert surrogate["kind"] == "surrogate" and surrogate["config"]["iterations"] == 2
+
+
+def test_inspect_describes_surrogate_data(work, run):
+    code, out, _ = run("inspect", work / "surrogate")
+    assert code == 0 and "24 images of 3 adapters" in out
+    assert out.splitlines()[1].split() == ["adapter", "images", "accuracy", "confidence"]
+
+
+def test_invert_again_keeps_finished_shards(work, run):
+    shards = sorted((work / "surrogate" / "shards").iterdir())
+    before = [path.stat().st_mtime_ns for path in shards]
+    options = ["--images-per-class", 2, "--iterations", 2, "--keep-ratio", 0.5]
+    code, out, err = run("invert", work / "pool", "--output", work / "surrogate", *options)
+    assert code == 0 and len(out.splitlines()) == 4 and "invert" in err
+    assert [path.stat().st_mtime_ns for path in shards] == before
+
+
+def test_distill_writes_a_plain_adapter_with_sources_recipe_and_card(work):
+    sidecar = json.loads((work / "meta" / "meta_lora_config.json").read_text())
+    assert [source["peft_type"] for source in sidecar["sources"]] == ["LORA", "LORA", "LOHA"]
+    assert all(len(source["sha256"]) == 64 for source in sidecar["sources"])
+    assert sidecar["distillation"]["steps"] == 3 and sidecar["inversion"]["keep_ratio"] == 0.5
+    assert set(sidecar["versions"]) == {"lora_recycle", "torch", "transformers", "peft"}
+    card = (work / "meta" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: peft\n") and "pipeline_tag: image-classification" in card
+    assert all(source["sha256"] in card for source in sidecar["sources"])
+    assert not (work / "meta" / "config.json").exists()
+    plain = PeftModel.from_pretrained(ViTModel.from_pretrained(work / "base", add_pooling_layer=False), work / "meta")
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        expected = plain(pixel_values=pixels).last_hidden_state[:, 0]
+        ours = MetaLoRAForFewShotClassification.from_pretrained(work / "meta").features(pixels)
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_distill_without_steps_needs_no_surrogate_data(work, tmp_path, run, fails):
+    code, _, err = run("distill", work / "pool", "--output", tmp_path / "avg", "--steps", 0, "--quiet")
+    assert code == 0 and "Next:" in err
+    with safe_open(tmp_path / "avg" / "adapter_model.safetensors", "pt") as file:
+        assert any(file.get_tensor(key).abs().sum() > 0 for key in file.keys() if "lora_B" in key)  # noqa: SIM118
+    assert "was not trained" in (tmp_path / "avg" / "README.md").read_text()
+    assert "--surrogate" in fails("distill", work / "pool", "--output", tmp_path / "none")
+
+
+def test_evaluate_prints_a_table_and_writes_json(evaluate_arguments, work, tmp_path, run):
+    options = ["--pool", work / "pool", "--json", tmp_path / "new" / "rows.json"]
+    code, out, err = run(*evaluate_arguments, *options)
+    rows = json.loads((tmp_path / "new" / "rows.json").read_text())["rows"]
+    assert code == 0
+    assert [r["method"] for r in rows] == ["frozen", "frozen-centred", "average", "ensemble", "random", "meta-lora"]
+    keys = ["method", "data", "ways", "shots", "episodes", "accuracy", "ci95", "delta_vs_frozen", "delta_ci95"]
+    assert all(list(row) == keys and row["episodes"] == 20 and row["data"] == "photos" for row in rows)
+    assert len(out.splitlines()) == 7 and "± " in out
+    assert "fewer queries, 7 at least" in err
+
+
+def test_evaluate_without_a_pool_leaves_its_methods_out(evaluate_arguments, work, run):
+    code, out, _ = run(*evaluate_arguments, "--no-pool", "--max-per-class", 4)
+    assert code == 0 and [line.split()[0] for line in out.splitlines()[1:]] == [
+        "frozen",
+        "frozen-centred",
+        "meta-lora",
+    ]
+
+
+def test_predict_names_the_class_of_files_and_folders(work, run):
+    images = [work / "photos" / "class 0", work / "photos" / "class 3" / "5.png"]
+    code, out, _ = run("predict", work / "meta", "--support", work / "photos", *images)
+    lines = out.splitlines()
+    assert code == 0 and len(lines) == 1 + IMAGES + 1 and lines[0].split() == ["file", "label", "probability"]
+    code, out, _ = run("predict", work / "meta", "--support", work / "photos", images[1], "--json")
+    (row,) = json.loads(out)
+    assert row["file"].endswith("5.png") and row["label"] in row["probabilities"]
+    assert len(row["probabilities"]) == CLASSES and sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-4)
+
+
+def test_predict_uses_a_task_that_was_saved_with_the_model(work, tmp_path, run, fails):
+    model = MetaLoRAForFewShotClassification.from_pretrained(work / "meta")
+    files = [str(work / "photos" / f"class {c}" / "0.png") for c in range(2)]
+    model.fit(files, ["one", "two"]).save_pretrained(tmp_path / "fitted")
+    code, out, _ = run("predict", tmp_path / "fitted", *files)
+    assert code == 0 and [line.split()[-2] for line in out.splitlines()[1:]] == ["one", "two"]
+    assert "--support" in fails("predict", work / "meta", *files)
+
+
+RECIPE = """
+invert: {images_per_class: 2, iterations: 2, keep_ratio: 0.5}
+distill: {steps: STEPS, rank: 2, relational_batch: 12}
+"""
+
+
+def test_demo_writes_table_results_and_report_and_resumes(work, tmp_path, run):
+    recipe, output = tmp_path / "recipe.yaml", tmp_path / "demo"
+    recipe.write_text(RECIPE.replace("STEPS", "2"))
+    command = ["demo", "--pool", work / "pool", "--recipe", recipe, "--output", output, "--quiet"]
+    code, out, err = run(*command, "--data", work / "photos")
+    rows = json.loads((output / "results.json").read_text())["rows"]
+    assert code == 0 and {row["data"] for row in rows} == {"digits", "photos"} and len(rows) == 24
+    assert out.count("meta-lora") == 4 and "from_pretrained(" in err
+    page = (output / "report.html").read_text()
+    assert page.count("its kept patches") == 24 and "inversion, mean of 3 adapters" in page and "relational" in page
+    assert "## Results" in (output / "meta_lora" / "README.md").read_text()
+    shards = sorted((output / "surrogate" / "shards").iterdir())
+    before = [path.stat().st_mtime_ns for path in shards]
+    recipe.write_text(RECIPE.replace("STEPS", "3"))  # its own stale checkpoints do not stop it
+    code, _, _ = run(*command)
+    assert code == 0 and [path.stat().st_mtime_ns for path in shards] == before
+    assert len(json.loads((output / "meta_lora" / "work" / "training_log.json").read_text())["relational"]) == 3
+    assert "inversion, mean of 3 adapters: 0" not in (output / "report.html").read_text()
+
+
+def test_demo_leaves_checkpoints_alone_that_are_not_its_own(work, tmp_path, fails):
+    recipe, output = tmp_path / "recipe.yaml", tmp_path / "demo"
+    recipe.write_text(RECIPE.replace("STEPS", "2"))
+    shutil.copytree(work / "meta" / "work", output / "meta_lora" / "work")
+    line = fails("demo", "--pool", work / "pool", "--recipe", recipe, "--output", output, "--quiet")
+    assert (
+        "checkpoint of another recipe" in line and (output / "meta_lora" / "work" / "checkpoint.safetensors").exists()
+    )

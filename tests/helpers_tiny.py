@@ -1,0 +1,110 @@
+"""Tiny backbones, images and adapters with planted weights, never downloaded."""
+
+from pathlib import Path
+
+import torch
+from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
+
+from lora_recycle.backbones import Backbone
+from lora_recycle.hub.adapters import AdapterInfo
+from lora_recycle.images import LabelledImages
+from lora_recycle.pool import Adapter
+
+
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "image_size": 32,
+    "patch_size": 8,
+}
+
+
+def tiny_processor() -> ViTImageProcessorPil:
+    return ViTImageProcessorPil(
+        size={"height": 32, "width": 32}, resample=3, image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.25, 0.3]
+    )
+
+
+def shake(model: torch.nn.Module, seed: int = 0, scale: float = 0.1) -> torch.nn.Module:
+    """Move every weight and bias, so that norms and biases matter and attention is not even."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += scale * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+def tiny_vit(seed: int = 0, **changes) -> ViTModel:
+    torch.manual_seed(seed)
+    return shake(ViTModel(ViTConfig(**(SIZES | changes)), add_pooling_layer=False), seed)
+
+
+def tiny_backbone(seed: int = 0, name: str = "tiny") -> Backbone:
+    return Backbone(tiny_vit(seed), tiny_processor(), name)
+
+
+def save_tiny_backbone(folder: Path, seed: int = 0) -> Path:
+    tiny_vit(seed).save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return folder
+
+
+def toy_images(classes: int = 8, each: int = 20, seed: int = 0) -> LabelledImages:
+    """uint8 (classes x each, 3, 32, 32): a colour for each class, noise for each image."""
+    generator = torch.Generator().manual_seed(seed)
+    colours = torch.rand(classes, 1, 3, 1, 1, generator=generator) * 200
+    noise = torch.rand(classes, each, 3, 32, 32, generator=generator) * 55
+    labels = torch.arange(classes).repeat_interleave(each)
+    return LabelledImages((colours + noise).to(torch.uint8).flatten(0, 1), labels, [f"n{i}" for i in range(classes)], "toy")
+
+
+def random_pixels(count: int, seed: int = 0) -> torch.Tensor:
+    """uint8 (count, 3, 32, 32)."""
+    return torch.randint(0, 256, (count, 3, 32, 32), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+def planted_adapter(name: str, factors: dict[str, tuple[torch.Tensor, torch.Tensor]], labels=None) -> Adapter:
+    """An adapter of given weight changes, without a file or a head."""
+    info = AdapterInfo(
+        name=name,
+        path=Path(name),
+        revision=None,
+        sha256=name,
+        base_model="tiny",
+        base_revision=None,
+        peft_type="LORA",
+        rank=None,
+        alpha=None,
+        targets=(),
+        num_parameters=0,
+        size_bytes=0,
+        num_classes=None,
+        labels=labels,
+        generation=5,
+        config={},
+    )
+    return Adapter(info, factors, {}, None, None)
+
+
+def random_factors(shapes: dict[str, tuple[int, int, int]], seed: int, scale: float = 0.1):
+    """Module to (B, A) of shapes (out, r), (r, in), from {module: (out, r, in)}."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        module: (
+            scale * torch.randn(out, rank, generator=generator),
+            torch.randn(rank, width, generator=generator),
+        )
+        for module, (out, rank, width) in shapes.items()
+    }
+
+
+def same_weights(one: torch.nn.Module, state: dict[str, torch.Tensor]) -> bool:
+    """Whether the module's state is `state`, bit by bit."""
+    now = one.state_dict()
+    return now.keys() == state.keys() and all(torch.equal(now[key], value) for key, value in state.items())
+
+
+def copied_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in module.state_dict().items()}

@@ -1,0 +1,199 @@
+"""Inversion on the tiny pool: images that their adapter recognises, stored with what it says of them."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from helpers_tiny import copied_state, planted_adapter, random_factors, random_pixels, same_weights
+from PIL import Image
+
+from lora_recycle.errors import AdapterError, ConfigError
+from lora_recycle.inversion.config import InversionConfig
+from lora_recycle.inversion.inverter import LoraInverter, MultiResolution, Pixels
+from lora_recycle.pool import AdapterPool
+from lora_recycle.relations import relational_divergence
+from lora_recycle.sparsity import select_top
+
+
+def quick(**changes):
+    return InversionConfig(**{"images_per_class": 3, "iterations": 2, "jitter": 1, **changes})
+
+
+def shards_by_adapter(surrogate):
+    files = [surrogate.folder / entry["file"] for entry in surrogate.manifest["shards"]]
+    names = [entry["adapter"]["sha256"] for entry in surrogate.manifest["shards"]]
+    return dict(zip(names, [file.read_bytes() for file in files], strict=True))
+
+
+@pytest.mark.parametrize("parameterization", ["multires", "pixels"])
+def test_loss_falls_and_accuracy_rises(tiny_pool, parameterization):
+    common = {"images_per_class": 4, "jitter": 0, "starts": {"noise": 1.0}, "parameterization": parameterization}
+    before = LoraInverter(tiny_pool, InversionConfig(iterations=1, lr=1e-9, **common)).invert(0)
+    inverter = LoraInverter(tiny_pool, InversionConfig(iterations=25, lr=0.1, **common))
+    after = inverter.invert(0)
+    assert torch.equal(before.labels, after.labels)
+    assert len(inverter.losses) == 25 and inverter.losses[-1] < 0.7 * inverter.losses[0]
+    assert after.accuracy > before.accuracy and after.confidence > before.confidence + 0.2
+
+
+def test_labels_are_balanced_and_classes_limited(tiny_pool):
+    shard = LoraInverter(tiny_pool, quick(max_classes=2)).invert(0)
+    assert shard.labels.bincount().max() == 3 and len(shard.labels.unique()) == 2 and len(shard) == 6
+    assert LoraInverter(tiny_pool, quick()).invert(0).labels.bincount().tolist() == [3, 3, 3, 3]
+
+
+@torch.no_grad()
+def test_what_is_stored_is_said_of_the_stored_pixels(tiny_pool, tiny_surrogate):
+    for i, adapter in enumerate(tiny_pool.adapters):
+        shard = tiny_surrogate.shard(i)
+        assert shard.adapter["sha256"] == adapter.info.sha256 and shard.label_names == [f"n{i + c}" for c in range(4)]
+        with tiny_pool.folded(i) as backbone:
+            hidden, _ = backbone(backbone.normalize(shard.pixels))
+        logits = adapter.logits(backbone.pool_for_head(hidden))
+        torch.testing.assert_close(shard.teacher_logits, logits, rtol=1e-4, atol=1e-4)
+        with tiny_pool.folded(i) as backbone:
+            features = backbone.features(backbone.normalize(shard.pixels))
+        torch.testing.assert_close(shard.teacher_features.float(), features, rtol=2e-3, atol=2e-3)
+
+
+@torch.no_grad()
+def test_kept_tokens_are_what_cls_looks_at(tiny_pool, tiny_surrogate):
+    for i in range(len(tiny_pool)):
+        shard = tiny_surrogate.shard(i)
+        with tiny_pool.folded(i) as backbone:
+            eager = copy.deepcopy(backbone.model)
+        eager.set_attn_implementation("eager")
+        attentions = eager(tiny_pool.backbone.normalize(shard.pixels), output_attentions=True).attentions
+        row = attentions[len(tiny_pool.backbone.layers) // 2][:, :, 0].mean(1)[:, 1:]
+        assert shard.kept_tokens.dtype == torch.int16
+        assert torch.equal(shard.kept_tokens.long(), select_top(row, 8))
+
+
+def test_without_pruning_no_mask_is_stored(tiny_pool):
+    assert LoraInverter(tiny_pool, quick(keep_ratio=1.0)).invert(0).kept_tokens is None
+
+
+def test_same_seed_same_bytes_whatever_the_other_adapters(tiny_pool, tmp_path):
+    config = quick(keep_ratio=0.5, flip=True)
+    one = shards_by_adapter(LoraInverter(tiny_pool, config).run(tmp_path / "one", progress=False))
+    again = shards_by_adapter(LoraInverter(tiny_pool, config).run(tmp_path / "again", progress=False))
+    fewer = LoraInverter(tiny_pool.subset([2, 0]), config).run(tmp_path / "fewer", progress=False)
+    assert len(one) == 4 and one == again
+    for name, content in shards_by_adapter(fewer).items():
+        assert content == one[name]
+    other = LoraInverter(tiny_pool.subset([0]), dataclasses.replace(config, seed=1)).invert(0)
+    assert not torch.equal(other.pixels, fewer.shard(1).pixels)
+
+
+def test_the_pool_is_left_as_it_was(tiny_pool):
+    before = copied_state(tiny_pool.backbone)
+    LoraInverter(tiny_pool, quick(hard_weight=1.0)).invert(2)
+    assert same_weights(tiny_pool.backbone, before)
+    assert all(p.grad is None for p in tiny_pool.backbone.parameters())
+
+
+def test_finished_shards_are_kept_and_other_settings_made_again(tiny_pool, tmp_path):
+    pool, made = tiny_pool.subset([0, 1]), []
+    surrogate = LoraInverter(pool, quick()).run(tmp_path, progress=False, on_shard=lambda name, _: made.append(name))
+    files = [tmp_path / entry["file"] for entry in surrogate.manifest["shards"]]
+    assert made == [file.name for file in files]
+    times = [file.stat().st_mtime_ns for file in files]
+    files[1].unlink()
+    (tmp_path / "manifest.json").unlink()  # as after a kill
+    made.clear()
+    LoraInverter(pool, quick()).run(tmp_path, progress=False, on_shard=lambda name, _: made.append(name))
+    assert made == [files[1].name] and files[0].stat().st_mtime_ns == times[0]
+    made.clear()
+    changed = LoraInverter(pool, quick(lr=0.02))
+    changed.run(tmp_path, progress=False, on_shard=lambda name, _: made.append(name))
+    assert len(made) == 2 and files[0].stat().st_mtime_ns > times[0]
+
+
+def test_a_damaged_shard_is_made_again(tiny_pool, tmp_path):
+    pool = tiny_pool.subset([0])
+    surrogate = LoraInverter(pool, quick()).run(tmp_path, progress=False)
+    path = tmp_path / surrogate.manifest["shards"][0]["file"]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    LoraInverter(pool, quick()).run(tmp_path, progress=False)
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("start", ["noise", "dead-leaves", "fractal", "strokes"])
+def test_no_iterations_keep_the_starts_and_ask_the_adapter(tiny_pool, start):
+    shard = LoraInverter(tiny_pool, quick(iterations=0, starts={start: 1.0})).invert(0)
+    assert torch.equal(shard.labels, shard.teacher_logits.argmax(1)) and shard.accuracy == 1.0
+    assert shard.pixels.float().std() > 5
+
+
+def test_starts_from_a_folder_of_images(tiny_pool, tmp_path):
+    pixels = random_pixels(5)
+    for i, picture in enumerate(pixels):
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
+    config = quick(iterations=0, starts={"images": 1.0}, start_images=str(tmp_path))
+    shard = LoraInverter(tiny_pool, config).invert(0)
+    known = {picture.numpy().tobytes() for picture in pixels}
+    assert {picture.numpy().tobytes() for picture in shard.pixels} <= known
+
+
+def test_starts_from_other_adapters_surrogates(tiny_pool, tiny_surrogate):
+    config = quick(iterations=0, starts={"images": 1.0}, start_images=str(tiny_surrogate.folder))
+    shard = LoraInverter(tiny_pool, config).invert(1)
+    known = {p.numpy().tobytes() for i in range(4) for p in tiny_surrogate.shard(i).pixels}
+    assert {picture.numpy().tobytes() for picture in shard.pixels} <= known
+
+
+@pytest.mark.parametrize("reference", ["backbone", "average", "folder"])
+def test_hard_images_divide_adapter_and_reference(tiny_pool, tiny_pool_path, reference):
+    reference = str(tiny_pool_path / "adapter-1") if reference == "folder" else reference
+    common = {"images_per_class": 4, "iterations": 12, "jitter": 0, "hard_reference": reference, "lr": 0.1}
+    hard = LoraInverter(tiny_pool, InversionConfig(hard_weight=20.0, **common))
+    plain = LoraInverter(tiny_pool, InversionConfig(**common))
+
+    @torch.no_grad()
+    def divergence(pixels):
+        pixel_values = tiny_pool.backbone.normalize(pixels)
+        with tiny_pool.folded(0) as backbone:
+            teacher = backbone.features(pixel_values)
+        return relational_divergence(hard.reference.features(pixel_values), teacher).item()
+
+    assert plain.reference is None
+    assert divergence(hard.invert(0).pixels) > 1.3 * divergence(plain.invert(0).pixels)
+
+
+def test_priors_pull(tiny_pool):
+    common = {"images_per_class": 2, "iterations": 10, "jitter": 0, "starts": {"noise": 1.0}, "lr": 0.1}
+    rough, smooth = (
+        LoraInverter(tiny_pool, InversionConfig(priors={"tv": weight}, **common)).invert(0).pixels.float()
+        for weight in (0.0, 50.0)
+    )
+    assert smooth.diff(dim=-1).abs().mean() < 0.9 * rough.diff(dim=-1).abs().mean()
+
+
+def test_an_adapter_without_a_head_is_named(tiny_pool):
+    headless = planted_adapter("headless", random_factors({"layers.0.attention.q_proj": (32, 2, 32)}, 0))
+    with pytest.raises(AdapterError, match="headless: has no classification head"):
+        LoraInverter(AdapterPool(tiny_pool.backbone, [headless]), quick()).invert(0)
+
+
+def test_a_head_that_does_not_fit_is_named(tiny_pool):
+    wide = dataclasses.replace(tiny_pool[0], head_weight=torch.zeros(4, 64))
+    with pytest.raises(AdapterError, match="adapter-0: its head reads 64 features, .* gives 32"):
+        LoraInverter(AdapterPool(tiny_pool.backbone, [wide]), quick()).invert(0)
+
+
+def test_a_layer_that_is_not_there(tiny_pool):
+    with pytest.raises(ConfigError, match=r"prune_layer must be in \[0, 2\), got 2"):
+        LoraInverter(tiny_pool, quick(prune_layer=2))
+
+
+def test_parameterisations_start_at_the_image():
+    images = torch.rand(2, 3, 32, 32) * 0.9 + 0.05
+    assert [m.shape[-1] for m in MultiResolution(images).maps] == [4, 8, 16, 32]
+    torch.testing.assert_close(MultiResolution(images)(), images)
+    space = Pixels(images)
+    space.images.data += 2
+    assert torch.equal(space(), torch.ones_like(images))
+    space().sum().backward()
+    assert (space.images.grad == 1).all()  # clipped pixels can still come back

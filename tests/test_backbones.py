@@ -1,0 +1,127 @@
+"""The view gives what transformers' own models give, for each family."""
+
+import numpy as np
+import pytest
+import torch
+from helpers_tiny import SIZES, random_pixels, shake, tiny_backbone, tiny_processor
+from PIL import Image
+from transformers import (
+    CLIPConfig,
+    CLIPForImageClassification,
+    DeiTConfig,
+    DeiTForImageClassification,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersForImageClassification,
+    ResNetConfig,
+    ResNetModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from lora_recycle.backbones import Backbone, extract_features
+from lora_recycle.errors import AdapterError, DataError
+
+
+TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+#: class, config, where the base model lies, tokens before the patches
+FAMILIES = {
+    "vit": (ViTForImageClassification, ViTConfig(**SIZES, num_labels=5), "vit", 1),
+    "deit": (DeiTForImageClassification, DeiTConfig(**SIZES, num_labels=5), "deit", 2),
+    "dinov2": (Dinov2ForImageClassification, Dinov2Config(**SIZES, num_labels=5), "dinov2", 1),
+    "registers": (
+        Dinov2WithRegistersForImageClassification,
+        Dinov2WithRegistersConfig(**SIZES, num_labels=5, num_register_tokens=3),
+        "dinov2_with_registers",
+        4,
+    ),
+    "clip": (
+        CLIPForImageClassification,
+        CLIPConfig(vision_config=SIZES, text_config=TEXT, num_labels=5),
+        "vision_model",
+        1,
+    ),
+}
+
+
+def build(family):
+    kind, config, base, prefix = FAMILIES[family]
+    torch.manual_seed(0)
+    model = shake(kind(config))
+    return model, getattr(model, base), prefix
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_features_and_logits_are_those_of_transformers(family):
+    model, base, prefix = build(family)
+    x = torch.randn(3, 3, 32, 32)
+    logits, output = model(x).logits, base(x)
+    features = output.pooler_output if family == "clip" else output.last_hidden_state[:, 0]
+    view = Backbone(base, tiny_processor(), family)
+    hidden, kept = view(x)
+    assert kept is None and view.num_prefix_tokens == prefix and hidden.shape == (3, prefix + 16, 32)
+    torch.testing.assert_close(view.pool(hidden), features, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(view.features(x), features, rtol=1e-4, atol=1e-5)
+    assert view.pool_for_head(hidden).shape[1] == view.head_size == model.classifier.in_features
+    torch.testing.assert_close(model.classifier(view.pool_for_head(hidden)), logits, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pruning_drops_patches_and_keeps_the_prefix(family):
+    _, base, prefix = build(family)
+    view = Backbone(base, tiny_processor(), family)
+    x = torch.randn(2, 3, 32, 32)
+    hidden, kept = view(x, prune={0: 0.25})
+    assert hidden.shape == (2, prefix + 4, 32) and kept.shape == (2, 4)
+    assert (view(x)[0][:, 0] - hidden[:, 0]).abs().max() > 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["vit", "dinov2", "clip"])
+def test_a_saved_folder_loads_with_the_same_features(tmp_path, family):
+    model, base, _ = build(family)
+    (model if family == "clip" else base).save_pretrained(tmp_path)
+    tiny_processor().save_pretrained(tmp_path)
+    x = torch.randn(2, 3, 32, 32)
+    loaded = Backbone.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded.features(x), Backbone(base, tiny_processor(), family).features(x))
+    assert not any(p.requires_grad for p in loaded.parameters()) and loaded.name == str(tmp_path)
+
+
+def test_normalisation_is_the_image_processors():
+    view, pixels = tiny_backbone(), random_pixels(2)
+    pictures = [Image.fromarray(np.asarray(p.permute(1, 2, 0))) for p in pixels]
+    expected = tiny_processor()(images=pictures, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(view.normalize(pixels), expected)
+    torch.testing.assert_close(view.normalize(pixels.float() / 255), expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 40, 40), (2, 3, 24, 32), (2, 3, 32, 24), (2, 1, 32, 32), (3, 32, 32)])
+def test_images_of_another_size_are_refused(shape):
+    with pytest.raises(DataError, match=r"tiny takes images of shape \(B, 3, 32, 32\)"):
+        tiny_backbone().features(torch.zeros(shape))
+
+
+def test_other_model_types_are_refused():
+    model = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]))
+    with pytest.raises(AdapterError, match=r"backbones of type resnet are not supported \(vit, deit"):
+        Backbone(model, tiny_processor(), "cnn")
+
+
+def test_a_missing_backbone_is_one_line(tmp_path):
+    with pytest.raises(AdapterError, match="the backbone cannot be loaded") as caught:
+        Backbone.from_pretrained(tmp_path / "nowhere")
+    assert "\n" not in str(caught.value)
+
+
+def test_features_of_many_images_do_not_depend_on_the_batch():
+    view, pixels = tiny_backbone(), random_pixels(7)
+    kept = torch.stack([torch.randperm(16)[:5].sort().values for _ in range(7)])
+    torch.testing.assert_close(extract_features(view, pixels, 3), view.features(view.normalize(pixels)))
+    torch.testing.assert_close(
+        extract_features(view, pixels, 3, kept), view.features(view.normalize(pixels), kept), rtol=1e-4, atol=1e-5
+    )
+    assert extract_features(view, pixels[:0]).shape == (0, 32)

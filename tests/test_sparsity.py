@@ -1,0 +1,102 @@
+"""Token pruning: what CLS looks at, and that dropped patches are really gone."""
+
+import pytest
+import torch
+from helpers_tiny import tiny_backbone, tiny_vit
+
+from lora_recycle.sparsity import keep_tokens, num_kept, record_cls_attention, select_top
+
+
+def eager_rows(x):
+    """(layers, B, T): attention of CLS, mean over heads, as transformers' eager attention gives it."""
+    model = tiny_vit()
+    model.set_attn_implementation("eager")
+    return torch.stack([a[:, :, 0].mean(1) for a in model(x, output_attentions=True).attentions])
+
+
+def patches_of(images):
+    """(B, 3, 32, 32) to (B, 16): sum of the absolute values in each patch of 8 pixels."""
+    return images.abs().sum(1).unfold(1, 8, 8).unfold(2, 8, 8).sum((-1, -2)).flatten(1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [0, 1])
+def test_the_recorded_row_is_that_of_eager_attention(layer):
+    view, x = tiny_backbone(), torch.randn(3, 3, 32, 32)
+    with record_cls_attention(view.layers[layer]) as attention:
+        view(x)
+    torch.testing.assert_close(attention.row, eager_rows(x)[layer])
+    torch.testing.assert_close(attention.row.sum(1), torch.ones(3))
+    first = attention.row
+    view(torch.randn(3, 3, 32, 32))  # outside of the context nothing is recorded
+    assert attention.row is first and not any(hasattr(m, "cls_attention") for m in view.layers.modules())
+
+
+def test_select_top_and_num_kept():
+    scores = torch.tensor([[0.1, 0.5, 0.2, 0.4], [0.9, 0.0, 0.8, 0.7]])
+    assert select_top(scores, 2).tolist() == [[1, 3], [0, 2]]
+    assert [num_kept(16, r) for r in (0.01, 0.25, 0.5, 0.98, 1.0)] == [1, 4, 8, 16, 16]
+
+
+def test_keep_tokens_by_hand():
+    hidden = torch.arange(6.0).view(1, 6, 1)  # two prefix tokens, patches 2 to 5
+    assert keep_tokens(hidden, torch.tensor([[1, 3]]), 2).flatten().tolist() == [0, 1, 3, 5]
+
+
+@torch.no_grad()
+def test_a_kept_set_is_those_tokens_alone():
+    view, x = tiny_backbone(), torch.randn(2, 3, 32, 32)
+    kept = torch.tensor([[0, 3, 9], [4, 5, 15]])
+    model = tiny_vit()
+    tokens = model.embeddings(x)
+    rows = [torch.cat([t[:1], t[1:][k]]) for t, k in zip(tokens, kept, strict=True)]
+    hidden = torch.stack(rows)
+    for layer in model.layers:
+        output = layer(hidden, None)
+        hidden = output[0] if isinstance(output, tuple) else output
+    torch.testing.assert_close(view.features(x, kept), model.layernorm(hidden)[:, 0], rtol=1e-4, atol=1e-5)
+    everything = torch.arange(16).expand(2, -1)
+    torch.testing.assert_close(view.features(x, everything), view.features(x), rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_pruning_keeps_the_patches_that_cls_looks_at():
+    view, x = tiny_backbone(), torch.randn(3, 3, 32, 32)
+    _, kept = view(x, prune={0: 0.5})
+    assert torch.equal(kept, select_top(eager_rows(x)[0][:, 1:], 8))
+
+
+@torch.no_grad()
+def test_pruning_a_kept_set_gives_positions_in_the_image():
+    view, x = tiny_backbone(), torch.randn(2, 3, 32, 32)
+    start = torch.tensor([[1, 3, 5, 7, 9, 11], [0, 2, 4, 6, 8, 10]])
+    hidden, kept = view(x, start, prune={0: 0.25})
+    assert hidden.shape[1] == 5 and kept.shape == (2, 4)
+    assert all(set(k) <= set(s) for k, s in zip(kept.tolist(), start.tolist(), strict=True))
+    wider, same = view(x, start, prune={0: 0.5})  # 8 of 16 patches: all 6 stay
+    torch.testing.assert_close(wider, view(x, start)[0])
+    assert torch.equal(same, start)
+
+
+@torch.no_grad()
+def test_nothing_pruned_is_the_plain_forward():
+    view, x = tiny_backbone(), torch.randn(2, 3, 32, 32)
+    plain, _ = view(x)
+    for prune in ({}, {0: 1.0}, {0: 1.0, 1: 1.0}):
+        hidden, kept = view(x, prune=prune)
+        assert torch.equal(hidden, plain) and kept is None
+
+
+def test_gradients_reach_exactly_the_kept_patches():
+    view, x = tiny_backbone(), torch.randn(2, 3, 32, 32, requires_grad=True)
+    kept = torch.tensor([[0, 3, 9], [4, 5, 15]])
+    view.features(x, kept).square().sum().backward()
+    reached = patches_of(x.grad) > 0
+    assert torch.equal(reached, torch.zeros(2, 16, dtype=torch.bool).scatter(1, kept, True))
+
+
+def test_gradients_reach_all_patches_where_they_are_dropped_later():
+    view, x = tiny_backbone(), torch.randn(2, 3, 32, 32, requires_grad=True)
+    hidden, _ = view(x, prune={0: 0.25})
+    view.pool(hidden).square().sum().backward()
+    assert (patches_of(x.grad) > 0).all()
