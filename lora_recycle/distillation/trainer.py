@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from ..embedded import backbone_name
 from ..errors import ConfigError, DataError
 from ..pool import AdapterPool
+from ..processes import process_state
 from ..prototypes import centre_logits
 from ..relations import relational_divergence
 from ..surrogate import SurrogateDataset, atomic_write
@@ -42,13 +43,8 @@ class MetaLoraTrainer:
         self.pool, self.surrogate, self.config = pool, surrogate, config or DistillationConfig()
         if surrogate is None and self.config.steps > 0:
             raise ConfigError("Distillation needs surrogate data; only `steps: 0` goes without.")
+        process_state()
         self.accelerator = Accelerator()
-        world = int(os.environ.get("WORLD_SIZE", 1))
-        if world != self.accelerator.num_processes:
-            raise ConfigError(
-                f"{world} processes were launched, but accelerate sees {self.accelerator.num_processes}. On CPU: "
-                "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N ..."
-            )
         base = backbone_name(pool.backbone.name)
         self.student = Student(pool.backbone, self.config.rank, base, self.config.seed)
         if self.config.init == "average":
