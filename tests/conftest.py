@@ -57,7 +57,9 @@ def tiny_pool_path(tmp_path_factory, tiny_backbone_path, toy_data):
     folder = tmp_path_factory.mktemp("pool")
     kinds = [("LORA", "all"), ("LORA", "q_proj,v_proj"), ("DORA", "all"), ("LOHA", "all")]
     for task, (kind, targets) in enumerate(kinds):
-        config = TuningConfig(peft_type=kind, targets=targets, epochs=6, rank=4, keep_ratio=1.0, batch_size=16)
+        config = TuningConfig(
+            peft_type=kind, targets=targets, epochs=6, lr=8e-3, rank=4, keep_ratio=1.0, batch_size=16
+        )
         classes = [task, task + 1, task + 2, task + 3]
         tune_adapter(toy_data, classes, folder / f"adapter-{task}", config, str(tiny_backbone_path), seed=task)
     return folder

@@ -57,7 +57,9 @@ def toy_images(classes: int = 8, each: int = 20, seed: int = 0) -> LabelledImage
     colours = torch.rand(classes, 1, 3, 1, 1, generator=generator) * 200
     noise = torch.rand(classes, each, 3, 32, 32, generator=generator) * 55
     labels = torch.arange(classes).repeat_interleave(each)
-    return LabelledImages((colours + noise).to(torch.uint8).flatten(0, 1), labels, [f"n{i}" for i in range(classes)], "toy")
+    return LabelledImages(
+        (colours + noise).to(torch.uint8).flatten(0, 1), labels, [f"n{i}" for i in range(classes)], "toy"
+    )
 
 
 def random_pixels(count: int, seed: int = 0) -> torch.Tensor:

@@ -22,6 +22,7 @@ from transformers import (
 
 from lora_recycle.backbones import Backbone, extract_features
 from lora_recycle.errors import AdapterError, DataError
+from lora_recycle.sparsity import record_cls_attention
 
 
 TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
@@ -76,6 +77,9 @@ def test_pruning_drops_patches_and_keeps_the_prefix(family):
     x = torch.randn(2, 3, 32, 32)
     hidden, kept = view(x, prune={0: 0.25})
     assert hidden.shape == (2, prefix + 4, 32) and kept.shape == (2, 4)
+    with record_cls_attention(view.layers[0]) as attention:
+        view(x)
+    assert torch.equal(kept, attention.row[:, prefix:].topk(4).indices.sort().values)
     assert (view(x)[0][:, 0] - hidden[:, 0]).abs().max() > 1e-4
 
 

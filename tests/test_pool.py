@@ -91,7 +91,9 @@ def test_biases_and_norms_are_folded_and_averaged(tmp_path):
     for i in (0, 1):
         save_adapter(tmp_path / f"a{i}", CONFIGS["ln_tuning"] if i == 0 else CONFIGS["lora"])
     _, twin = save_adapter(tmp_path / "spare")
-    pool = AdapterPool.from_pretrained([tmp_path / "a0", tmp_path / "a1"], backbone=Backbone(twin, tiny_processor(), "t"))
+    pool = AdapterPool.from_pretrained(
+        [tmp_path / "a0", tmp_path / "a1"], backbone=Backbone(twin, tiny_processor(), "t")
+    )
     name = "layers.0.layernorm_before.bias"
     before = copied_state(pool.backbone.model)[name]
     with pool.folded() as backbone:

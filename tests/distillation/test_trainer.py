@@ -10,6 +10,7 @@ from helpers_tiny import copied_state, random_pixels, same_weights
 
 from lora_recycle.distillation import trainer as trainer_module
 from lora_recycle.distillation.config import DistillationConfig
+from lora_recycle.distillation.episodes import SurrogateEpisode
 from lora_recycle.distillation.teachers import match_shards, teach
 from lora_recycle.distillation.trainer import MetaLoraTrainer, learning_rate
 from lora_recycle.errors import ConfigError, DataError
@@ -78,9 +79,9 @@ def test_zero_starts_at_the_frozen_backbone(tiny_pool):
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("relational", {}),
+        ("relational", {"groups": "one", "relational_batch": 96}),
         ("kl", {"relational_weight": 0.0, "kl_weight": 1.0}),
-        ("interpolation", {"relational_weight": 0.0, "interpolation_weight": 1.0, "metric": "euclidean", "temperature": 1.0}),
+        ("interpolation", {"relational_weight": 0.0, "interpolation_weight": 1.0, "metric": "euclidean"}),
     ],
 )
 def test_each_loss_falls(tiny_pool, tiny_surrogate, name, settings):
@@ -229,3 +230,18 @@ def test_episodes_wider_than_the_data(tiny_pool, tiny_surrogate):
 def test_a_loss_that_is_not_finite_stops(tiny_pool, tiny_surrogate):
     with pytest.raises(DataError, match=r"The loss is nan at step \d: lower `lr` \(now 1e\+30\)"):
         train(tiny_pool, tiny_surrogate, recipe(lr=1e30))
+
+
+def test_episode_losses_by_hand(tiny_pool, tiny_surrogate):
+    trainer = MetaLoraTrainer(tiny_pool, tiny_surrogate, recipe(temperature=0.5))
+    trainer._prepare(False)
+    support, query = torch.eye(3), torch.eye(3)[[0, 0, 1, 2, 2, 2]]
+    scores = (query @ support.T / 0.5).log_softmax(1)
+    rows = torch.tensor([[24, 30], [25, 31], [26, 32]])  # the second adapter's images 0, 6, 1, 7, 2, 8
+    episode = SurrogateEpisode(torch.zeros(3, 1, dtype=torch.int64), rows, 1, torch.tensor([2, 0, 3]))
+    teacher = tiny_surrogate.shard(1).teacher_logits[[0, 6, 1, 7, 2, 8]][:, [2, 0, 3]].log_softmax(1)
+    expected = (teacher.exp() * (teacher - scores)).sum() / 6
+    torch.testing.assert_close(trainer._episode_loss(episode, support, query), expected)
+    mixed = SurrogateEpisode(torch.zeros(3, 1, dtype=torch.int64), rows)
+    expected = -scores[torch.arange(6), torch.tensor([0, 0, 1, 1, 2, 2])].mean()
+    torch.testing.assert_close(trainer._episode_loss(mixed, support, query), expected)

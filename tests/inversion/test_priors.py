@@ -28,9 +28,7 @@ def test_entropy_is_larger_for_spread_similarities():
     angles = torch.linspace(0, math.pi, 16)
     spread = torch.stack([angles.cos(), angles.sin()], -1)
     two_kinds = torch.eye(2).repeat_interleave(8, 0)
-    low, middle, high = patch_similarity_entropy(
-        torch.stack([torch.ones(16, 2), two_kinds, spread])
-    ).tolist()
+    low, middle, high = patch_similarity_entropy(torch.stack([torch.ones(16, 2), two_kinds, spread])).tolist()
     assert low < middle < high < math.log(2) + 1e-3  # nothing on [-1, 1] spreads wider than evenly
 
 
@@ -42,16 +40,12 @@ def test_entropy_does_not_depend_on_the_length_of_tokens():
 def matched_prior(images):
     """A batch-norm prior whose running statistics are those of `images`."""
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.BatchNorm2d(2))
-    prior = BatchNormPrior(network, [0.5] * 3, [0.25] * 3, size=images.shape[-1])
     x = (images - 0.5) / 0.25
-    for layer in network:
+    for layer in network.eval().requires_grad_(False):
         if isinstance(layer, nn.BatchNorm2d):
             layer.running_mean.copy_(x.mean((0, 2, 3)))
             layer.running_var.copy_(x.var((0, 2, 3)))
-        with torch.no_grad():
-            for hook in list(layer._forward_pre_hooks):
-                del layer._forward_pre_hooks[hook]
-            x = layer(x)
+        x = layer(x)
     return BatchNormPrior(network, [0.5] * 3, [0.25] * 3, size=images.shape[-1])
 
 

@@ -1,0 +1,142 @@
+"""Adapters as a stranger would publish them, and a pool made of any labelled images."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from PIL import Image
+from transformers import ViTForImageClassification
+
+from lora_recycle.errors import ConfigError, DataError
+from lora_recycle.hub.adapters import find_adapters, pull_adapter
+from lora_recycle.images import LabelledImages
+from lora_recycle.tuning import augment, split_task, tune_adapter, tune_pool
+from lora_recycle.tuning_config import TuningConfig
+
+
+@torch.no_grad()
+def test_peft_loads_what_was_tuned_with_the_same_logits(tiny_pool, tiny_pool_path, tiny_backbone_path, toy_data):
+    x = tiny_pool.backbone.normalize(toy_data.pixels[::8])
+    for i, kind in enumerate(("LORA", "LORA", "LORA", "LOHA")):
+        assert tiny_pool[i].info.peft_type == kind
+        base = ViTForImageClassification.from_pretrained(tiny_backbone_path, num_labels=4)
+        expected = PeftModel.from_pretrained(base, tiny_pool_path / f"adapter-{i}").eval()(pixel_values=x).logits
+        with tiny_pool.folded(i) as backbone:
+            logits = tiny_pool[i].logits(backbone.pool_for_head(backbone(x)[0]))
+        torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_tuned_adapters_know_their_classes(tiny_pool, toy_data):
+    for i, adapter in enumerate(tiny_pool.adapters):
+        rows = (toy_data.labels >= i) & (toy_data.labels < i + 4)
+        with tiny_pool.folded(i) as backbone:
+            hidden, _ = backbone(backbone.normalize(toy_data.pixels[rows]))
+        said = adapter.logits(backbone.pool_for_head(hidden)).argmax(1)
+        assert (said == toy_data.labels[rows] - i).float().mean() > 0.8
+
+
+def test_the_folder_is_what_people_publish(tiny_pool_path, tiny_backbone_path):
+    folder = tiny_pool_path / "adapter-1"
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    info = pull_adapter(folder)
+    assert info.labels == ("n1", "n2", "n3", "n4") and info.num_classes == 4
+    assert info.base_model == str(tiny_backbone_path) and info.rank == 4
+    assert info.targets == ("q_proj", "v_proj")
+    assert pull_adapter(tiny_pool_path / "adapter-2").config["use_dora"] is True
+    assert "Accuracy on held-out images" in (folder / "README.md").read_text()
+    assert not list(tiny_pool_path.glob(".*"))
+
+
+def test_awkward_class_names_survive_the_card(toy_data, tiny_backbone_path, tmp_path):
+    names = ["yes", "3", "a: b # c", 'quote "x"', "Käse", "null", "- x", "{y}"]
+    data = LabelledImages(toy_data.pixels, toy_data.labels, names, "odd")
+    config = TuningConfig(epochs=1, rank=2, targets="q_proj")
+    tune_adapter(data, list(range(8)), tmp_path / "odd", config, str(tiny_backbone_path), 0)
+    assert pull_adapter(tmp_path / "odd").labels == tuple(names)
+
+
+def test_same_seed_same_adapter(toy_data, tiny_backbone_path, tmp_path):
+    config = TuningConfig(epochs=1, rank=2, targets="q_proj")
+    for name, seed in (("one", 0), ("same", 0), ("other", 1)):
+        tune_adapter(toy_data, [0, 1], tmp_path / name, config, str(tiny_backbone_path), seed)
+    one, same, other = (pull_adapter(tmp_path / name).sha256 for name in ("one", "same", "other"))
+    assert one == same != other
+
+
+@pytest.fixture
+def image_folder(toy_data, tmp_path):
+    folder = tmp_path / "images"
+    for c in range(3):
+        (folder / f"class {c}").mkdir(parents=True)
+        for i in toy_data.by_class()[c][:6].tolist():
+            Image.fromarray(toy_data.pixels[i].permute(1, 2, 0).numpy()).save(folder / f"class {c}" / f"{i}.png")
+    return folder
+
+
+def test_a_pool_resumes_where_it_stopped(image_folder, tiny_backbone_path, tmp_path):
+    config = TuningConfig(tasks=3, classes=2, epochs=1, rank=2, targets="q_proj", batch_size=8)
+    results = tune_pool(image_folder, tmp_path / "pool", config, str(tiny_backbone_path), progress=False)
+    folders = find_adapters(tmp_path / "pool")
+    assert [f.name for f in folders] == ["images-000", "images-001", "images-002"] and len(results) == 3
+    assert set(results[0]) == {"adapter", "accuracy", "frozen_class_centres"}
+    assert set(pull_adapter(folders[0]).labels) <= {"class 0", "class 1", "class 2"}
+    times = [(f / "adapter_model.safetensors").stat().st_mtime_ns for f in folders]
+    before = (folders[1] / "adapter_model.safetensors").read_bytes()
+    (folders[1] / "adapter_config.json").unlink()
+    again = tune_pool(image_folder, tmp_path / "pool", config, str(tiny_backbone_path), progress=False)
+    assert [r["adapter"] for r in again] == [str(folders[1])]
+    after = [(f / "adapter_model.safetensors").stat().st_mtime_ns for f in folders]
+    assert after[0] == times[0] and after[2] == times[2] and after[1] > times[1]
+    assert (folders[1] / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_too_few_classes(image_folder, tiny_backbone_path, tmp_path):
+    with pytest.raises(DataError, match="images has 3 classes, fewer than the 4 of a task"):
+        tune_pool(image_folder, tmp_path / "pool", TuningConfig(classes=4), str(tiny_backbone_path), progress=False)
+    assert not (tmp_path / "pool").exists()
+
+
+def test_a_class_of_one_image_is_named(toy_data):
+    rows = torch.cat([toy_data.by_class()[0], toy_data.by_class()[1][:1]])
+    data = LabelledImages(toy_data.pixels[rows], toy_data.labels[rows], toy_data.label_names, "toy")
+    with pytest.raises(DataError, match="toy: class 'n1' has 1 image"):
+        split_task(data, [0, 1], TuningConfig(), torch.Generator())
+
+
+def test_training_and_held_out_images_do_not_overlap(toy_data):
+    config = TuningConfig(images_per_class=10, held_out=3)
+    (images, labels), (held, held_labels) = split_task(toy_data, [4, 2], config, torch.Generator().manual_seed(0))
+    assert labels.tolist() == [0] * 10 + [1] * 10 and held_labels.tolist() == [0] * 3 + [1] * 3
+    seen = {image.numpy().tobytes() for image in images}
+    assert len(seen) == 20 and not seen & {image.numpy().tobytes() for image in held}
+    of_class = {toy_data.pixels[i].numpy().tobytes() for i in toy_data.by_class()[4].tolist()}
+    assert {image.numpy().tobytes() for image in images[:10]} <= of_class
+
+
+def test_augmentation_shifts_and_mirrors():
+    pixels = torch.arange(16, dtype=torch.uint8).view(1, 1, 1, 16).expand(200, 3, 16, 16).contiguous()
+    moved = augment(pixels, True, torch.Generator().manual_seed(0), reach=2)
+    assert moved.shape == pixels.shape and moved.dtype == torch.uint8
+    rising = moved[:, 0, 0, -1] > moved[:, 0, 0, 0]
+    assert 60 < rising.sum() < 140
+    assert sorted(moved[rising, 0, 0, 8].unique().tolist()) == [6, 7, 8, 9, 10]
+    straight = augment(pixels, False, torch.Generator().manual_seed(0), reach=0)
+    assert torch.equal(straight, pixels)
+
+
+def test_targets_that_are_not_there(toy_data, tiny_backbone_path, tmp_path):
+    config = dataclasses.replace(TuningConfig(epochs=1), targets="q_proj,query")
+    with pytest.raises(ConfigError, match=r"'query'.* is no linear layer here \(fc1, fc2, k_proj"):
+        tune_adapter(toy_data, [0, 1], tmp_path / "a", config, str(tiny_backbone_path), 0)
+
+
+def test_the_config_survives_json(tiny_pool_path):
+    config = json.loads((tiny_pool_path / "adapter-3" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LOHA" and config["modules_to_save"] == ["classifier"]
