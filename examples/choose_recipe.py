@@ -23,7 +23,7 @@ from lora_recycle.embedded import pool_path
 from lora_recycle.evaluation.episodes import sample_episodes
 from lora_recycle.evaluation.protocol import confidence, prototype_accuracy
 from lora_recycle.images import LabelledImages, load_labelled_images
-from lora_recycle.surrogate import atomic_write
+from lora_recycle.storage import atomic_write
 
 
 BASE_INVERT = {"images_per_class": 2, "max_classes": 8, "iterations": 20}

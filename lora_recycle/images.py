@@ -111,6 +111,25 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+def to_picture(image) -> Image.Image:
+    """One image in any form as RGB. Raises `DataError` where it cannot be read."""
+    if isinstance(image, (str, Path)):
+        try:
+            with Image.open(image) as opened:
+                return to_rgb(opened)
+        except (OSError, Image.DecompressionBombError, ValueError) as error:
+            raise DataError(f"{image}: cannot be read as an image ({error}).") from error
+    if isinstance(image, torch.Tensor):
+        image = image.permute(1, 2, 0).cpu().numpy() if image.ndim == 3 and image.shape[0] in (1, 3) else image.numpy()
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8:
+            raise DataError(f"Arrays of pixels must be uint8, got {image.dtype}; scale to 0-255 first.")
+        image = Image.fromarray(image.squeeze(-1) if image.ndim == 3 and image.shape[-1] == 1 else image)
+    if not isinstance(image, Image.Image):
+        raise DataError(f"No image can be read from a {type(image).__name__}: pass PIL images, arrays or paths.")
+    return to_rgb(image)
+
+
 def _decode(source: _Source, kept: torch.Tensor, size: int, resample: int) -> torch.Tensor:
     """uint8 (len(kept), 3, size, size) images of a source."""
     pixels = torch.empty(len(kept), 3, size, size, dtype=torch.uint8)

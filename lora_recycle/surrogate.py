@@ -13,17 +13,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from .errors import DataError
+from .storage import atomic_save_tensors, atomic_write, file_sha256
 
 
 FORMAT_VERSION = 1
@@ -67,43 +65,13 @@ class Shard:
         return probabilities.mean().item()
 
 
-def atomic_write(path: Path, data: bytes) -> None:
-    """Write a file that is either whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
-
-
-def _sha256(file) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
 def save_shard(path: Path, shard: Shard, config_id: str) -> None:
     """Write one shard atomically; its header names the adapter and the configuration it was made with."""
-    tensors = {name: getattr(shard, name).contiguous() for name in _REQUIRED}
+    tensors = {name: getattr(shard, name) for name in _REQUIRED}
     if shard.kept_tokens is not None:
-        tensors["kept_tokens"] = shard.kept_tokens.contiguous()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    # one entry: safetensors writes several in random order, and the same images must give the same bytes
-    metadata = {"shard": json.dumps({"adapter": shard.adapter, "config_id": config_id}, sort_keys=True)}
-    try:
-        save_file(tensors, partial, metadata=metadata)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        tensors["kept_tokens"] = shard.kept_tokens
+    header = json.dumps({"adapter": shard.adapter, "config_id": config_id}, sort_keys=True)
+    atomic_save_tensors(path, tensors, header)
 
 
 def load_shard(path: Path) -> Shard:
@@ -113,7 +81,7 @@ def load_shard(path: Path) -> Shard:
             metadata = file.metadata() or {}
             names = set(file.keys())
             missing = sorted(set(_REQUIRED) - names)
-            if missing or "shard" not in metadata:
+            if missing or "header" not in metadata:
                 raise DataError(f"{path}: not a surrogate shard, {(missing or ['its header'])[0]} is missing.")
             for name, (_, ndim) in _REQUIRED.items():
                 if len(file.get_slice(name).get_shape()) != ndim:
@@ -124,14 +92,24 @@ def load_shard(path: Path) -> Shard:
     for name, (dtype, _) in _REQUIRED.items():
         if tensors[name].dtype != dtype or len(tensors[name]) != len(tensors["pixels"]):
             raise DataError(f"{path}: tensor {name} has the wrong type or number of rows.")
-    return Shard(json.loads(metadata["shard"])["adapter"], **tensors)
+    try:
+        adapter = json.loads(metadata["header"])["adapter"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: the header names no adapter ({error!r}). Run invert again.") from error
+    shard = Shard(adapter, **tensors)
+    classes = shard.teacher_logits.shape[1]
+    if len(shard) and not 0 <= int(shard.labels.min()) <= int(shard.labels.max()) < classes:
+        raise DataError(f"{path}: labels must lie in 0 to {classes - 1}, got {int(shard.labels.max())}.")
+    if shard.kept_tokens is not None and (shard.kept_tokens.dtype, shard.kept_tokens.ndim) != (torch.int16, 2):
+        raise DataError(f"{path}: kept_tokens must be int16 of 2 dimensions.")
+    return shard
 
 
 def shard_config_id(path: Path) -> str | None:
     """The configuration that an existing shard was made with; None where there is no readable shard."""
     with contextlib.suppress(OSError, SafetensorError, KeyError, TypeError, ValueError):
         with safe_open(path, "pt") as file:
-            return json.loads(file.metadata()["shard"])["config_id"]
+            return json.loads(file.metadata()["header"])["config_id"]
     return None
 
 

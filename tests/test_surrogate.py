@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from lora_recycle.errors import DataError
+from lora_recycle.storage import atomic_write, file_sha256
 from lora_recycle.surrogate import (
     Shard,
     SurrogateDataset,
-    atomic_write,
-    file_sha256,
     load_shard,
     save_shard,
     shard_config_id,

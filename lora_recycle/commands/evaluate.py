@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     from ..evaluation.protocol import format_table
     from ..images import load_labelled_images
     from ..modeling.meta_lora import MetaLoRAForFewShotClassification
-    from ..surrogate import atomic_write
+    from ..storage import atomic_write
 
     device = checked_device(args.device)
     model = MetaLoRAForFewShotClassification.from_pretrained(args.model, base_model=args.base_model, device=device)

@@ -6,8 +6,6 @@ import base64
 import io
 import json
 import math
-import os
-import tempfile
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -18,6 +16,7 @@ import torch
 from PIL import Image
 
 from ..errors import DataError
+from ..storage import atomic_write
 
 
 _CURVE_POINTS = 300  # longer loss curves are averaged down to so many points
@@ -105,7 +104,8 @@ def write_report(
         ("Settings", f"<pre>{escape(json.dumps(config, indent=2, default=str))}</pre>"),
     ]
     body = "\n".join(f"<section>\n<h2>{heading}</h2>\n{content}\n</section>" for heading, content in sections)
-    return _write_atomically(Path(path), _PAGE.substitute(title=escape(title), sections=body))
+    atomic_write(Path(path), _PAGE.substitute(title=escape(title), sections=body).encode())
+    return Path(path)
 
 
 def _check(images: torch.Tensor, labels: Sequence[str], kept: torch.Tensor | None) -> None:
@@ -114,20 +114,6 @@ def _check(images: torch.Tensor, labels: Sequence[str], kept: torch.Tensor | Non
     masks = len(images) if kept is None else len(kept)
     if not len(images) == len(labels) == masks:
         raise DataError(f"{len(images)} surrogate images, {len(labels)} labels and {masks} masks do not match.")
-
-
-def _write_atomically(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner reads
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
 
 
 def _gallery(images: torch.Tensor, labels: Sequence[str], kept: torch.Tensor | None, patch_size: int) -> str:

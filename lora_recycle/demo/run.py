@@ -26,7 +26,8 @@ from ..inversion.config import InversionConfig
 from ..inversion.inverter import LoraInverter
 from ..modeling.saving import save_meta_lora, wrap_student
 from ..pool import AdapterPool
-from ..surrogate import SurrogateDataset, atomic_write
+from ..storage import atomic_write
+from ..surrogate import SurrogateDataset
 from .report import write_report
 
 

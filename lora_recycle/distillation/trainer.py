@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 from ..embedded import backbone_name
@@ -20,7 +19,8 @@ from ..pool import AdapterPool
 from ..processes import process_state
 from ..prototypes import centre_logits
 from ..relations import relational_divergence
-from ..surrogate import SurrogateDataset, atomic_write
+from ..storage import atomic_save_tensors, atomic_write
+from ..surrogate import SurrogateDataset
 from .config import DistillationConfig
 from .episodes import EpisodeSampler, SurrogateEpisode, class_identities
 from .student import Student
@@ -181,11 +181,8 @@ class MetaLoraTrainer:
             tensors[f"{i}.value"] = parameter.detach().cpu()
             tensors[f"{i}.exp_avg"] = state["exp_avg"].cpu()
             tensors[f"{i}.exp_avg_sq"] = state["exp_avg_sq"].cpu()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        metadata = {"step": str(step), "identity": self._identity(), "history": json.dumps(self.history)}
-        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata=metadata)
-        os.replace(partial, path)
+        header = {"step": step, "identity": self._identity(), "history": self.history}
+        atomic_save_tensors(path, tensors, json.dumps(header))
         atomic_write(path.with_name("training_log.json"), json.dumps(self.history).encode())
 
     def _resume(self, path: Path | None, optimizer) -> int:
@@ -196,16 +193,16 @@ class MetaLoraTrainer:
 
         try:
             with safe_open(path, "pt") as file:
-                metadata = file.metadata()
+                header = json.loads(file.metadata()["header"])
             tensors = load_file(path)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path}: the checkpoint is damaged ({error}). Delete it to start again.") from error
-        if metadata.get("identity") != self._identity():
+        if header["identity"] != self._identity():
             raise ConfigError(
                 f"{path} is a checkpoint of another recipe, pool or surrogate data. Choose another output folder, "
                 "or delete it to start again."
             )
-        step = int(metadata["step"])
+        step = header["step"]
         for i, parameter in enumerate(self.student.trainable()):
             parameter.data.copy_(tensors[f"{i}.value"])
             optimizer.state[parameter] = {
@@ -213,7 +210,7 @@ class MetaLoraTrainer:
                 "exp_avg": tensors[f"{i}.exp_avg"].to(parameter.device),
                 "exp_avg_sq": tensors[f"{i}.exp_avg_sq"].to(parameter.device),
             }
-        self.history = json.loads(metadata["history"])
+        self.history = header["history"]
         return step
 
 

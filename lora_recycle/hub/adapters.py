@@ -16,6 +16,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from ..errors import AdapterError
+from ..storage import file_sha256
 from .files import (
     CONFIG_FILE,
     HEAD,
@@ -27,7 +28,6 @@ from .files import (
     read_config,
     read_header,
     read_labels,
-    sha256_of,
     target_names,
 )
 from .keys import PEFT_PREFIX, rebuild_config, to_backbone_keys
@@ -178,7 +178,7 @@ def _describe(folder: Path, name: str, revision: str | None) -> AdapterInfo:
         name=name,
         path=folder,
         revision=revision,
-        sha256=sha256_of(folder / WEIGHTS_FILE),
+        sha256=file_sha256(folder / WEIGHTS_FILE),
         base_model=config.get("base_model_name_or_path"),
         base_revision=config.get("revision"),
         peft_type=config["peft_type"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -186,15 +185,6 @@ def _label_list(metadata: dict[str, Any]) -> list[str] | None:
         names = {int(index): str(name) for index, name in id2label.items()}
         return [names[index] for index in range(len(names))]  # a gap is a KeyError: no labels
     return [str(name) for name in labels] if isinstance(labels, list) else None
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _checked_file(folder: Path, name: str, where: str) -> Path:

@@ -56,5 +56,5 @@ class InversionConfig(RecipeConfig):
                 self.require(weight >= 0, f"{name}: the weight of {key} must not be negative, got {weight}")
         self.require(sum(self.starts.values()) > 0, "starts: at least one share must be positive")
         self.require(
-            "images" not in self.starts or self.start_images is not None, "starts: `images` needs `start_images`"
+            not self.starts.get("images") or self.start_images is not None, "starts: `images` needs `start_images`"
         )

@@ -8,13 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from peft import get_peft_model, set_peft_model_state_dict
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from transformers.utils import ModelOutput
 
@@ -22,9 +20,9 @@ from ..backbones import Backbone
 from ..embedded import backbone_name, resolve_meta_lora
 from ..errors import AdapterError, DataError
 from ..hub.adapters import load_adapter, pull_adapter
-from ..images import to_rgb
+from ..images import to_picture
 from ..prototypes import class_centres, class_sums
-from ..surrogate import atomic_write
+from ..storage import atomic_save_tensors, atomic_write
 from ..version import __version__
 from .heads import ClassCentreHead
 
@@ -147,7 +145,7 @@ class MetaLoRAForFewShotClassification(nn.Module):
         images = _as_batch(images)
         if isinstance(images, torch.Tensor) and images.is_floating_point():
             return images
-        pictures = [_to_picture(image) for image in images]
+        pictures = [to_picture(image) for image in images]
         if not pictures:
             raise DataError("No images were given.")
         return self.backbone.processor(images=pictures, return_tensors="pt")["pixel_values"]
@@ -218,7 +216,7 @@ class MetaLoRAForFewShotClassification(nn.Module):
         atomic_write(folder / SIDECAR, json.dumps({**self.settings, **settings}, indent=1).encode())
         if self._sums is not None:
             tensors = {"sums": self._sums.cpu().contiguous(), "counts": self._counts.cpu().contiguous()}
-            save_file(tensors, folder / TASK_FILE, metadata={"label_names": json.dumps(self.label_names)})
+            atomic_save_tensors(folder / TASK_FILE, tensors, json.dumps({"label_names": self.label_names}))
         else:
             (folder / TASK_FILE).unlink(missing_ok=True)
 
@@ -247,7 +245,7 @@ class MetaLoRAForFewShotClassification(nn.Module):
             return
         try:
             with safe_open(path, "pt") as file:
-                self.label_names = json.loads(file.metadata()["label_names"])
+                self.label_names = json.loads(file.metadata()["header"])["label_names"]
                 self._sums = file.get_tensor("sums").to(self.device)
                 self._counts = file.get_tensor("counts").to(self.device)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
@@ -279,25 +277,6 @@ def _as_list(labels: Sequence[Any]) -> list[Any]:
     return [label.item() if hasattr(label, "item") else label for label in labels]
 
 
-def _to_picture(image) -> Image.Image:
-    """One image in any form as RGB. Raises `DataError` where it cannot be read."""
-    if isinstance(image, (str, Path)):
-        try:
-            with Image.open(image) as opened:
-                return to_rgb(opened)
-        except (OSError, Image.DecompressionBombError, ValueError) as error:
-            raise DataError(f"{image}: cannot be read as an image ({error}).") from error
-    if isinstance(image, torch.Tensor):
-        image = image.permute(1, 2, 0).cpu().numpy() if image.ndim == 3 and image.shape[0] in (1, 3) else image.numpy()
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8:
-            raise DataError(f"Arrays of pixels must be uint8, got {image.dtype}; scale to 0-255 first.")
-        image = Image.fromarray(image.squeeze(-1) if image.ndim == 3 and image.shape[-1] == 1 else image)
-    if not isinstance(image, Image.Image):
-        raise DataError(f"No image can be read from a {type(image).__name__}: pass PIL images, arrays or paths.")
-    return to_rgb(image)
-
-
 def _read_sidecar(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
@@ -309,4 +288,7 @@ def _read_sidecar(path: Path) -> dict[str, Any]:
         raise AdapterError(f"{path}: the sidecar must hold a JSON object.")
     if settings.get("metric", "cosine") not in ("cosine", "euclidean"):
         raise AdapterError(f"{path}: unknown metric {settings['metric']!r}; this version knows cosine and euclidean.")
+    temperature = settings.get("temperature", 0.1)
+    if not isinstance(temperature, (int, float)) or not temperature > 0:
+        raise AdapterError(f"{path}: temperature must be a positive number, got {temperature!r}.")
     return settings

@@ -11,7 +11,7 @@ import transformers
 
 from ..distillation.trainer import MetaLoraTrainer
 from ..hub.cards import meta_lora_card
-from ..surrogate import atomic_write
+from ..storage import atomic_write
 from ..version import __version__
 from .meta_lora import MetaLoRAForFewShotClassification
 
