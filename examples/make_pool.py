@@ -15,7 +15,6 @@ import json
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
@@ -23,15 +22,16 @@ from tqdm.auto import tqdm
 from lora_recycle.backbones import Backbone
 from lora_recycle.embedded import BACKBONE_NAME
 from lora_recycle.images import load_labelled_images
+from lora_recycle.processes import process_state
 from lora_recycle.tuning import TuningConfig, tune_adapter
 
 
 #: data set: (settings of all its tasks, settings of each task)
 PLAN = {
     "cifar_fs": (
-        {"classes": 10, "images_per_class": 200, "epochs": 4},
+        {"classes": 10, "images_per_class": 200, "epochs": 3},
         [
-            {"classes": 64, "images_per_class": 50, "rank": 16, "epochs": 3},
+            {"classes": 64, "images_per_class": 50, "rank": 16},
             {"classes": 20, "images_per_class": 120, "rank": 16},
             {"classes": 15, "images_per_class": 150, "peft_type": "DORA"},
             {"legacy": True},
@@ -48,7 +48,7 @@ PLAN = {
         ],
     ),
     "mini_imagenet": (
-        {"classes": 10, "images_per_class": 200, "epochs": 4},
+        {"classes": 10, "images_per_class": 200, "epochs": 3},
         [
             {"classes": 20, "images_per_class": 120, "rank": 16},
             {"classes": 15, "images_per_class": 150},
@@ -63,9 +63,9 @@ PLAN = {
         ],
     ),
     "vgg_flower": (
-        {"classes": 12, "images_per_class": 200, "epochs": 8},
+        {"classes": 12, "images_per_class": 200, "epochs": 6},
         [
-            {"classes": 40, "rank": 16, "epochs": 5},
+            {"classes": 40, "rank": 16, "epochs": 4},
             {"classes": 20},
             {"legacy": True},
             {"rank": 4},
@@ -76,9 +76,9 @@ PLAN = {
         ],
     ),
     "omniglot_small": (
-        {"classes": 20, "images_per_class": 200, "epochs": 16, "flip": False},
+        {"classes": 20, "images_per_class": 200, "epochs": 12, "flip": False},
         [
-            {"classes": 60, "rank": 16, "epochs": 12},
+            {"classes": 60, "rank": 16, "epochs": 8},
             {"classes": 40},
             {"legacy": True},
             {"rank": 4},
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--backbone", default="demo", help="folder of the backbone, `demo` for the embedded one")
     parser.add_argument("--only", nargs="*", default=list(PLAN), help="data sets")
     args = parser.parse_args()
-    state, backbone = PartialState(), Backbone.from_pretrained(args.backbone)
+    state, backbone = process_state(), Backbone.from_pretrained(args.backbone)
 
     tasks = [(name, i) for name in args.only for i in range(len(PLAN[name][1]))]
     data = {}

@@ -163,7 +163,9 @@ def train(pixels: torch.Tensor, targets: torch.Tensor, args, work: Path) -> ViTM
     for step in bar:
         torch.manual_seed(args.seed + step)
         generator = torch.Generator().manual_seed(args.seed + step)
-        lr = args.lr * min(1, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * step / steps) + 1e-3)
+        lr = args.lr * min(1, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        if step >= dense_from:  # a second, short decay lets the network settle on whole images
+            lr = args.dense_lr * (steps - step) / (steps - dense_from)
         for group in optimizer.param_groups:
             group["lr"] = lr
         index = torch.randint(0, len(pixels), (args.batch_size,), generator=generator)
@@ -190,6 +192,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=5.0)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--dense-lr", type=float, default=2.5e-4, help="step size at the start of the dense phase")
     parser.add_argument("--keep-patches", type=int, default=24, help="patches seen before the dense phase")
     parser.add_argument("--dense-share", type=float, default=0.12, help="share of the steps that see all patches")
     parser.add_argument("--seed", type=int, default=0)

@@ -21,6 +21,7 @@ from .embedded import backbone_name, resolve_backbone
 from .errors import DataError
 from .images import LabelledImages, load_labelled_images
 from .processes import process_state
+from .prototypes import centre_logits, class_centres
 from .sparsity import num_kept
 from .tuning_config import TuningConfig
 
@@ -64,12 +65,21 @@ def split_task(data: LabelledImages, classes: list[int], config: TuningConfig, g
     return [(data.pixels[[i for i, _ in part]], torch.tensor([y for _, y in part])) for part in (train, held)]
 
 
-def class_centre_accuracy(view: Backbone, train, held) -> float:
-    """Held-out accuracy (per cent) of class centres, cosine, on the frozen backbone: what an adapter must beat."""
+def start_head(view: Backbone, head: torch.nn.Linear, train, held) -> float:
+    """Set the head to the nearest class centre on the frozen backbone, so that tuning starts from what that knows.
+
+    Returns its held-out accuracy with cosine (per cent): what an adapter must beat.
+    """
     (images, labels), (held_images, held_labels) = train, held
-    features = F.normalize(extract_features(view, images), dim=-1)
-    centres = torch.stack([features[labels == c].mean(0) for c in labels.unique()])
-    scores = F.normalize(extract_features(view, held_images), dim=-1) @ F.normalize(centres, dim=-1).T
+    features, asked = extract_features(view, images), extract_features(view, held_images)
+    centres = class_centres(features, labels, head.out_features)
+    if view.head_size == view.hidden_size and view.family.head_input == "cls":
+        logits = -0.5 * torch.cdist(features, centres).square()
+        scale = 2.0 / logits.std(1).mean()  # soft enough to learn from
+        with torch.no_grad():
+            head.weight.copy_(scale * (centres - centres.mean(0)))
+            head.bias.copy_(scale * 0.5 * (centres.mean(0).square().sum() - centres.square().sum(1)))
+    scores = centre_logits(asked, centres)
     return (scores.argmax(1) == held_labels).float().mean().item() * 100
 
 
@@ -88,7 +98,7 @@ def tune_adapter(
     )
     view = Backbone(model.base_model, Backbone.from_pretrained(base_model).processor, base_model)
     train, held = split_task(data, classes, config, generator)
-    frozen = class_centre_accuracy(view, train, held)
+    frozen = start_head(view, model.classifier, train, held)
     wrapped = peft.get_peft_model(model, adapter_config(config, model))
     _fit(wrapped, view, *train, config, generator)
     accuracy = _accuracy(wrapped, view, *held)

@@ -17,7 +17,7 @@ class TuningConfig(RecipeConfig):
     held_out: int = field(20, "images of each class kept back to measure the adapter, at most a fifth of the class")
     epochs: int = field(4, "passes over the training images")
     lr: float = field(2e-3, "peak step size of AdamW; warm-up of 5 % and cosine decay")
-    batch_size: int = field(32, "images of a step")
+    batch_size: int = field(16, "images of a step")
     peft_type: str = field("LORA", "adapter type", ("LORA", "DORA", "LOHA", "LOKR"))
     rank: int = field(8, "rank of the adapter")
     targets: str = field("all", "which linear layers: all, or leaf names with commas, as in q_proj,v_proj")
