@@ -216,8 +216,11 @@ class AdapterPool:
         return result
 
     def similarity(self) -> torch.Tensor:
-        """Cosine between the adapters' weight changes, all layers flattened: (T, T), without forming a change."""
-        gram = torch.zeros(len(self), len(self), dtype=torch.float64)
+        """Cosine between the adapters' weight changes, mean over the layers that both change: (T, T).
+
+        No change is formed. Layers that only one of the two changes say nothing about how alike they are.
+        """
+        total, shared = torch.zeros(2, len(self), len(self), dtype=torch.float64)
         for module in sorted({m for adapter in self.adapters for m in adapter.factors}):
             owners = [i for i, adapter in enumerate(self.adapters) if module in adapter.factors]
             factors = [self.adapters[i].factors[module] for i in owners]
@@ -225,9 +228,12 @@ class AdapterPool:
             products = ((b.T @ b) * (a @ a.T)).double()  # <B1 A1, B2 A2> = sum (B1^T B2) * (A1 A2^T)
             ranks = torch.tensor([b.shape[1] for b, _ in factors])
             owner = F.one_hot(torch.tensor(owners).repeat_interleave(ranks), len(self)).double()
-            gram += owner.T @ products @ owner
-        norm = gram.diagonal().clamp_min(1e-30).sqrt()
-        return (gram / norm[:, None] / norm).float()
+            gram = owner.T @ products @ owner
+            norm = gram.diagonal().clamp_min(1e-30).sqrt()
+            total += gram / norm[:, None] / norm
+            present = owner.amax(0)
+            shared += present[:, None] * present
+        return (total / shared.clamp_min(1)).float()
 
     def groups(self, max_groups: int = 8) -> list[list[int]]:
         """Adapters that belong together by the similarity of their weight changes (average linkage).

@@ -26,7 +26,7 @@ def save_meta_lora(model: MetaLoRAForFewShotClassification, folder: str | Path) 
     folder = Path(folder)
     model.save_pretrained(folder)
     config = model.peft_model.peft_config["default"]
-    card = meta_lora_card(str(folder), config.base_model_name_or_path, config.revision, config.r, model.settings)
+    card = meta_lora_card(folder.name, config.base_model_name_or_path, config.revision, config.r, model.settings)
     atomic_write(folder / "README.md", card.encode())
 
 
