@@ -113,7 +113,8 @@ def find_adapters(folder: str | Path) -> list[Path]:
         raise AdapterError(f"{folder}: no such folder.")
     if (folder / CONFIG_FILE).is_file():
         return [folder]
-    found = sorted(path.parent for path in folder.glob(f"*/{CONFIG_FILE}"))
+    # a hidden folder is one that a writer has not finished
+    found = sorted(p.parent for p in folder.glob(f"*/{CONFIG_FILE}") if not p.parent.name.startswith("."))
     if not found:
         raise AdapterError(f"{folder}: no adapter here; neither it nor its sub-folders hold {CONFIG_FILE}.")
     return found

@@ -130,6 +130,7 @@ def test_find_adapters(adapter):
     folder, _ = adapter
     (folder.parent / "empty").mkdir()
     save_adapter(folder.parent / "birds")
+    save_adapter(folder.parent / ".unfinished")
     assert find_adapters(folder) == [folder]
     assert find_adapters(folder.parent) == [folder.parent / "birds", folder]
     with pytest.raises(AdapterError, match="empty: no adapter"):
