@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -137,6 +138,15 @@ class Backbone(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
+
+    def processor_settings(self) -> dict[str, Any]:
+        """How images reach the backbone, as manifests and sidecars record it."""
+        return {
+            "size": self.image_size,
+            "resample": int(self.processor.resample),
+            "image_mean": list(self.processor.image_mean),
+            "image_std": list(self.processor.image_std),
+        }
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """Images in [0, 1], or uint8, to the backbone's own pixel values: (B, 3, H, W)."""

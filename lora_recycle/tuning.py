@@ -73,7 +73,7 @@ def start_head(view: Backbone, head: torch.nn.Linear, train, held) -> float:
     (images, labels), (held_images, held_labels) = train, held
     features, asked = extract_features(view, images), extract_features(view, held_images)
     centres = class_centres(features, labels, head.out_features)
-    if view.head_size == view.hidden_size and view.family.head_input == "cls":
+    if view.family.head_input == "cls":
         logits = -0.5 * torch.cdist(features, centres).square()
         scale = 2.0 / logits.std(1).mean()  # soft enough to learn from
         with torch.no_grad():

@@ -200,16 +200,10 @@ class LoraInverter:
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def _header(self) -> dict:
-        processor = self.backbone.processor
         return {
             "lora_recycle_version": __version__,
             "backbone": {"name": self.backbone.name, "revision": self.backbone.revision},
-            "image_processor": {
-                "size": self.backbone.image_size,
-                "resample": int(processor.resample),
-                "image_mean": list(processor.image_mean),
-                "image_std": list(processor.image_std),
-            },
+            "image_processor": self.backbone.processor_settings(),
             "config": self.config.to_dict(),
         }
 

@@ -200,17 +200,11 @@ class MetaLoRAForFewShotClassification(nn.Module):
         config = self.peft_model.peft_config["default"]
         config.base_model_name_or_path = backbone_name(config.base_model_name_or_path)
         self.peft_model.save_pretrained(folder, safe_serialization=True)
-        processor = self.backbone.processor
         settings = {
             "head": "class_centres",
             "metric": self.head.metric,
             "temperature": self.head.temperature,
-            "image_processor": {
-                "size": self.backbone.image_size,
-                "resample": int(processor.resample),
-                "image_mean": list(processor.image_mean),
-                "image_std": list(processor.image_std),
-            },
+            "image_processor": self.backbone.processor_settings(),
             "lora_recycle_version": __version__,
         }
         atomic_write(folder / SIDECAR, json.dumps({**self.settings, **settings}, indent=1).encode())
