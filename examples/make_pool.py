@@ -29,7 +29,7 @@ from lora_recycle.tuning import TuningConfig, tune_adapter
 #: data set: (settings of all its tasks, settings of each task)
 PLAN = {
     "cifar_fs": (
-        {"classes": 10, "images_per_class": 200, "epochs": 3},
+        {"classes": 10, "images_per_class": 200, "held_out": 50, "epochs": 5},
         [
             {"classes": 64, "images_per_class": 50, "rank": 16},
             {"classes": 20, "images_per_class": 120, "rank": 16},
@@ -48,7 +48,7 @@ PLAN = {
         ],
     ),
     "mini_imagenet": (
-        {"classes": 10, "images_per_class": 200, "epochs": 3},
+        {"classes": 10, "images_per_class": 200, "held_out": 50, "epochs": 5},
         [
             {"classes": 20, "images_per_class": 120, "rank": 16},
             {"classes": 15, "images_per_class": 150},

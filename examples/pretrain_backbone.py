@@ -7,8 +7,9 @@
 A `ViTModel` (64x64 pixels, patches of 8, width 192, depth 6) learns to reproduce the pooled features of
 EfficientNet-Lite0 (ImageNet-1k, Apache-2.0, installed by pip), standardised and reduced by PCA to 256 dimensions.
 The loss is one minus the cosine plus an in-batch contrastive cross-entropy. For most of the run the student sees a
-random share of the patches only, which costs a fraction of the time; the last steps see all of them.
-Teacher features and checkpoints stay in `<output>/work`, so a killed run continues where it stopped.
+random share of the patches only, which costs a fraction of the time; the last steps see all of them. `--init` goes on
+from a backbone that an earlier run made. Teacher features and checkpoints stay in `<output>/work`, so a killed run
+continues where it stopped.
 """
 
 import argparse
@@ -65,7 +66,7 @@ def load_teacher() -> nn.Module:
 
 
 @torch.inference_mode()
-def teacher_features(pixels: torch.Tensor, size: int, work: Path) -> np.ndarray:
+def teacher_features(pixels: torch.Tensor, size: int, dtype: torch.dtype, work: Path) -> np.ndarray:
     """Pooled teacher features of all images, float16 (N, 1280), written in blocks that a resumed run keeps."""
     done = work / "teacher_done.txt"
     path = work / "teacher_features.npy"
@@ -73,12 +74,12 @@ def teacher_features(pixels: torch.Tensor, size: int, work: Path) -> np.ndarray:
     features = np.lib.format.open_memmap(path, "r+" if start else "w+", np.float16, (len(pixels), 1280))
     if start == len(pixels):
         return features
-    teacher = load_teacher()
+    teacher = load_teacher().to(dtype)
     batch, block = 32, 3200
     for i in tqdm(range(start, len(pixels), batch), desc="teacher", mininterval=10):
         images = F.interpolate(pixels[i : i + batch].float(), size=(size, size), mode="bicubic").clamp_(0, 255)
-        images = ((images - 127.0) / 128.0).contiguous(memory_format=torch.channels_last)
-        features[i : i + batch] = teacher.extract_features(images).mean((2, 3)).half().numpy()
+        images = ((images - 127.0) / 128.0).to(dtype, memory_format=torch.channels_last)
+        features[i : i + batch] = teacher.extract_features(images).float().mean((2, 3)).half().numpy()
         if (i + batch) % block == 0 or i + batch >= len(pixels):
             features.flush()
             done.write_text(str(min(i + batch, len(pixels))))
@@ -96,19 +97,20 @@ def project_targets(features: np.ndarray, dim: int = 256) -> torch.Tensor:
 class Student(nn.Module):
     """The ViT and the projection to the teacher's space, which is thrown away afterwards."""
 
-    def __init__(self, dim: int = 256):
+    def __init__(self, dim: int, init: str | None):
         super().__init__()
-        self.vit = ViTModel(
-            ViTConfig(
+        if init:
+            self.vit = ViTModel.from_pretrained(init, add_pooling_layer=False)
+        else:
+            config = ViTConfig(
                 hidden_size=192,
                 num_hidden_layers=6,
                 num_attention_heads=3,
                 intermediate_size=768,
                 image_size=IMAGE_SIZE,
                 patch_size=8,
-            ),
-            add_pooling_layer=False,
-        )
+            )
+            self.vit = ViTModel(config, add_pooling_layer=False)
         self.project = nn.Linear(192, dim)
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
 
@@ -146,11 +148,12 @@ def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 def train(pixels: torch.Tensor, targets: torch.Tensor, args, work: Path) -> ViTModel:
     torch.manual_seed(args.seed)
-    student = Student(targets.shape[1])
+    student = Student(targets.shape[1], args.init)
+    student.train()
     decay = [p for p in student.parameters() if p.ndim > 1]
     rest = [p for p in student.parameters() if p.ndim <= 1]
     groups = [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=True)
     steps = int(args.epochs * len(pixels) / args.batch_size)
     warmup, dense_from = 200, int(steps * (1 - args.dense_share))
     checkpoint, start = work / "checkpoint.pt", 0
@@ -159,6 +162,8 @@ def train(pixels: torch.Tensor, targets: torch.Tensor, args, work: Path) -> ViTM
         student.load_state_dict(state["student"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
+    # two shapes only, sparse and dense; each is compiled for itself
+    forward = torch.compile(student, dynamic=False) if args.compile else student
     bar = tqdm(range(start, steps), initial=start, total=steps, desc="train", mininterval=10)
     for step in bar:
         torch.manual_seed(args.seed + step)
@@ -169,8 +174,10 @@ def train(pixels: torch.Tensor, targets: torch.Tensor, args, work: Path) -> ViTM
         for group in optimizer.param_groups:
             group["lr"] = lr
         index = torch.randint(0, len(pixels), (args.batch_size,), generator=generator)
-        output = student(augment(pixels[index], generator), args.keep_patches if step < dense_from else None)
-        loss = distillation_loss(student, output, targets[index])
+        images, keep = augment(pixels[index], generator), args.keep_patches if step < dense_from else None
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+            output = forward(images, keep)
+        loss = distillation_loss(student, output.float(), targets[index])
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
@@ -188,7 +195,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", required=True, help="parquet files with an `image` column")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--teacher-size", type=int, default=128, help="pixels at which the teacher sees an image")
+    parser.add_argument("--init", help="folder of a backbone to go on from")
+    parser.add_argument("--teacher-size", type=int, default=160, help="pixels at which the teacher sees an image")
     parser.add_argument("--epochs", type=float, default=5.0)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1.5e-3)
@@ -196,11 +204,14 @@ def main() -> None:
     parser.add_argument("--keep-patches", type=int, default=24, help="patches seen before the dense phase")
     parser.add_argument("--dense-share", type=float, default=0.12, help="share of the steps that see all patches")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16, where the processor is fast at it")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the student (needs a C++ compiler)")
     args = parser.parse_args()
     work = args.output / "work"
     work.mkdir(parents=True, exist_ok=True)
     pixels = load_images(args.data)
-    targets = project_targets(teacher_features(pixels, args.teacher_size, work))
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    targets = project_targets(teacher_features(pixels, args.teacher_size, dtype, work))
     backbone = train(pixels, targets, args, work)
     backbone.save_pretrained(args.output)
     processor = ViTImageProcessorPil(

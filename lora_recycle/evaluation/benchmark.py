@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from ..backbones import Backbone, extract_features
 from ..images import LabelledImages
 from ..modeling.meta_lora import MetaLoRAForFewShotClassification
 from ..pool import AdapterPool
-from .episodes import sample_episodes
+from .episodes import EpisodeSet, sample_episodes
 from .protocol import ensemble_accuracy, prototype_accuracy, summarise
 
 
@@ -53,54 +53,65 @@ def evaluate(
     Raises:
         DataError: too few classes or images for an episode.
     """
-    sets = [sample_episodes(data.labels, ways, k, queries, episodes, seed, data.label_names, data.name) for k in shots]
+    names = data.label_names
+    drawn = {k: sample_episodes(data.labels, ways, k, queries, episodes, seed, names, data.name) for k in shots}
+    passes = 1 + (model is not None) + (len(pool) + 2 if pool else 0)
+    bar = tqdm(total=passes, desc=f"evaluate {data.name}", unit="pass", disable=not progress)
+    judge = _Judge(data, drawn, batch_size, bar)
     if backbone is None:
         backbone = pool.backbone if pool is not None else _bare(model)
-    total = 1 + (model is not None) + (len(pool) + 2 if pool else 0)
-    bar = tqdm(total=total, desc=f"evaluate {data.name}", unit="pass", disable=not progress)
-
-    def passed(network: Backbone) -> torch.Tensor:
-        features = extract_features(network, data.pixels, batch_size)
-        bar.update()
-        return features
-
-    accuracies: dict[tuple[int, str], torch.Tensor] = {}
-
-    def judge(method: str, features: torch.Tensor, **options) -> None:
-        for k, drawn in zip(shots, sets, strict=True):
-            accuracies[k, method] = prototype_accuracy(features, drawn, **options)
-
-    frozen = passed(backbone)
-    judge("frozen", frozen)
-    judge("frozen-centred", frozen, centred=True)
+    frozen = judge.features(backbone)
+    judge.score("frozen", frozen)
+    judge.score("frozen-centred", frozen, centred=True)
     if pool is not None:
-        with pool.folded() as averaged:
-            judge("average", passed(averaged))
-        members = [features.half() for features in _members(pool, passed)]
-        for k, drawn in zip(shots, sets, strict=True):
-            accuracies[k, "ensemble"] = ensemble_accuracy(members, drawn)
-        with pool.randomized(seed).folded() as random:
-            judge("random", passed(random))
+        judge.score_pool(pool, seed)
     if model is not None:
-        judge("meta-lora", passed(model.backbone), metric=model.head.metric)
+        judge.score("meta-lora", judge.features(model.backbone), metric=model.head.metric)
     bar.close()
     rows, notes = [], []
-    for k, drawn in zip(shots, sets, strict=True):
-        rows += summarise({m: v for (s, m), v in accuracies.items() if s == k}, data.name, ways, k)
-        notes += drawn.notes
-    return Evaluation(rows, accuracies, notes)
+    for k in shots:
+        rows += summarise({m: v for (s, m), v in judge.accuracies.items() if s == k}, data.name, ways, k)
+        notes += drawn[k].notes
+    return Evaluation(rows, judge.accuracies, notes)
+
+
+@dataclasses.dataclass
+class _Judge:
+    """Scores one method after another on the same episodes, which are drawn once for each number of shots."""
+
+    data: LabelledImages
+    episodes: dict[int, EpisodeSet]
+    batch_size: int
+    bar: tqdm
+    accuracies: dict[tuple[int, str], torch.Tensor] = dataclasses.field(default_factory=dict)
+
+    def features(self, network: Backbone) -> torch.Tensor:
+        found = extract_features(network, self.data.pixels, self.batch_size)
+        self.bar.update()
+        return found
+
+    def score(self, method: str, features: torch.Tensor, **options) -> None:
+        for k, drawn in self.episodes.items():
+            self.accuracies[k, method] = prototype_accuracy(features, drawn, **options)
+
+    def score_pool(self, pool: AdapterPool, seed: int) -> None:
+        """The pool's exact average, the mean of its adapters' similarities, and the average of random adapters."""
+        with pool.folded() as averaged:
+            self.score("average", self.features(averaged))
+        members = []
+        for i in range(len(pool)):
+            with pool.folded(i) as network:
+                members.append(self.features(network).half())
+        for k, drawn in self.episodes.items():
+            self.accuracies[k, "ensemble"] = ensemble_accuracy(members, drawn)
+        with pool.randomized(seed).folded() as random:
+            self.score("random", self.features(random))
 
 
 def _bare(model: MetaLoRAForFewShotClassification) -> Backbone:
     """The model's own backbone once more, without the meta-LoRA."""
     config = model.peft_model.peft_config["default"]
     return Backbone.from_pretrained(config.base_model_name_or_path, revision=config.revision, device=model.device)
-
-
-def _members(pool: AdapterPool, passed) -> Iterator[torch.Tensor]:
-    for i in range(len(pool)):
-        with pool.folded(i) as network:
-            yield passed(network)
 
 
 def find_pool(model_path: str | Path, pool: str | Path | None) -> str | Path | None:
