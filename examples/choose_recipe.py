@@ -2,10 +2,11 @@
 
     python examples/choose_recipe.py --data DATA --work runs/choice --json docs/results/choice.json
 
+Two shells share the variants with `--part 0 2` and `--part 1 2`; the JSON appears when the last variant is done.
 Changes one thing at a time against the base recipe, on 12 of the embedded adapters (3 of each data set), and measures
 the meta-LoRA on classes that no adapter saw: the validation splits of cifar_fs, mini_imagenet and vgg_flower, and the
 33 characters of omniglot_small's training split that the pool leaves out. DATA holds `<set>/<split>.parquet`. Finished
-variants are kept when it is run again. No test class is read.
+variants are kept in the work folder when it is run again. No test class is read.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from lora_recycle.storage import atomic_write
 
 BASE_INVERT = {"images_per_class": 2, "max_classes": 8, "iterations": 20}
 BASE_DISTILL = {"steps": 60, "relational_batch": 64}
+NATURAL = "tiny_imagenet_32/train.parquet"
 MIX = {"dead-leaves": 0.5, "fractal": 0.25, "strokes": 0.25}
 
 #: name: (settings of inversion, settings of distillation) that differ from the base
@@ -36,6 +38,7 @@ VARIANTS = {
     "start: noise": ({"starts": {"noise": 1}}, {}),
     "start: fractal": ({"starts": {"fractal": 1}}, {}),
     "start: dead leaves, fractal, strokes": ({"starts": MIX}, {}),
+    "start: unlabelled natural images": ({"starts": {"images": 1}, "start_images": NATURAL}, {}),
     "mix, no inversion": ({"starts": MIX, "iterations": 0}, {}),
     "mix, patch entropy": ({"starts": MIX, "priors": {"tv": 0.1, "patch_entropy": 0.1}}, {}),
     "mix, batch norm of a CNN": ({"starts": MIX, "priors": {"tv": 0.1, "batch_norm": 0.01}}, {}),
@@ -47,6 +50,7 @@ VARIANTS = {
     ),
     "mix, start from zero": ({"starts": MIX}, {"init": "zero"}),
     "mix, half the step size": ({"starts": MIX}, {"lr": 5e-4}),
+    "mix, rank 32": ({"starts": MIX}, {"rank": 32}),
     "pixels, Adam 0.05": ({"parameterization": "pixels"}, {}),
 }
 
@@ -81,7 +85,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--pool", type=Path, default=pool_path())
-    parser.add_argument("--only", nargs="*", help="names of variants")
+    parser.add_argument("--part", nargs=2, type=int, default=(0, 1), metavar=("I", "N"), help="every N-th from I on")
     args = parser.parse_args()
     chosen = sorted(p for p in args.pool.iterdir() if int(p.name[-2:]) in (1, 5, 6))
     pool = AdapterPool.from_pretrained(chosen)
@@ -91,21 +95,32 @@ def main() -> None:
     frozen = judge(backbone, sets, episodes)
     with pool.folded() as averaged:
         average = judge(averaged, sets, episodes)
-    results = json.loads(args.json.read_text()) if args.json.exists() else {}
-    results["average of 12, against frozen"] = {k: confidence(average[k] - frozen[k]) for k in frozen}
-    for name, (invert, distill) in VARIANTS.items():
-        if name in results or (args.only and name not in args.only):
-            continue
-        started, folder = time.perf_counter(), args.work / "surrogate"
-        shutil.rmtree(folder, ignore_errors=True)
-        surrogate = LoraInverter(pool, InversionConfig(**{**BASE_INVERT, **invert})).run(folder)
-        student = MetaLoraTrainer(pool, surrogate, DistillationConfig(**{**BASE_DISTILL, **distill})).train()
-        accuracy = judge(student.backbone, sets, episodes)
-        results[name] = {k: confidence(accuracy[k] - average[k]) for k in frozen}
-        results[name]["seconds"] = round(time.perf_counter() - started)
+    args.work.mkdir(parents=True, exist_ok=True)
+    finished = {name: args.work / f"{i:02d}.json" for i, name in enumerate(VARIANTS)}
+    first, parts = args.part
+    for name, path in list(finished.items())[first::parts]:
+        if not path.exists():
+            result = try_variant(pool, *VARIANTS[name], args.work / path.stem, args.data, sets, episodes, average)
+            atomic_write(path, json.dumps(result).encode())
+            gains = "  ".join(f"{k} {v[0]:+.2f}±{v[1]:.2f}" for k, v in result.items() if k != "seconds")
+            print(f"{name}: against the average: {gains}", flush=True)
+    if all(path.exists() for path in finished.values()):
+        results = {"average of 12, against frozen": {k: confidence(average[k] - frozen[k]) for k in frozen}}
+        results |= {name: json.loads(path.read_text()) for name, path in finished.items()}
         atomic_write(args.json, json.dumps(results, indent=1).encode())
-        gains = "  ".join(f"{k} {v[0]:+.2f}±{v[1]:.2f}" for k, v in results[name].items() if k != "seconds")
-        print(f"{name}: against the average: {gains}", flush=True)
+
+
+def try_variant(pool, invert, distill, folder, data, sets, episodes, average) -> dict:
+    """Paired gain over the pool's average, with its 95% interval, by "<set> <shots>"; and the seconds it took."""
+    started = time.perf_counter()
+    shutil.rmtree(folder, ignore_errors=True)
+    if "start_images" in invert:
+        invert = {**invert, "start_images": str(data / invert["start_images"])}
+    surrogate = LoraInverter(pool, InversionConfig(**{**BASE_INVERT, **invert})).run(folder)
+    student = MetaLoraTrainer(pool, surrogate, DistillationConfig(**{**BASE_DISTILL, **distill})).train()
+    seconds = round(time.perf_counter() - started)
+    accuracy = judge(student.backbone, sets, episodes)
+    return {key: confidence(accuracy[key] - average[key]) for key in average} | {"seconds": seconds}
 
 
 if __name__ == "__main__":
