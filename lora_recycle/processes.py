@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import parse_flag_from_env
 
 from .errors import ConfigError
@@ -24,3 +24,16 @@ def process_state() -> PartialState:
             "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N ..."
         )
     return state
+
+
+def mixed_precision() -> Accelerator:
+    """What `accelerate launch --mixed_precision` chose, for `.autocast()` around forwards: `no` or `bf16`.
+
+    Raises:
+        ConfigError: fp16 was chosen, which needs losses to be scaled.
+    """
+    process_state()
+    accelerator = Accelerator()
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise ConfigError(f"mixed_precision must be no or bf16, got {accelerator.mixed_precision}")
+    return accelerator

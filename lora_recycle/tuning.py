@@ -20,7 +20,7 @@ from .backbones import Backbone, extract_features
 from .embedded import backbone_name, resolve_backbone
 from .errors import DataError
 from .images import LabelledImages, load_labelled_images
-from .processes import process_state
+from .processes import mixed_precision, process_state
 from .prototypes import centre_logits, class_centres
 from .sparsity import num_kept
 from .tuning_config import TuningConfig
@@ -126,6 +126,7 @@ def _fit(wrapped, view: Backbone, images, labels, config: TuningConfig, generato
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.01)
     per_epoch = math.ceil(len(images) / config.batch_size)
     steps, patches = per_epoch * config.epochs, view.num_patches
+    accelerator = mixed_precision()
     for step in range(steps):
         if step % per_epoch == 0:
             order = torch.randperm(len(images), generator=generator)
@@ -138,7 +139,9 @@ def _fit(wrapped, view: Backbone, images, labels, config: TuningConfig, generato
         warmup = min(1.0, (step + 1) / (0.05 * steps + 1))
         for group in optimizer.param_groups:
             group["lr"] = config.lr * warmup * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-        loss = F.cross_entropy(_logits(wrapped, view, pixels, kept), labels[index])
+        with accelerator.autocast():
+            logits = _logits(wrapped, view, pixels, kept)
+        loss = F.cross_entropy(logits.float(), labels[index])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ..backbones import Backbone
 from ..errors import AdapterError, ConfigError
 from ..pool import Adapter, AdapterPool
-from ..processes import process_state
+from ..processes import mixed_precision, process_state
 from ..relations import relational_divergence
 from ..sparsity import num_kept, record_cls_attention, select_top
 from ..surrogate import Shard, SurrogateDataset, save_shard, shard_config_id, write_manifest
@@ -78,6 +78,7 @@ class LoraInverter:
         self.prior = build_priors(self.config.priors, self.backbone.num_prefix_tokens)
         self.reference = _reference(pool, self.config) if self.config.hard_weight > 0 else None
         self.stock = _load_stock(self.config, self.backbone) if self.config.start_images else None
+        self.accelerator = mixed_precision()
         #: mean loss of each iteration of the last adapter, for curves
         self.losses: list[float] = []
 
@@ -160,11 +161,15 @@ class LoraInverter:
     def _loss(self, adapter: Adapter, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         pixel_values = self.backbone.normalize(images)
         prune = {self.prune_layer: self.config.keep_ratio} if self.config.keep_ratio < 1 else None
-        hidden, _ = self.backbone(pixel_values, prune=prune)
-        loss = F.cross_entropy(adapter.logits(self.backbone.pool_for_head(hidden)).float(), labels)
+        with self.accelerator.autocast():
+            hidden, _ = self.backbone(pixel_values, prune=prune)
+        hidden = hidden.float()
+        loss = F.cross_entropy(adapter.logits(self.backbone.pool_for_head(hidden)), labels)
         loss = loss + self.prior(images, hidden)
         if self.reference is not None:
-            teacher, other = self.backbone.pool(hidden), self.reference.features(pixel_values)
+            with self.accelerator.autocast():
+                other = self.reference.features(pixel_values)
+            teacher = self.backbone.pool(hidden)
             loss = loss - self.config.hard_weight * relational_divergence(other, teacher)
         return loss
 
@@ -197,6 +202,8 @@ class LoraInverter:
         parts = [self.config.to_dict(), adapter.info.sha256, self.backbone.name, self.backbone.revision]
         if self.config.hard_weight and self.config.hard_reference == "average":
             parts.append([other.info.sha256 for other in self.pool.adapters])
+        if self.accelerator.mixed_precision != "no":
+            parts.append(self.accelerator.mixed_precision)
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def _header(self) -> dict:

@@ -5,6 +5,8 @@ import dataclasses
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from helpers_tiny import copied_state, planted_adapter, random_factors, random_pixels, same_weights
 from PIL import Image
 
@@ -197,3 +199,31 @@ def test_parameterisations_start_at_the_image():
     assert torch.equal(space(), torch.ones_like(images))
     space().sum().backward()
     assert (space.images.grad == 1).all()  # clipped pixels can still come back
+
+
+@pytest.fixture
+def launched_with_bf16(monkeypatch):
+    """What `accelerate launch --mixed_precision bf16` leaves in the environment of its processes."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_mixed_precision_computes_in_bfloat16_and_is_another_run(tiny_pool, launched_with_bf16, monkeypatch):
+    inverter, seen = LoraInverter(tiny_pool, quick()), []
+    handle = tiny_pool.backbone.model.layers[0].mlp.fc1.register_forward_hook(lambda *a: seen.append(a[-1].dtype))
+    shard = inverter.invert(0)
+    handle.remove()
+    assert torch.bfloat16 in seen[:2] and seen[-1] == torch.float32  # stored logits stay exact
+    assert shard.teacher_logits.dtype == torch.float32
+    other = inverter._identity(tiny_pool[0])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert LoraInverter(tiny_pool, quick())._identity(tiny_pool[0]) != other
+
+
+def test_fp16_is_refused(tiny_pool, launched_with_bf16, monkeypatch):
+    monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
+    with pytest.raises(ConfigError, match="mixed_precision"):
+        LoraInverter(tiny_pool, InversionConfig())
