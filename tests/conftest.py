@@ -1,21 +1,33 @@
-"""A private cache, one thread, and tiny models that every test may read but none may change."""
+"""A private cache, a Hub of our own, one thread, and tiny models that every test may read but none may change."""
 
 import os
 import tempfile
 
+from hub_server import OWNER_TOKEN, HubServer
+
+
+HUB_SERVER = HubServer()
 
 # before huggingface is imported: it reads these once
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="lora-recycle-tests-")
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_ENDPOINT"] = HUB_SERVER.endpoint
+os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["ACCELERATE_USE_CPU"] = "true"
-for _name in ("HF_TOKEN", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE"):
+for _name in ("HF_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
+    os.environ.pop(_name, None)
+for _name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE"):
     os.environ.pop(_name, None)
 
 import shutil  # noqa: E402
+import socket  # noqa: E402
 import warnings  # noqa: E402
+from pathlib import Path  # noqa: E402
+from types import SimpleNamespace  # noqa: E402
 
+import huggingface_hub  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from helpers_tiny import save_tiny_backbone, toy_images  # noqa: E402
@@ -32,6 +44,38 @@ def private_home():
     torch.set_num_threads(1)
     yield
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def only_this_machine():
+    """No name but this machine's is looked up: `datasets` asks for a host of its own beside `HF_ENDPOINT`."""
+    known, look_up = {"", "127.0.0.1", "localhost", "0.0.0.0", "::", "::1", socket.gethostname()}, socket.getaddrinfo
+
+    def getaddrinfo(host, *args, **kwargs):
+        name = host.decode() if isinstance(host, bytes) else host or ""
+        if name not in known:
+            raise socket.gaierror(f"tests do not reach {name}")
+        return look_up(host, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", getaddrinfo)
+        yield
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """An empty local Hub, to which all clients of this test lead, with an empty cache. See `hub_server.Hub`."""
+    for folder in ("hub", "datasets"):
+        shutil.rmtree(Path(os.environ["HF_HOME"], folder), ignore_errors=True)
+    huggingface_hub.HfFileSystem.clear_instance_cache()  # it remembers listings
+    monkeypatch.setenv("HF_TOKEN", OWNER_TOKEN)
+    no_wait = SimpleNamespace(sleep=lambda seconds: None)
+    for module in (huggingface_hub.utils._http, huggingface_hub.file_download):
+        monkeypatch.setattr(module, "time", no_wait)
+    hub = HUB_SERVER.new_hub()
+    yield hub
+    HUB_SERVER.new_hub()
+    assert not hub.problems, "\n".join(hub.problems)
 
 
 @pytest.fixture(autouse=True)
