@@ -85,6 +85,8 @@ class Backbone(nn.Module):
         hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         try:
             config = AutoConfig.from_pretrained(path, **hub)
+            # the rest from the same commit, wherever the branch has moved by then
+            hub["revision"] = getattr(config, "_commit_hash", None) or revision
             model_class = CLIPVisionModel if config.model_type.startswith("clip") else AutoModel
             extra = {"add_pooling_layer": False} if config.model_type in ("vit", "deit") else {}
             model = model_class.from_pretrained(

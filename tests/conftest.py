@@ -32,6 +32,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from helpers_tiny import save_tiny_backbone, toy_images  # noqa: E402
 
+from lora_recycle.hub import snapshots  # noqa: E402
 from lora_recycle.inversion.config import InversionConfig  # noqa: E402
 from lora_recycle.inversion.inverter import LoraInverter  # noqa: E402
 from lora_recycle.pool import AdapterPool  # noqa: E402
@@ -70,7 +71,7 @@ def hub(monkeypatch):
     huggingface_hub.HfFileSystem.clear_instance_cache()  # it remembers listings
     monkeypatch.setenv("HF_TOKEN", OWNER_TOKEN)
     no_wait = SimpleNamespace(sleep=lambda seconds: None)
-    for module in (huggingface_hub.utils._http, huggingface_hub.file_download):
+    for module in (huggingface_hub.utils._http, huggingface_hub.file_download, snapshots):
         monkeypatch.setattr(module, "time", no_wait)
     hub = HUB_SERVER.new_hub()
     yield hub

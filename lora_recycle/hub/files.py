@@ -8,24 +8,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import ModelCard
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError, safe_open
 
 from ..errors import AdapterError
+from .snapshots import fetch
 
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
 SIDECAR_FILE = "meta_lora_config.json"
+#: All that is ever downloaded of an adapter's repo.
+REPO_FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, SIDECAR_FILE)
 
 MAX_TENSOR_BYTES = 2 * 1024**3
 MAX_TEXT_BYTES = 10 * 1024**2
@@ -45,35 +41,8 @@ _GENERATION_4 = re.compile(
 
 
 def download(repo: str, revision, token, cache_dir, local_files_only: bool) -> Path:
-    """Folder of the repo's snapshot, named after the commit: `snapshot_download` resolves the revision once.
-
-    Raises:
-        AdapterError: with what to do, where the repo, the revision or the connection is missing.
-    """
-    where = f"{repo}@{revision}" if revision else repo
-    try:
-        folder = snapshot_download(
-            repo,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, SIDECAR_FILE],
-        )
-    except GatedRepoError as error:
-        raise AdapterError(
-            f"{where}: gated; accept its terms on the Hub and pass a token (`hf auth login`)."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise AdapterError(f"{where}: the repo has no such revision.") from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise AdapterError(f"{where}: no such folder or repo (a private repo needs a token).") from error
-    except LocalEntryNotFoundError as error:
-        advice = "pull it once with local_files_only=False" if local_files_only else "check the connection"
-        raise AdapterError(f"{where}: no such folder or repo in the local cache; {advice}.") from error
-    except OSError as error:  # other answers of the Hub, a full disk
-        raise AdapterError(f"{where}: the download failed: {(str(error).splitlines() or [error])[0]}") from error
-    return Path(folder)
+    """Folder with the adapter files of one commit, whose SHA is its name. See [`fetch`]."""
+    return fetch(repo, REPO_FILES, revision, token, cache_dir, local_files_only)
 
 
 def read_config(folder: Path, where: str) -> dict[str, Any]:

@@ -1,0 +1,180 @@
+"""Files of one commit of a Hub repo, with the bytes that the Hub states. Nothing here is ever executed.
+
+What the client does itself, and what is therefore not here: it caches, locks the cache between threads and processes,
+resumes downloads, compares their sizes, and tries the requests for files and listings again (429 and 5xx, with
+Retry-After). It neither repeats the request that resolves a revision nor looks at checksums.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub import HfApi, hf_hub_download, is_offline_mode, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    IncompleteSnapshotError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    RevisionResolutionError,
+)
+from tqdm.auto import tqdm
+
+from ..errors import AdapterError
+from ..storage import file_sha256
+
+
+#: Seconds between the attempts of a request that the client does not repeat.
+WAITS = (1, 2, 4)
+_TRANSIENT = (408, 429, 500, 502, 503, 504)
+
+Answer = TypeVar("Answer")
+
+
+def fetch(
+    repo: str,
+    files: Sequence[str],
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """Folder in the Hub's cache that is named after a commit and holds those of `files` that the commit has.
+
+    The revision is resolved once, so that all files are of one commit. Each is compared with the checksum that the
+    Hub states; one that differs is fetched once more.
+
+    Raises:
+        AdapterError: with what to do, where the repo, the revision, the permission or the connection is missing, or
+            where the bytes stay wrong.
+    """
+    where = f"{repo}@{revision}" if revision else repo
+    try:
+        options = {"token": token, "cache_dir": cache_dir}
+        offline = local_files_only or is_offline_mode()
+        commit = repeated(
+            lambda: HfApi().resolve_revision(repo, revision=revision, local_files_only=local_files_only, **options)
+        )
+        folder = Path(
+            snapshot_download(
+                repo,
+                revision=commit,
+                local_files_only=local_files_only,
+                allow_patterns=list(files),
+                tqdm_class=_NoBar,
+                **options,
+            )
+        )
+        for name in _damaged(folder, repo, files, token, offline):
+            if not offline:
+                hf_hub_download(repo, name, revision=folder.name, force_download=True, tqdm_class=_NoBar, **options)
+        wrong = _damaged(folder, repo, files, token, offline)
+    except (HTTPError, RevisionResolutionError, OSError, ValueError) as error:  # ValueError: no id, or no JSON
+        raise AdapterError(f"{where}: {explain(error, local_files_only)}") from error
+    if wrong:
+        for name in wrong:  # so that no other program uses it either
+            (folder / name).resolve().unlink(missing_ok=True)
+            (folder / name).unlink(missing_ok=True)
+        again = "" if offline else " even when fetched again"
+        raise AdapterError(
+            f"{where}: {', '.join(wrong)} of commit {folder.name} has not the checksum that the Hub states{again}. "
+            "It was removed from the cache; pull it again with a connection."
+        )
+    return folder
+
+
+def repeated(request: Callable[[], Answer]) -> Answer:
+    """The answer to a request that the client makes only once: tried again where the Hub is busy or unreachable."""
+    for wait in WAITS:
+        try:
+            return request()
+        except (HTTPError, RevisionResolutionError) as error:
+            cause = error.__cause__ if isinstance(error, RevisionResolutionError) else error
+            if not isinstance(cause, HTTPError):
+                raise  # offline by choice
+            seconds = wait
+            if isinstance(cause, HfHubHTTPError):
+                if cause.response.status_code not in _TRANSIENT:
+                    raise
+                told = cause.response.headers.get("Retry-After", "")
+                seconds = int(told) if told.isdecimal() else wait
+        time.sleep(seconds)
+    return request()
+
+
+def explain(error: BaseException, local_files_only: bool = False) -> str:
+    """What an error of the client means to the user, in one line, and what to do about it."""
+    if isinstance(error, GatedRepoError):
+        return "gated; accept its terms on the Hub and pass a token of that account (`hf auth login`)."
+    if isinstance(error, RevisionNotFoundError):
+        return "the repo has no such revision."
+    if isinstance(error, (RepositoryNotFoundError, HFValidationError)):
+        return "no such folder or repo (a private repo needs a token, `hf auth login`)."
+    if isinstance(error, (LocalEntryNotFoundError, RevisionResolutionError)):
+        half = isinstance(error, IncompleteSnapshotError)
+        lacking = "only a part of it is in the local cache" if half else "no such folder or repo in the local cache"
+        if local_files_only or is_offline_mode():
+            return f"{lacking}; pull it once without {'local_files_only' if local_files_only else 'HF_HUB_OFFLINE'}."
+        return f"{lacking}, and the Hub cannot be reached ({_reason(error.__cause__ or error)}). Check the connection."
+    if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
+        return f"the Hub does not accept the token ({_reason(error)}); log in again with `hf auth login`."
+    if isinstance(error, HfHubHTTPError):
+        return f"the Hub answers {_reason(error)}."
+    return f"the download failed ({_reason(error)}). Try again."
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, HfHubHTTPError):
+        return f"{error.response.status_code} {error.server_message or error.response.reason_phrase}".strip()
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
+
+
+def _damaged(folder: Path, repo: str, files: Sequence[str], token: Any, offline: bool) -> list[str]:
+    """Those of `files` whose bytes have another checksum than the Hub states."""
+    there = [name for name in files if (folder / name).is_file()]
+    return [
+        name
+        for name, stated in _stated_checksums(folder, repo, there, token, offline).items()
+        if stated != _checksum(folder / name, len(stated))
+    ]
+
+
+def _stated_checksums(folder: Path, repo: str, names: list[str], token: Any, offline: bool) -> dict[str, str]:
+    """File to SHA-256 (of LFS files) or git's SHA-1, as the Hub stated it: a blob of the cache is named after it.
+
+    A cache without links (on Windows, say) does not tell, so that the Hub is asked, if it may be.
+    """
+    linked = {name: Path(os.readlink(folder / name)).name for name in names if (folder / name).is_symlink()}
+    unknown = [name for name in names if name not in linked]
+    if unknown and not offline:
+        for info in HfApi().get_paths_info(repo, unknown, revision=folder.name, token=token):
+            linked[info.path] = info.lfs.sha256 if info.lfs else info.blob_id
+    # a mirror may use other tags than checksums
+    return {name: text for name, text in linked.items() if re.fullmatch("[0-9a-f]{40}([0-9a-f]{24})?", text)}
+
+
+def _checksum(path: Path, digits: int) -> str:
+    """SHA-256 (64 digits), or SHA-1 as git makes it of a file (40)."""
+    if digits == 64:
+        return file_sha256(path)
+    with path.open("rb") as file:
+        digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class _NoBar(tqdm):
+    """Bars of many downloads side by side would write over each other; the caller shows one for all."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **(options | {"disable": True}))
