@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 
 from .backbones import Backbone
 from .errors import AdapterError
-from .hub.adapters import AdapterInfo, LoadedAdapter, find_adapters, load_adapter, pull_adapter
+from .hub.adapters import AdapterInfo, LoadedAdapter, load_adapter
+from .hub.sources import BadAdapters, agree_on_base, pull_adapters
 
 
 #: Initialisations that leave the base weights alone, so that the delta is scale * B A and nothing else.
@@ -123,12 +124,13 @@ class AdapterPool:
     Args:
         backbone ([`Backbone`]): the frozen network that they adapt.
         adapters (`list[Adapter]`): at least one.
+        skipped (`list[tuple[str, str]]`, *optional*): name and reason of each adapter that could not be used.
     """
 
-    def __init__(self, backbone: Backbone, adapters: Sequence[Adapter]):
+    def __init__(self, backbone: Backbone, adapters: Sequence[Adapter], skipped: Sequence[tuple[str, str]] = ()):
         if not adapters:
             raise AdapterError("A pool needs at least one adapter.")
-        self.backbone, self.adapters = backbone, list(adapters)
+        self.backbone, self.adapters, self.skipped = backbone, list(adapters), list(skipped)
 
     @classmethod
     def from_pretrained(
@@ -136,31 +138,44 @@ class AdapterPool:
         sources: str | Path | Sequence[str | Path],
         base_model: str | Path | None = None,
         *,
+        base_revision: str | None = None,
         backbone: Backbone | None = None,
-        token: str | None = None,
+        on_error: str = "raise",
+        token: str | bool | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         progress: bool = False,
     ) -> AdapterPool:
-        """Read adapters from a folder of PEFT folders, or from a list of folders and repo ids.
+        """Read adapters from folders of PEFT folders, repo ids (`org/a`, `org/b@rev`), text files of such names, Hub
+        collections (`collection:org/slug`) and searches (`search:tag,tag`), one source or a list of them.
 
-        The base model is taken from the adapters, which must agree, unless `base_model` or `backbone` is given.
+        The base model is taken from the adapters, which must agree, unless `base_model` (with `base_revision`) or
+        `backbone` is given. With `on_error="skip"` an adapter that cannot be used is left out, with a warning and an
+        entry in `pool.skipped`; so is one whose base model is another than most adapters name.
 
         Raises:
-            AdapterError: an adapter is missing, damaged, or made for another base model.
+            AdapterError: an adapter is missing, damaged, or made for another base model; or all are skipped.
+            ConfigError: `on_error` is neither `"raise"` nor `"skip"`.
         """
         hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        names = [sources] if isinstance(sources, (str, Path)) else list(sources)
-        paths = [p for name in names for p in (find_adapters(name) if Path(name).is_dir() else [name])]
-        infos = [pull_adapter(path, **hub) for path in paths]
-        if backbone is None:
-            base = base_model or _agreed_base(infos)
-            revision = None if base_model else infos[0].base_revision
-            backbone = Backbone.from_pretrained(base, revision=revision, device=device, dtype=dtype, **hub)
-        bar = tqdm(infos, desc="adapters", disable=not progress)
-        return cls(backbone, [to_adapter(load_adapter(info, backbone.model), backbone) for info in bar])
+        bad = BadAdapters(on_error)
+        infos = pull_adapters(sources, bad, progress=progress, **hub)
+        if infos and backbone is None:
+            if base_model is None:
+                base_model, agreed, infos = agree_on_base(infos, bad, base_revision)
+                base_revision = base_revision or agreed
+            backbone = Backbone.from_pretrained(base_model, revision=base_revision, device=device, dtype=dtype, **hub)
+        adapters = []
+        for info in tqdm(infos, desc="adapters", disable=not progress):
+            with bad.handled(info.where):
+                adapters.append(to_adapter(load_adapter(info, backbone.model), backbone))
+        bad.warn(used=len(adapters))
+        return cls(backbone, adapters, bad.skipped)
+
+    #: The same: adapters of the Hub and of folders are named, and mixed, in one way.
+    from_hub = from_pretrained
 
     def __len__(self) -> int:
         return len(self.adapters)
@@ -271,18 +286,3 @@ class AdapterPool:
                 factors[module] = (new_b * scale, new_a)
             adapters.append(dataclasses.replace(adapter, factors=factors, others={}))
         return AdapterPool(self.backbone, adapters)
-
-
-def _agreed_base(infos: Sequence[AdapterInfo]) -> str:
-    """The base model that all adapters name; `AdapterError` where they differ or name none."""
-    bases = {(info.base_model, info.base_revision): info.name for info in infos}
-    if len(bases) > 1:
-        (one, first), (two, second) = [(b, n) for (b, _), n in bases.items()][:2]
-        raise AdapterError(
-            f"{first} is made for {one} and {second} for {two} (or another revision of it): "
-            "a pool has one base model. Leave one out, or pass base_model=... if they are the same."
-        )
-    base = next(iter(bases))[0]
-    if not base:
-        raise AdapterError(f"{infos[0].name}: adapter_config.json names no base model. Pass base_model=...")
-    return base

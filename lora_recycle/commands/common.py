@@ -43,16 +43,32 @@ def add_base_model_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base-model", metavar="X", help="folder or repo id of the base; by default what adapters name"
     )
+    parser.add_argument("--base-revision", metavar="R", help="its branch, tag or commit")
+
+
+def add_on_error_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--on-error",
+        choices=("raise", "skip"),
+        default="raise",
+        help="whether an adapter that cannot be used stops the run, or is left out and told (default: %(default)s)",
+    )
 
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", metavar="D", help="where to compute, as torch names it: cpu, cuda, cuda:1, mps")
 
 
+#: The strings that name adapters, for the help.
+POOL_HELP = (
+    "folders of adapters, adapters, repo ids (org/name@revision), .txt files with one of them in each line, "
+    "collection:org/slug, search:tag,tag, or demo for the shipped ones"
+)
+
+
 def add_pool_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "pool", nargs="+", metavar="POOL", help="folders of adapters, adapters, repo ids, or demo for the shipped ones"
-    )
+    parser.add_argument("pool", nargs="+", metavar="POOL", help=POOL_HELP)
+    add_on_error_argument(parser)
     add_base_model_argument(parser)
     add_device_argument(parser)
 
@@ -63,18 +79,29 @@ def sources(names: Sequence[str]) -> list[str | Path]:
 
 
 def load_pool(args: argparse.Namespace, dtype: str | None = None):
-    """The [`AdapterPool`] that the pool arguments describe."""
+    """The [`AdapterPool`] that the pool arguments describe. Skipped adapters are told on stderr."""
     import torch
 
     from ..pool import AdapterPool
 
-    return AdapterPool.from_pretrained(
+    pool = AdapterPool.from_pretrained(
         sources(args.pool),
         args.base_model,
+        base_revision=args.base_revision,
+        on_error=args.on_error,
         device=checked_device(args.device),
         dtype=getattr(torch, dtype) if dtype else None,
         progress=not args.quiet,
     )
+    if is_main_process():
+        tell_skipped(pool.skipped, len(pool))
+    return pool
+
+
+def tell_skipped(skipped: Sequence[tuple[str, str]], used: int) -> None:
+    """A table of the adapters that were left out, and why, on stderr."""
+    if skipped:
+        note(f"{len(skipped)} of {used + len(skipped)} adapters skipped:\n{table(('skipped', 'reason'), skipped)}")
 
 
 def checked_device(name: str | None):

@@ -51,4 +51,4 @@ def run(args: argparse.Namespace) -> None:
     print(
         table(("loss", "first step", "last step"), rows) if rows else f"{args.output}: the initialisation, untrained"
     )
-    hint(f"lora-recycle evaluate {shlex.quote(args.output)} --data PATH --pool {shlex.quote(args.pool[0])}")
+    hint(f"lora-recycle evaluate {shlex.quote(args.output)} --data PATH --pool {shlex.join(args.pool)}")

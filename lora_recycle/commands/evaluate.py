@@ -9,7 +9,16 @@ from pathlib import Path
 
 from ..embedded import backbone_name
 from ..errors import ConfigError
-from .common import add_base_model_argument, add_device_argument, checked_device, hint, note, sources
+from .common import (
+    POOL_HELP,
+    add_base_model_argument,
+    add_device_argument,
+    add_on_error_argument,
+    checked_device,
+    hint,
+    load_pool,
+    note,
+)
 
 
 EPILOG = """\
@@ -49,9 +58,10 @@ def add_parser(subparsers, **options) -> argparse.ArgumentParser:
         "--shots", type=int, nargs="+", default=[1, 5], metavar="N", help="support images (default: 1 5)"
     )
     pools = parser.add_mutually_exclusive_group()
-    pools.add_argument("--pool", metavar="FOLDER", help="adapters to compare with (for demo: the shipped ones)")
+    pools.add_argument("--pool", nargs="+", metavar="POOL", help=f"adapters to compare with: {POOL_HELP}")
     pools.add_argument("--no-pool", action="store_true", help="leave out the methods that need a pool")
     parser.add_argument("--json", metavar="FILE", help="write the rows to this file as well")
+    add_on_error_argument(parser)
     add_base_model_argument(parser)
     add_device_argument(parser)
     return parser
@@ -67,13 +77,15 @@ def run(args: argparse.Namespace) -> None:
     from ..storage import atomic_write
 
     device = checked_device(args.device)
-    model = MetaLoRAForFewShotClassification.from_pretrained(args.model, base_model=args.base_model, device=device)
+    model = MetaLoRAForFewShotClassification.from_pretrained(
+        args.model, base_model=args.base_model, base_revision=args.base_revision, device=device
+    )
     size, resample = model.backbone.image_size, int(model.backbone.processor.resample)
     data = load_labelled_images(args.data, size, resample, args.max_per_class, args.split, args.seed)
     result = evaluate(
         data,
         model,
-        pool=_load_pool(args, model, device),
+        pool=_load_pool(args, model),
         ways=args.ways,
         shots=args.shots,
         queries=args.queries,
@@ -89,16 +101,13 @@ def run(args: argparse.Namespace) -> None:
     hint(f"lora-recycle predict {shlex.quote(args.model)} --support FOLDER_OF_CLASS_FOLDERS IMAGES...")
 
 
-def _load_pool(args: argparse.Namespace, model, device):
+def _load_pool(args: argparse.Namespace, model):
     """The pool to compare with, None without one. Raises `ConfigError` where it adapts another base than `model`."""
-    from ..evaluation.benchmark import find_pool
-    from ..pool import AdapterPool
-
-    found = None if args.no_pool else find_pool(args.model, args.pool)
-    if found is None:
+    if not args.no_pool and args.pool is None and args.model == "demo":
+        args.pool = ["demo"]
+    if not args.pool:
         return None
-    (found,) = sources([found])
-    pool = AdapterPool.from_pretrained(found, args.base_model, device=device, progress=not args.quiet)
+    pool = load_pool(args)
     mine, theirs = backbone_name(model.backbone.name), backbone_name(pool.backbone.name)
     if mine != theirs:
         raise ConfigError(f"{args.model} adapts {mine}, the pool {theirs}. If they are the same, pass --base-model.")

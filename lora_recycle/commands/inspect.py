@@ -4,54 +4,57 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 from pathlib import Path
 
-from .common import hint, sources, table
+from .common import POOL_HELP, add_on_error_argument, hint, sources, table, tell_skipped
 
 
 EPILOG = """\
 examples:
   lora-recycle inspect demo                                the shipped pool
-  lora-recycle inspect pool/cats someone/vit-lora-birds    a folder and a repo of the Hub
+  lora-recycle inspect pool/cats someone/vit-lora-birds@v1 a folder and a repo of the Hub
+  lora-recycle inspect search:base_model:adapter:google/vit-base-patch16-224,peft --on-error skip
   lora-recycle inspect surrogate                           surrogate data that invert made
   lora-recycle inspect pool --json | jq '.[].sha256'
 """
 
-ADAPTER_HEADER = ("name", "base", "type", "rank", "targets", "classes", "labels", "transformers", "size", "commit")
+ADAPTER_HEADER = ("name", "base", "revision", "type", "rank", "targets", "classes", "labels")
+ADAPTER_HEADER += ("transformers", "converted", "size", "commit")
 SHARD_HEADER = ("adapter", "images", "accuracy", "confidence")
 
 
 def add_parser(subparsers, **options) -> argparse.ArgumentParser:
     summary = "describe adapters, folders of adapters, or surrogate data"
     parser = subparsers.add_parser("inspect", help=summary, description=summary, epilog=EPILOG, **options)
-    parser.add_argument(
-        "what", nargs="+", metavar="ADAPTER_OR_FOLDER", help="adapter, folder of adapters, repo id or surrogate folder"
-    )
+    parser.add_argument("what", nargs="+", metavar="WHAT", help=f"surrogate folders, and {POOL_HELP}")
+    add_on_error_argument(parser)
     parser.add_argument("--json", action="store_true", help="print everything that is known as JSON")
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..hub.adapters import find_adapters, pull_adapter
+    from ..hub.sources import BadAdapters, pull_adapters
     from ..surrogate import MANIFEST, SurrogateDataset
 
-    infos, surrogates = [], []
-    for source in sources(args.what):
-        if (Path(source) / MANIFEST).is_file():
-            surrogates.append(SurrogateDataset.from_pretrained(source))
-            continue
-        found = find_adapters(source) if Path(source).is_dir() else [source]
-        infos += [pull_adapter(path) for path in found]
+    named = sources(args.what)
+    folders = [name for name in named if (Path(name) / MANIFEST).is_file()]
+    surrogates = [SurrogateDataset.from_pretrained(folder) for folder in folders]
+    bad = BadAdapters(args.on_error)
+    infos = pull_adapters([name for name in named if name not in folders], bad, progress=not args.quiet)
     if args.json:
         everything = [{"kind": "adapter", **info.to_dict()} for info in infos]
+        everything += [{"kind": "skipped", "name": name, "reason": reason} for name, reason in bad.skipped]
         everything += [{"kind": "surrogate", "path": str(s.folder), **s.manifest} for s in surrogates]
         print(json.dumps(everything, indent=1, default=str))
     else:
         parts = [table(ADAPTER_HEADER, map(_adapter_row, infos))] if infos else []
         parts += [_surrogate_text(surrogate) for surrogate in surrogates]
-        print("\n\n".join(parts))
-    names = " ".join(shlex.quote(name) for name in args.what)
+        if parts:
+            print("\n\n".join(parts))
+    tell_skipped(bad.skipped, len(infos))
+    names = shlex.join(args.what)
     hint(
         "lora-recycle distill POOL --surrogate " + names
         if surrogates
@@ -63,15 +66,22 @@ def _adapter_row(info) -> tuple:
     return (
         info.name,
         info.base_model,
+        _short(info.base_revision),
         info.peft_type + ("+DoRA" if info.config.get("use_dora") else ""),
         info.rank,
         ",".join(info.targets),
         info.num_classes,
         _first(info.labels),
         info.generation,
+        {True: "yes", False: "no"}.get(info.converted),
         _size(info.size_bytes),
-        info.revision[:12] if info.revision else None,
+        _short(info.revision),
     )
+
+
+def _short(revision: str | None) -> str | None:
+    """A commit's first 12 digits; names of branches and tags as they are."""
+    return revision[:12] if revision and re.fullmatch("[0-9a-f]{40}", revision) else revision
 
 
 def _first(labels: tuple[str, ...] | None, shown: int = 3, width: int = 20) -> str | None:

@@ -14,7 +14,8 @@ EPILOG = """\
 examples:
   lora-recycle invert demo --output surrogate
   lora-recycle invert pool --output surrogate --iterations 100 --priors tv=0.1 patch_entropy=0.05
-  lora-recycle invert someone/vit-lora-birds pool --output surrogate --keep-ratio 0.5
+  lora-recycle invert someone/vit-lora-birds@v1 pool --output surrogate --keep-ratio 0.5
+  lora-recycle invert ids.txt collection:someone/vit-loras --on-error skip --output surrogate
   lora-recycle invert pool --output surrogate --starts images=1 --start-images my_photos
   accelerate launch --num_processes 4 -m lora_recycle invert pool --output surrogate
 
@@ -44,5 +45,4 @@ def run(args: argparse.Namespace) -> None:
     shards = surrogate.manifest["shards"]
     rows = [(s["adapter"]["name"], s["num_images"], s["accuracy"], s["confidence"]) for s in shards]
     print(table(("adapter", "images", "accuracy", "confidence"), rows))
-    pool = " ".join(shlex.quote(name) for name in args.pool)
-    hint(f"lora-recycle distill {pool} --surrogate {shlex.quote(args.output)} --output meta_lora")
+    hint(f"lora-recycle distill {shlex.join(args.pool)} --surrogate {shlex.quote(args.output)} --output meta_lora")

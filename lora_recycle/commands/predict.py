@@ -38,7 +38,10 @@ def run(args: argparse.Namespace) -> None:
 
     paths = _expand(args.images)
     model = MetaLoRAForFewShotClassification.from_pretrained(
-        args.model, base_model=args.base_model, device=checked_device(args.device)
+        args.model,
+        base_model=args.base_model,
+        base_revision=args.base_revision,
+        device=checked_device(args.device),
     )
     if args.support:
         size, resample = model.backbone.image_size, int(model.backbone.processor.resample)

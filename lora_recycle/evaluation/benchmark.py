@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
@@ -112,10 +111,3 @@ def _bare(model: MetaLoRAForFewShotClassification) -> Backbone:
     """The model's own backbone once more, without the meta-LoRA."""
     config = model.peft_model.peft_config["default"]
     return Backbone.from_pretrained(config.base_model_name_or_path, revision=config.revision, device=model.device)
-
-
-def find_pool(model_path: str | Path, pool: str | Path | None) -> str | Path | None:
-    """The pool to compare with: the one given, or for the embedded meta-LoRA the embedded pool."""
-    from ..embedded import pool_path
-
-    return pool_path() if pool is None and str(model_path) == "demo" else pool

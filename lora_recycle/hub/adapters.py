@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load
@@ -76,9 +77,14 @@ class AdapterInfo:
         """Name and commit, as error messages give them."""
         return f"{self.name}@{self.revision}" if self.revision else self.name
 
+    @property
+    def converted(self) -> bool | None:
+        """Whether its tensors have names of an older transformers, which loading turns into today's."""
+        return None if self.generation is None else self.generation < int(transformers.__version__.split(".")[0])
+
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON types."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | {"converted": self.converted}
         labels = None if self.labels is None else list(self.labels)
         return copy.deepcopy(values) | {"path": str(self.path), "targets": list(self.targets), "labels": labels}
 

@@ -10,7 +10,7 @@ from lora_recycle.backbones import extract_features
 from lora_recycle.distillation.config import DistillationConfig
 from lora_recycle.distillation.trainer import MetaLoraTrainer
 from lora_recycle.errors import DataError
-from lora_recycle.evaluation.benchmark import evaluate, find_pool
+from lora_recycle.evaluation.benchmark import evaluate
 from lora_recycle.evaluation.episodes import sample_episodes
 from lora_recycle.evaluation.protocol import ensemble_accuracy, prototype_accuracy
 from lora_recycle.images import LabelledImages
@@ -101,8 +101,3 @@ def test_the_batch_size_changes_nothing(data, model, result):
 def test_too_many_ways(data, model):
     with pytest.raises(DataError, match="8"):
         evaluate(data, model, ways=9, episodes=2)
-
-
-def test_only_the_embedded_model_brings_its_pool():
-    assert find_pool("demo", None).name == "pool"
-    assert find_pool("demo", "mine") == "mine" and find_pool("someone/meta", None) is None
