@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionMo
 
 from .embedded import resolve_backbone
 from .errors import AdapterError, DataError
+from .hub.snapshots import resolve_commit
 from .sparsity import ATTENTION_NAME, keep_tokens, num_kept, record_cls_attention, select_top
 
 
@@ -84,9 +85,9 @@ class Backbone(nn.Module):
         path = resolve_backbone(name_or_path)
         hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         try:
+            commit = None if Path(path).is_dir() else resolve_commit(path, **hub)
+            hub["revision"] = commit or revision  # all parts of one commit
             config = AutoConfig.from_pretrained(path, **hub)
-            # the rest from the same commit, wherever the branch has moved by then
-            hub["revision"] = getattr(config, "_commit_hash", None) or revision
             model_class = CLIPVisionModel if config.model_type.startswith("clip") else AutoModel
             extra = {"add_pooling_layer": False} if config.model_type in ("vit", "deit") else {}
             model = model_class.from_pretrained(
@@ -96,7 +97,7 @@ class Backbone(nn.Module):
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise AdapterError(f"{name_or_path}: the backbone cannot be loaded ({reason}).") from error
-        backbone = cls(model, processor, str(name_or_path), getattr(config, "_commit_hash", None))
+        backbone = cls(model, processor, str(name_or_path), commit)
         return backbone.to(device) if device is not None else backbone
 
     @property

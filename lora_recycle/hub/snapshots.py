@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from huggingface_hub import HfApi, hf_hub_download, is_offline_mode, snapshot_download
 from huggingface_hub.errors import (
@@ -58,38 +58,42 @@ def fetch(
             where the bytes stay wrong.
     """
     where = f"{repo}@{revision}" if revision else repo
+    options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    commit = resolve_commit(repo, revision, **options)
+    options["tqdm_class"] = _NoBar
     try:
-        options = {"token": token, "cache_dir": cache_dir}
-        offline = local_files_only or is_offline_mode()
-        commit = repeated(
-            lambda: HfApi().resolve_revision(repo, revision=revision, local_files_only=local_files_only, **options)
-        )
-        folder = Path(
-            snapshot_download(
-                repo,
-                revision=commit,
-                local_files_only=local_files_only,
-                allow_patterns=list(files),
-                tqdm_class=_NoBar,
-                **options,
-            )
-        )
-        for name in _damaged(folder, repo, files, token, offline):
-            if not offline:
-                hf_hub_download(repo, name, revision=folder.name, force_download=True, tqdm_class=_NoBar, **options)
-        wrong = _damaged(folder, repo, files, token, offline)
-    except (HTTPError, RevisionResolutionError, OSError, ValueError) as error:  # ValueError: no id, or no JSON
+        folder = Path(snapshot_download(repo, revision=commit, allow_patterns=list(files), **options))
+        asked = None if local_files_only or is_offline_mode() else HfApi(token=token)
+        wrong = _remove_damaged(folder, repo, files, asked)
+        if wrong and asked:
+            for name in wrong:
+                hf_hub_download(repo, name, revision=folder.name, **options)
+            wrong = _remove_damaged(folder, repo, wrong, asked)
+    except (HTTPError, OSError, ValueError) as error:
         raise AdapterError(f"{where}: {explain(error, local_files_only)}") from error
     if wrong:
-        for name in wrong:  # so that no other program uses it either
-            (folder / name).resolve().unlink(missing_ok=True)
-            (folder / name).unlink(missing_ok=True)
-        again = "" if offline else " even when fetched again"
         raise AdapterError(
-            f"{where}: {', '.join(wrong)} of commit {folder.name} has not the checksum that the Hub states{again}. "
-            "It was removed from the cache; pull it again with a connection."
+            f"{where}: {', '.join(wrong)} of commit {folder.name} has not the checksum that the Hub states"
+            f"{', even when fetched again' if asked else ''}. It was removed from the cache; pull it again later."
         )
     return folder
+
+
+def resolve_commit(
+    repo: str,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> str:
+    """The commit that a branch, tag or pull request (by default the main branch) leads to now, or, without a
+    connection, when it was last looked up. Raises `AdapterError` with what to do where there is none."""
+    options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    try:
+        return repeated(lambda: HfApi().resolve_revision(repo, revision=revision, **options)).resolved
+    except (HTTPError, RevisionResolutionError, OSError, ValueError) as error:  # ValueError: no id, or no JSON
+        where = f"{repo}@{revision}" if revision else repo
+        raise AdapterError(f"{where}: {explain(error, local_files_only)}") from error
 
 
 def repeated(request: Callable[[], Answer]) -> Answer:
@@ -138,28 +142,30 @@ def _reason(error: BaseException) -> str:
     return (str(error).splitlines() or [""])[0] or type(error).__name__
 
 
-def _damaged(folder: Path, repo: str, files: Sequence[str], token: Any, offline: bool) -> list[str]:
-    """Those of `files` whose bytes have another checksum than the Hub states."""
-    there = [name for name in files if (folder / name).is_file()]
-    return [
-        name
-        for name, stated in _stated_checksums(folder, repo, there, token, offline).items()
-        if stated != _checksum(folder / name, len(stated))
-    ]
+def _remove_damaged(folder: Path, repo: str, files: Sequence[str], hub: HfApi | None) -> list[str]:
+    """Remove those of `files` whose bytes have another checksum than the Hub states, so that no program uses them."""
+    stated = _stated_checksums(folder, repo, [name for name in files if (folder / name).is_file()], hub)
+    wrong = [name for name, digits in stated.items() if digits != _checksum(folder / name, len(digits))]
+    for path in (folder / name for name in wrong):
+        while path.is_symlink():
+            link, path = path, path.parent / os.readlink(path)
+            link.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+    return wrong
 
 
-def _stated_checksums(folder: Path, repo: str, names: list[str], token: Any, offline: bool) -> dict[str, str]:
+def _stated_checksums(folder: Path, repo: str, names: list[str], hub: HfApi | None) -> dict[str, str]:
     """File to SHA-256 (of LFS files) or git's SHA-1, as the Hub stated it: a blob of the cache is named after it.
 
     A cache without links (on Windows, say) does not tell, so that the Hub is asked, if it may be.
     """
-    linked = {name: Path(os.readlink(folder / name)).name for name in names if (folder / name).is_symlink()}
-    unknown = [name for name in names if name not in linked]
-    if unknown and not offline:
-        for info in HfApi().get_paths_info(repo, unknown, revision=folder.name, token=token):
-            linked[info.path] = info.lfs.sha256 if info.lfs else info.blob_id
+    stated = {name: Path(os.readlink(folder / name)).name for name in names if (folder / name).is_symlink()}
+    unknown = [name for name in names if name not in stated]
+    if unknown and hub:
+        for info in hub.get_paths_info(repo, unknown, revision=folder.name):
+            stated[info.path] = info.lfs.sha256 if info.lfs else info.blob_id
     # a mirror may use other tags than checksums
-    return {name: text for name, text in linked.items() if re.fullmatch("[0-9a-f]{40}([0-9a-f]{24})?", text)}
+    return {name: digits for name, digits in stated.items() if re.fullmatch("[0-9a-f]{40}([0-9a-f]{24})?", digits)}
 
 
 def _checksum(path: Path, digits: int) -> str:
