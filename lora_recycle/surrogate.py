@@ -190,7 +190,7 @@ class SurrogateDataset:
         """About `count` images spread over the adapters and their classes, as pages and cards show them.
 
         Returns:
-            uint8 (N, 3, H, W), N names "class (adapter)", and int16 (N, K) kept patches, None where any shard has none.
+            uint8 (N, 3, H, W), N names "class (adapter)", and int16 (N, K) kept patches or None.
         """
         number = min(self.num_shards, count)
         images, labels, kept = [], [], []

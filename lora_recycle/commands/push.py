@@ -62,9 +62,5 @@ def _adapter(folder: Path, repo_id: str, options: dict) -> None:
             "Of a pool, push one adapter's folder at a time."
         )
     print(push_adapter_folder(folder, repo_id, **options))
-    is_meta_lora = (folder / SIDECAR).is_file()
-    hint(
-        f"lora-recycle predict {repo_id} --support EXAMPLES PHOTOS"
-        if is_meta_lora
-        else f"lora-recycle inspect {repo_id}"
-    )
+    meta_lora = (folder / SIDECAR).is_file()
+    hint(f"lora-recycle {f'predict {repo_id} --support EXAMPLES PHOTOS' if meta_lora else f'inspect {repo_id}'}")

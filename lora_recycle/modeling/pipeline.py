@@ -1,4 +1,4 @@
-"""The transformers pipeline of meta-LoRAs: `pipeline("few-shot-image-classification", ...)`. Importing registers it."""
+"""The transformers pipeline of meta-LoRAs: `pipeline("few-shot-image-classification")`. Importing registers it."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ class FewShotImageClassificationPipeline(Pipeline):
         support_images, support_labels: what [`MetaLoRAForFewShotClassification.fit`] takes. Given at a call they
             replace the task that was there. A model that was saved fitted needs none.
         top_k (`int`, *optional*): how many classes to return, all by default.
+
+    `transformers.pipeline` wants its `revision` in the base model's repo too. To pin the meta-LoRA alone, pass a model
+    that [`MetaLoRAForFewShotClassification.from_pretrained`] loaded.
 
     A call takes an image (PIL, path or address) or a list of them, and returns a list of `{"label", "score"}` for
     each, best first.
@@ -66,13 +69,16 @@ class _Loader:
     """What `transformers.pipeline` calls with a repo id or folder."""
 
     @classmethod
-    def from_pretrained(cls, name, *, token=None, local_files_only=False, cache_dir=None, dtype=None, **others):
-        # `revision` is the base model's here, not the adapter's: transformers resolves it for the base
+    def from_pretrained(
+        cls, name, *, revision=None, dtype=None, token=None, cache_dir=None, local_files_only=False, **_
+    ):
+        # transformers asks the base model for the same revision, and gives it here with the base's commit attached
         return MetaLoRAForFewShotClassification.from_pretrained(
             name,
+            revision=None if revision in (None, "main") else str(revision),
             token=token,
-            local_files_only=local_files_only,
             cache_dir=cache_dir,
+            local_files_only=local_files_only,
             dtype=None if dtype == "auto" else dtype,
         )
 

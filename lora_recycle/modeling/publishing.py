@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
+
 from ..errors import AdapterError, PushError
 from ..hub.adapters import AdapterInfo, pull_adapter
 from ..hub.cards import PICTURE_FILE, is_repo_id, meta_lora_card
@@ -37,6 +39,8 @@ def push_adapter_folder(folder: str | Path, repo_id: str, *, commit_message: str
         raise PushError(f"{folder}: {linked[0]} is a link. Copy the folder with `cp -L` to publish it.")
     if settings:
         files[CARD_FILE] = _card(info, repo_id, settings, PICTURE_FILE in files)
+    elif CARD_FILE in files:
+        files[CARD_FILE] = _with_base(info)
     message = commit_message or f"Upload {'meta-LoRA' if settings else 'adapter'} with lora-recycle"
     return push_files(repo_id, files, replaces=[SIDECAR, TASK_FILE, PICTURE_FILE], commit_message=message, **options)
 
@@ -47,3 +51,14 @@ def _card(info: AdapterInfo, repo_id: str, settings: dict[str, Any], picture: bo
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise AdapterError(f"{info.where}: {SIDECAR} lacks what a card tells ({error!r}).") from error
     return card.encode()
+
+
+def _with_base(info: AdapterInfo) -> bytes:
+    """The adapter's own card; where it names a folder as the base model, which the Hub refuses, the config's name."""
+    text = (info.path / CARD_FILE).read_text(encoding="utf-8")
+    card = ModelCard(text, ignore_metadata_errors=True)
+    named = card.data.get("base_model")
+    if isinstance(named, str) and not is_repo_id(named):
+        card.data.base_model = info.base_model
+        text = str(card)
+    return text.encode()
