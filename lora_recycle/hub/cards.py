@@ -82,6 +82,7 @@ def meta_lora_card(
         base_revision=base_revision,
         version=(settings.get("versions") or {}).get("lora_recycle", "(unknown version)"),
         origin=_origin(distillation, inversion) if distillation else None,
+        trained=bool(distillation and distillation["steps"] and inversion),
         classes=settings.get("num_classes"),
         usage=usage_lines(name),
         picture=PICTURE_FILE if picture else None,

@@ -80,6 +80,7 @@ def test_the_card_says_where_it_came_from(hub, model):
         "![Surrogate images](surrogate.png)",
         "| meta-lora | birds/test | 5-way 1-shot | 600 | 54.47 ± 0.78 | +1.53 ± 0.31 |",
         "was not trained",
+        "Images like these were made, but not learned from",
         "All source adapters are under `apache-2.0`",
         "steps: 0",
         "## Limits",
