@@ -15,3 +15,7 @@ class ConfigError(LoraRecycleError):
 
 class DataError(LoraRecycleError):
     """Images, labels or surrogate data are missing, damaged or too few."""
+
+
+class PushError(LoraRecycleError):
+    """Something cannot be published: unfit for the Hub as it is, or the Hub or the way to it refused."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .errors import DataError
+from .hub.cards import PICTURE_FILE, TABLE_FILE, surrogate_card
+from .hub.pictures import picture_grid
+from .hub.publish import push_files
 from .storage import atomic_save_tensors, atomic_write, file_sha256
 
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+IMAGES_ON_CARD = 24
 _REQUIRED = {
     "pixels": (torch.uint8, 4),
     "labels": (torch.int64, 1),
@@ -180,6 +185,68 @@ class SurrogateDataset:
         if verify and (not path.is_file() or file_sha256(path) != entry["sha256"]):
             raise DataError(f"{path}: missing, or not the file that {MANIFEST} describes. Run invert again.")
         return load_shard(path)
+
+    def sample(self, count: int) -> tuple[torch.Tensor, list[str], torch.Tensor | None]:
+        """About `count` images spread over the adapters and their classes, as pages and cards show them.
+
+        Returns:
+            uint8 (N, 3, H, W), N names "class (adapter)", and int16 (N, K) kept patches or None.
+        """
+        number = min(self.num_shards, count)
+        images, labels, kept = [], [], []
+        for i in torch.linspace(0, self.num_shards - 1, number).round().int().tolist():
+            shard = self.shard(i)
+            order = shard.labels.argsort(stable=True)  # by class, so that even steps show many classes
+            chosen = order[torch.linspace(0, len(order) - 1, min(count // number, len(order))).round().long()]
+            images.append(shard.pixels[chosen])
+            labels += [f"{shard.label_names[c]} ({shard.adapter['name']})" for c in shard.labels[chosen].tolist()]
+            kept.append(None if shard.kept_tokens is None else shard.kept_tokens[chosen])
+        masks = None if any(part is None for part in kept) else torch.cat(kept)
+        return torch.cat(images), labels, masks
+
+    def picture(self) -> bytes:
+        """A small PNG of some of the images, for cards."""
+        return picture_grid(self.sample(IMAGES_ON_CARD)[0])
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Publish as a data set repo in one commit, and return the URL.
+
+        The repo opens with `datasets.load_dataset` and with `from_pretrained`. The arguments are those of
+        [`MetaLoRAForFewShotClassification.push_to_hub`].
+
+        Raises:
+            DataError: a shard is missing, damaged or not the one of the manifest.
+            PushError: the push failed; then nothing of it is in the repo.
+        """
+        for i in range(self.num_shards):
+            self.shard(i, verify=True)
+        names = [MANIFEST, *(entry["file"] for entry in self.manifest["shards"])]
+        files: dict[str, Path | bytes] = {name: self.folder / name for name in names}
+        files[PICTURE_FILE] = self.picture()
+        files["README.md"] = surrogate_card(repo_id, self.manifest, picture=True).encode()
+        with tempfile.TemporaryDirectory() as folder:
+            files[TABLE_FILE] = Path(folder) / "train.parquet"
+            self.to_dataset().to_parquet(files[TABLE_FILE])
+            return push_files(
+                repo_id,
+                files,
+                repo_type="dataset",
+                replaces=["shards/*.safetensors", "data/*.parquet"],
+                private=private,
+                token=token,
+                revision=revision,
+                commit_message=commit_message or "Upload surrogate data with lora-recycle",
+                create_pr=create_pr,
+            )
 
     def to_dataset(self):
         """A `datasets.Dataset` with `image`, `label` (`ClassLabel`, "<adapter>/<class>") and `adapter`."""

@@ -157,7 +157,7 @@ def _train(trainer: MetaLoraTrainer, work: Path, progress: bool) -> None:
 
 
 def _write_report(path: Path, rows, losses, surrogate: SurrogateDataset, pool: AdapterPool, model) -> Path:
-    images, labels, kept = _gallery(surrogate)
+    images, labels, kept = surrogate.sample(IMAGES_SHOWN)
     count = f"{len(pool)} adapters"
     return write_report(
         path,
@@ -171,22 +171,6 @@ def _write_report(path: Path, rows, losses, surrogate: SurrogateDataset, pool: A
         config={"backbone": pool.backbone.name, "pool": count, **_without(model.settings, "results", "sources")},
         usage=usage_lines(str(path.parent / "meta_lora")),
     )
-
-
-def _gallery(surrogate: SurrogateDataset) -> tuple[torch.Tensor, list[str], torch.Tensor | None]:
-    """About `IMAGES_SHOWN` images spread over the adapters and their classes, with names and kept patches."""
-    number = min(surrogate.num_shards, IMAGES_SHOWN)
-    each = IMAGES_SHOWN // number
-    images, labels, kept = [], [], []
-    for i in torch.linspace(0, surrogate.num_shards - 1, number).round().int().tolist():
-        shard = surrogate.shard(i)
-        order = shard.labels.argsort(stable=True)  # by class, so that even steps show many classes
-        chosen = order[torch.linspace(0, len(order) - 1, min(each, len(order))).round().long()]
-        images.append(shard.pixels[chosen])
-        labels += [f"{shard.label_names[c]} ({shard.adapter['name']})" for c in shard.labels[chosen].tolist()]
-        kept.append(None if shard.kept_tokens is None else shard.kept_tokens[chosen])
-    masks = None if any(part is None for part in kept) else torch.cat(kept)
-    return torch.cat(images), labels, masks
 
 
 def _without(settings: dict[str, Any], *names: str) -> dict[str, Any]:

@@ -1,45 +1,31 @@
-"""The card of a meta-LoRA: what it is, where it came from, how to use it."""
+"""Cards of meta-LoRAs and surrogate data: what they are, where they came from, how to use them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import yaml
+from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
+
+from .licenses import inherited_license
 
 
-_META_LORA = Template("""---
-$header
----
+TEMPLATES = Path(__file__).with_name("templates")
+#: Path in the repo of the table that `datasets.load_dataset` opens.
+TABLE_FILE = "data/train.parquet"
+#: Path in the repo of the grid of surrogate images.
+PICTURE_FILE = "surrogate.png"
 
-# $name
+_REPO_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+#: Upper ends of the Hub's size categories.
+_SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
 
-A meta-LoRA: one LoRA (rank $rank) for `$base`$base_revision, recycled from $count adapters with
-lora-recycle $version. It classifies a new task from a few labelled images in one forward pass, without tuning.
-$origin
 
-## Use
-
-```python
-$usage
-```
-
-It is a plain PEFT adapter too: `PeftModel.from_pretrained(base, "$name")` gives the features.
-$results
-## Sources
-
-| adapter | type | commit | SHA-256 |
-|---|---|---|---|
-$sources
-
-## Recipe
-
-```yaml
-$recipe
-```
-""")
+def is_repo_id(name: str | None) -> bool:
+    """Whether `name` can be a repo on the Hub: no folder of this machine, and of the right form."""
+    return bool(name) and _REPO_ID.fullmatch(name) is not None and not Path(name).is_dir()
 
 
 def usage_lines(name: str) -> str:
@@ -55,29 +41,100 @@ def usage_lines(name: str) -> str:
     )
 
 
-def meta_lora_card(name: str, base_model: str, base_revision: str | None, rank: int, settings: dict[str, Any]) -> str:
+def meta_lora_card(
+    name: str,
+    base_model: str,
+    base_revision: str | None,
+    rank: int,
+    settings: dict[str, Any],
+    picture: bool = False,
+) -> str:
     """The README.md of a meta-LoRA.
 
     Args:
         name (`str`): repo id or folder name.
-        settings (`dict`): the sidecar: `sources`, `distillation`, `inversion` (None without surrogate data),
-            `versions` and, where it was judged, `results` (rows of `evaluation.protocol.summarise`).
+        settings (`dict`): the sidecar. What the card tells of it: `sources`, `distillation`, `inversion`, `versions`,
+            `num_classes` of a fitted task and, where it was judged, `results` (rows of
+            `evaluation.protocol.summarise`).
+        picture (`bool`): whether `PICTURE_FILE` lies beside it.
     """
-    distillation, inversion = settings["distillation"], settings.get("inversion")
-    recipe = {"invert": inversion, "distill": distillation} if inversion else {"distill": distillation}
-    return _META_LORA.substitute(
-        header=_yaml(_header(base_model)),
+    sources, results = settings.get("sources") or [], settings.get("results") or []
+    distillation, inversion = settings.get("distillation"), settings.get("inversion")
+    fields, license_note = inherited_license([source.get("license") for source in sources])
+    header = ModelCardData(
+        library_name="peft",
+        base_model=base_model if is_repo_id(base_model) else None,  # the Hub refuses what is no repo id
+        base_model_relation="adapter",
+        pipeline_tag="image-classification",
+        tags=["lora", "meta-lora", "few-shot", "lora-recycle"],
+        model_name=name.split("/")[-1],
+        eval_results=[_eval_result(row) for row in results if row["method"] == "meta-lora"] or None,
+        **fields,
+    )
+    if not header.eval_results:
+        header.pop("model_name")
+    card = ModelCard.from_template(
+        header,
+        str(TEMPLATES / "meta_lora.md"),
         name=name,
         rank=rank,
         base=base_model,
-        base_revision=f" at commit `{base_revision}`" if base_revision else "",
-        count=len(settings["sources"]),
-        version=settings["versions"]["lora_recycle"],
-        origin=_origin(distillation, inversion),
+        base_revision=base_revision,
+        version=(settings.get("versions") or {}).get("lora_recycle", "(unknown version)"),
+        origin=_origin(distillation, inversion) if distillation else None,
+        trained=bool(distillation and distillation["steps"] and inversion),
+        classes=settings.get("num_classes"),
         usage=usage_lines(name),
-        results=_results(settings.get("results") or ()),
-        sources="\n".join(_source_row(source) for source in settings["sources"]),
-        recipe=_yaml(recipe),
+        picture=PICTURE_FILE if picture else None,
+        results=[_result_row(row) for row in results],
+        sources=[_source_row(source) for source in sources],
+        license_note=license_note,
+        recipe=_yaml({k: v for k, v in (("invert", inversion), ("distill", distillation)) if v}),
+    )
+    return str(card)
+
+
+def surrogate_card(name: str, manifest: dict[str, Any], picture: bool = False) -> str:
+    """The README.md of surrogate data, whose header leads `datasets.load_dataset` to `TABLE_FILE` alone."""
+    entries, base = manifest["shards"], manifest.get("backbone") or {}
+    count = sum(entry["num_images"] for entry in entries)
+    fields, license_note = inherited_license([entry["adapter"].get("license") for entry in entries])
+    header = DatasetCardData(
+        pretty_name=name.split("/")[-1],
+        task_categories=["image-classification"],
+        size_categories=[next((size for limit, size in _SIZES if count < limit), "n>10M")],
+        tags=["lora-recycle", "surrogate", "synthetic"],
+        configs=[{"config_name": "default", "data_files": [{"split": "train", "path": TABLE_FILE}]}],
+        **fields,
+    )
+    known, commit = is_repo_id(base.get("name")), base.get("revision")
+    at = f" at commit `{commit}`" if commit else ""
+    card = DatasetCard.from_template(
+        header,
+        str(TEMPLATES / "surrogate.md"),
+        name=name,
+        num_images=count,
+        base=f"`{base['name']}`{at}" if known else "a backbone that has no name on the Hub",
+        version=manifest.get("lora_recycle_version", "(unknown version)"),
+        origin=_starting_images(manifest.get("config") or {}),
+        usage=_surrogate_usage(name),
+        picture=PICTURE_FILE if picture else None,
+        sources=[_source_row(e["adapter"]) + _shard_cells(e) for e in entries],
+        license_note=license_note,
+        recipe=_yaml({"invert": manifest.get("config") or {}}),
+    )
+    return str(card)
+
+
+def _surrogate_usage(name: str) -> str:
+    return "\n".join(
+        (
+            "from datasets import load_dataset",
+            "from lora_recycle import SurrogateDataset",
+            "",
+            f'images = load_dataset("{name}", split="train")  # image, label, adapter',
+            f'surrogate = SurrogateDataset.from_pretrained("{name}")  # with what the teachers said of each image',
+        )
     )
 
 
@@ -85,41 +142,61 @@ def _origin(distillation: dict[str, Any], inversion: dict[str, Any] | None) -> s
     average = "the average of their weight changes, cut to its rank"
     start = f"It started from {average}" if distillation["init"] == "average" else "It started from zero"
     if not distillation["steps"] or not inversion:
-        return f"{start} and was not trained."
+        return f"{start}, and was not trained."
     images = ", ".join(name for name, share in inversion["starts"].items() if share > 0)
     return (
-        f"{start} and learned in {distillation['steps']} steps from surrogate images, which were optimised with the "
+        f"{start}, and learned in {distillation['steps']} steps from surrogate images, which were optimised with the "
         f"adapters and their heads out of these starting images: {images}."
     )
 
 
-def _header(base_model: str) -> dict[str, Any]:
-    header = {
-        "library_name": "peft",
-        "base_model": base_model,
-        "pipeline_tag": "image-classification",
-        "tags": ["lora", "meta-lora", "few-shot", "lora-recycle"],
-    }
-    if Path(base_model).is_dir():  # the Hub refuses a card whose base model is no repo id
-        del header["base_model"]
-    return header
+def _starting_images(config: dict[str, Any]) -> str:
+    names = ", ".join(name for name, share in (config.get("starts") or {}).items() if share > 0)
+    steps = f" in {config['iterations']} steps" if "iterations" in config else ""
+    return f"they were optimised{steps}" + (f" out of starting images ({names})" if names else "")
 
 
-def _source_row(source: dict[str, Any]) -> str:
-    commit = f"`{source['revision']}`" if source.get("revision") else "local folder"
-    return f"| {source['name']} | {source['peft_type']} | {commit} | `{source['sha256']}` |"
+def _eval_result(row: dict[str, Any]) -> EvalResult:
+    task = _task(row)
+    return EvalResult(
+        task_type="image-classification",
+        task_name="few-shot image classification",
+        dataset_type=row["data"],
+        dataset_name=row["data"],
+        metric_type="accuracy",
+        metric_name=f"accuracy, per cent, {task}",
+        metric_value=round(row["accuracy"], 2),
+        metric_args={"ci95": round(row["ci95"], 2), "episodes": row["episodes"]},
+    )
 
 
-def _results(rows: Sequence[dict[str, Any]]) -> str:
-    if not rows:
-        return ""
-    lines = ["", "## Results", "", "Per cent, with 95 % intervals; differences are paired.", ""]
-    lines += ["| method | data | task | episodes | accuracy | against frozen |", "|---|---|---|---|---|---|"]
-    for row in rows:
-        task, accuracy = f"{row['ways']}-way {row['shots']}-shot", f"{row['accuracy']:.2f} ± {row['ci95']:.2f}"
-        delta = f"{row['delta_vs_frozen']:+.2f} ± {row['delta_ci95']:.2f}" if row["method"] != "frozen" else "-"
-        lines.append(f"| {row['method']} | {row['data']} | {task} | {row['episodes']} | {accuracy} | {delta} |")
-    return "\n".join(lines) + "\n"
+def _task(row: dict[str, Any]) -> str:
+    return f"{row['ways']}-way {row['shots']}-shot"
+
+
+def _result_row(row: dict[str, Any]) -> list[str]:
+    accuracy = f"{row['accuracy']:.2f} ± {row['ci95']:.2f}"
+    delta = f"{row['delta_vs_frozen']:+.2f} ± {row['delta_ci95']:.2f}" if row["method"] != "frozen" else "-"
+    return [_cell(row["method"]), _cell(row["data"]), _task(row), str(row["episodes"]), accuracy, delta]
+
+
+def _source_row(source: dict[str, Any]) -> list[str]:
+    """Name, type, commit, licence and checksum of one source adapter."""
+    name, revision = source["name"], source.get("revision")
+    known = revision and is_repo_id(name)
+    shown = f"[{name}](https://huggingface.co/{name}/tree/{revision})" if known else _cell(name)
+    commit = f"`{revision}`" if revision else "local folder"
+    return [shown, _cell(source.get("peft_type")), commit, _cell(source.get("license")), f"`{source['sha256']}`"]
+
+
+def _shard_cells(entry: dict[str, Any]) -> list[str]:
+    classes = entry["adapter"].get("num_classes")
+    return [_cell(classes), str(entry["num_images"]), f"{entry['accuracy']:.2f}", f"{entry['confidence']:.2f}"]
+
+
+def _cell(value: Any) -> str:
+    """Text for one cell of a Markdown table: names come from strangers."""
+    return "-" if value is None else re.sub(r"([|\\`<\[\]])", r"\\\1", " ".join(str(value).split()))
 
 
 def _yaml(values: dict[str, Any]) -> str:

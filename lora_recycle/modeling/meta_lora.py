@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,14 @@ from ..backbones import Backbone
 from ..embedded import backbone_name, resolve_meta_lora
 from ..errors import AdapterError, DataError
 from ..hub.adapters import load_adapter, pull_adapter
+from ..hub.cards import PICTURE_FILE
 from ..images import to_picture
 from ..prototypes import class_centres, class_sums
 from ..storage import atomic_save_tensors, atomic_write
 from ..version import __version__
 from .heads import ClassCentreHead
-
-
-SIDECAR = "meta_lora_config.json"
-TASK_FILE = "few_shot_task.safetensors"
+from .publishing import push_adapter_folder
+from .sidecar import SIDECAR, TASK_FILE, read_picture, read_sidecar, task_file
 
 
 @dataclasses.dataclass
@@ -53,6 +53,8 @@ class MetaLoRAForFewShotClassification(nn.Module):
         super().__init__()
         self.backbone, self.peft_model, self.settings = backbone, peft_model, dict(settings or {})
         self.head = ClassCentreHead(self.settings.get("metric", "cosine"), self.settings.get("temperature", 0.1))
+        #: PNG of some of the surrogate images that it learned from, where they are at hand
+        self.picture: bytes | None = None
         self.label_names: list[Any] = []
         self._sums: torch.Tensor | None = None
         self._counts: torch.Tensor | None = None
@@ -93,8 +95,9 @@ class MetaLoRAForFewShotClassification(nn.Module):
         peft_model = get_peft_model(backbone.model, loaded.peft_config)
         set_peft_model_state_dict(peft_model, loaded.state_dict)
         peft_model.to(device=backbone.device, dtype=backbone.dtype)
-        model = cls(backbone, peft_model, _read_sidecar(info.path / SIDECAR))
-        model._load_task(info.path / TASK_FILE)
+        model = cls(backbone, peft_model, read_sidecar(info.path / SIDECAR))
+        model._load_task(task_file(info, model.settings, hub))
+        model.picture = read_picture(info.path / PICTURE_FILE)
         return model
 
     @classmethod
@@ -199,6 +202,7 @@ class MetaLoRAForFewShotClassification(nn.Module):
         folder = Path(save_directory)
         config = self.peft_model.peft_config["default"]
         config.base_model_name_or_path = backbone_name(config.base_model_name_or_path)
+        config.target_modules = sorted(config.target_modules)  # PEFT writes a set in any order
         self.peft_model.save_pretrained(folder, safe_serialization=True)
         settings = {
             "head": "class_centres",
@@ -206,6 +210,7 @@ class MetaLoRAForFewShotClassification(nn.Module):
             "temperature": self.head.temperature,
             "image_processor": self.backbone.processor_settings(),
             "lora_recycle_version": __version__,
+            "num_classes": len(self.label_names) or None,
         }
         atomic_write(folder / SIDECAR, json.dumps({**self.settings, **settings}, indent=1).encode())
         if self._sums is not None:
@@ -213,6 +218,34 @@ class MetaLoRAForFewShotClassification(nn.Module):
             atomic_save_tensors(folder / TASK_FILE, tensors, json.dumps({"label_names": self.label_names}))
         else:
             (folder / TASK_FILE).unlink(missing_ok=True)
+        if self.picture is not None:
+            atomic_write(folder / PICTURE_FILE, self.picture)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Publish what `save_pretrained` writes, with a card, in one commit, and return the URL.
+
+        Args:
+            repo_id (`str`): made if it is new.
+            private (`bool`, *optional*): whether a new repo is.
+            revision (`str`, *optional*): branch, made from main if it is new.
+            create_pr (`bool`, *optional*, defaults to `False`): open a pull request and return its URL.
+
+        Raises:
+            PushError: the base model is a local folder, or the push failed; then nothing of it is in the repo.
+        """
+        options = {"private": private, "token": token, "revision": revision, "create_pr": create_pr}
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return push_adapter_folder(folder, repo_id, commit_message=commit_message, **options)
 
     def _labelled(self, images, labels) -> tuple[torch.Tensor, list[Any]]:
         labels = _as_list(labels)
@@ -269,20 +302,3 @@ def _as_batch(images):
 def _as_list(labels: Sequence[Any]) -> list[Any]:
     """Labels as plain Python values, so that equal ones are equal and JSON can hold them."""
     return [label.item() if hasattr(label, "item") else label for label in labels]
-
-
-def _read_sidecar(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise AdapterError(f"{path}: the sidecar is damaged ({error}). Delete it to use the defaults.") from error
-    if not isinstance(settings, dict):
-        raise AdapterError(f"{path}: the sidecar must hold a JSON object.")
-    if settings.get("metric", "cosine") not in ("cosine", "euclidean"):
-        raise AdapterError(f"{path}: unknown metric {settings['metric']!r}; this version knows cosine and euclidean.")
-    temperature = settings.get("temperature", 0.1)
-    if not isinstance(temperature, (int, float)) or not temperature > 0:
-        raise AdapterError(f"{path}: temperature must be a positive number, got {temperature!r}.")
-    return settings

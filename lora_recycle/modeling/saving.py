@@ -11,6 +11,7 @@ import transformers
 
 from ..distillation.trainer import MetaLoraTrainer
 from ..hub.cards import meta_lora_card
+from ..hub.licenses import read_license
 from ..storage import atomic_write
 from ..version import __version__
 from .meta_lora import MetaLoRAForFewShotClassification
@@ -18,7 +19,10 @@ from .meta_lora import MetaLoRAForFewShotClassification
 
 def wrap_student(trainer: MetaLoraTrainer) -> MetaLoRAForFewShotClassification:
     """The trainer's student as a model whose sidecar says where it came from."""
-    return MetaLoRAForFewShotClassification.from_student(trainer.student, _settings(trainer))
+    model = MetaLoRAForFewShotClassification.from_student(trainer.student, _settings(trainer))
+    if trainer.surrogate is not None:
+        model.picture = trainer.surrogate.picture()
+    return model
 
 
 def save_meta_lora(model: MetaLoRAForFewShotClassification, folder: str | Path) -> None:
@@ -26,7 +30,8 @@ def save_meta_lora(model: MetaLoRAForFewShotClassification, folder: str | Path) 
     folder = Path(folder)
     model.save_pretrained(folder)
     config = model.peft_model.peft_config["default"]
-    card = meta_lora_card(folder.name, config.base_model_name_or_path, config.revision, config.r, model.settings)
+    base, picture = config.base_model_name_or_path, model.picture is not None
+    card = meta_lora_card(folder.name, base, config.revision, config.r, model.settings, picture)
     atomic_write(folder / "README.md", card.encode())
 
 
@@ -34,7 +39,14 @@ def _settings(trainer: MetaLoraTrainer) -> dict[str, Any]:
     infos = [adapter.info for adapter in trainer.pool.adapters]
     return {
         "sources": [
-            {"name": i.name, "revision": i.revision, "sha256": i.sha256, "peft_type": i.peft_type} for i in infos
+            {
+                "name": info.name,
+                "revision": info.revision,
+                "sha256": info.sha256,
+                "peft_type": info.peft_type,
+                "license": read_license(info.path),
+            }
+            for info in infos
         ],
         "distillation": trainer.config.to_dict(),
         "inversion": None if trainer.surrogate is None else trainer.surrogate.manifest["config"],

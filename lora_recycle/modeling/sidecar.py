@@ -1,0 +1,56 @@
+"""The files that make a plain PEFT folder a meta-LoRA."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+
+from ..errors import AdapterError
+from ..hub.adapters import AdapterInfo
+
+
+SIDECAR = "meta_lora_config.json"
+TASK_FILE = "few_shot_task.safetensors"
+MAX_PICTURE_BYTES = 10 * 1024**2
+
+
+def read_sidecar(path: Path) -> dict[str, Any]:
+    """The sidecar's settings, empty where there is none. Raises `AdapterError` where it is damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise AdapterError(f"{path}: the sidecar is damaged ({error}). Delete it to use the defaults.") from error
+    if not isinstance(settings, dict):
+        raise AdapterError(f"{path}: the sidecar must hold a JSON object.")
+    if settings.get("metric", "cosine") not in ("cosine", "euclidean"):
+        raise AdapterError(f"{path}: unknown metric {settings['metric']!r}; this version knows cosine and euclidean.")
+    temperature = settings.get("temperature", 0.1)
+    if not isinstance(temperature, (int, float)) or not temperature > 0:
+        raise AdapterError(f"{path}: temperature must be a positive number, got {temperature!r}.")
+    return settings
+
+
+def read_picture(path: Path) -> bytes | None:
+    """The PNG beside a meta-LoRA in a local folder, where it has one of reasonable size."""
+    return path.read_bytes() if path.is_file() and path.stat().st_size <= MAX_PICTURE_BYTES else None
+
+
+def task_file(info: AdapterInfo, settings: dict[str, Any], hub: dict[str, Any]) -> Path:
+    """Where the fitted task lies if there is one; fetched from the Hub only where the sidecar announces it.
+
+    Raises:
+        AdapterError: it is announced, but not to be had.
+    """
+    path = info.path / TASK_FILE
+    if info.revision is None or not settings.get("num_classes") or path.is_file():
+        return path
+    try:
+        return Path(hf_hub_download(info.name, TASK_FILE, revision=info.revision, **hub))
+    except Exception as error:  # the client raises a dozen types, all meaning that it is not to be had
+        reason = str(error).strip().splitlines()[0]
+        raise AdapterError(f"{info.where}: its fitted task, {TASK_FILE}, is not to be had ({reason}).") from error
