@@ -21,7 +21,6 @@ from .files import (
     CONFIG_FILE,
     HEAD,
     WEIGHTS_FILE,
-    count,
     download,
     guess_generation,
     head_classes,
@@ -31,6 +30,7 @@ from .files import (
     target_names,
 )
 from .keys import PEFT_PREFIX, rebuild_config, to_backbone_keys
+from .untrusted import count
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def load_adapter(info: AdapterInfo, model: nn.Module) -> LoadedAdapter:
     Load all adapters before one is put on `model`: PEFT replaces modules in place, and their names with them.
 
     Raises:
-        AdapterError: a tensor is not finite, not floating point, missing, unexpected or of another shape than `model`
+        AdapterError: a tensor is not finite, of another kind of number, missing, unexpected or of another shape than `model`
             needs; the head is neither `hidden_size` nor twice that wide; or the config would change the base model.
     """
     tensors = _read_tensors(info)
@@ -206,10 +206,11 @@ def _read_tensors(info: AdapterInfo) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{where} cannot be read ({error}).") from error
     for key, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise AdapterError(f"{where}: {key} must be floating point, got {tensor.dtype}.")
-        tensors[key] = tensor.float()
-        if not torch.isfinite(tensors[key]).all():
+        if tensor.is_floating_point():
+            tensors[key] = tensor = tensor.float()
+        if tensor.is_complex():
+            raise AdapterError(f"{where}: {key} must be floating point or whole numbers, got {tensor.dtype}.")
+        if not torch.isfinite(tensor).all():
             raise AdapterError(f"{where}: {key} holds NaN or infinity.")
     return tensors
 
@@ -219,6 +220,9 @@ def _split_head(info: AdapterInfo, tensors: dict[str, Tensor], hidden: int) -> t
     head = {key.rsplit(".", 1)[-1]: key for key in tensors if HEAD.fullmatch(key)}
     if "weight" not in head:
         return None, None
+    for key in head.values():
+        if not tensors[key].is_floating_point():
+            raise AdapterError(f"{info.where}: {WEIGHTS_FILE}: {key} must be floating point, got {tensors[key].dtype}.")
     weight = tensors.pop(head["weight"])
     if weight.shape[1] not in (hidden, 2 * hidden):
         raise AdapterError(
@@ -235,26 +239,36 @@ def _check_against_model(info: AdapterInfo, peft_config: PeftConfig, state_dict:
     if own and info.peft_type != "LN_TUNING":  # only that type stores its tensors under the base's own names
         raise AdapterError(f"{where}: {min(own)} retrains a weight of the base model, which adapters here share.")
     try:
-        expected = _expected_shapes(peft_config, model)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        expected = _expected_tensors(peft_config, model)
+    except Exception as error:  # noqa: BLE001 - PEFT raises anything for settings that anyone may have written
         raise AdapterError(f"{info.where}: PEFT cannot build this adapter on the model: {error}") from error
     for kind, keys in (("lacks", expected.keys() - state_dict), ("holds unexpected", state_dict.keys() - expected)):
         if keys:
             raise AdapterError(f"{where} {kind} {len(keys)} tensor(s): {', '.join(sorted(keys)[:3])}.")
     for key, tensor in sorted(state_dict.items()):
-        if tuple(tensor.shape) != expected[key]:
+        if tensor.shape != expected[key].shape:
             raise AdapterError(
-                f"{where}: {key} must be {expected[key]}, got {tuple(tensor.shape)}. "
+                f"{where}: {key} must be {tuple(expected[key].shape)}, got {tuple(tensor.shape)}. "
                 "Was the adapter made for another base model?"
             )
+        if tensor.is_floating_point() != expected[key].is_floating_point():
+            kind = "floating point" if expected[key].is_floating_point() else "whole numbers"
+            raise AdapterError(f"{where}: {key} must be {kind}, got {tensor.dtype}.")
 
 
-def _expected_shapes(peft_config: PeftConfig, model: nn.Module) -> dict[str, tuple[int, ...]]:
-    peft_config = copy.deepcopy(peft_config)  # PEFT writes into it
-    peft_config.base_model_name_or_path = None
+def _expected_tensors(peft_config: PeftConfig, model: nn.Module) -> dict[str, Tensor]:
+    """What PEFT would save for such an adapter; the tensors are on the meta device where PEFT can build it there."""
     # the memo makes deepcopy take these for the weights: a copy of the model on the meta device
     memo = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
     memo |= {id(b): b.detach().to("meta") for b in model.buffers()}
-    wearing = get_peft_model(copy.deepcopy(model, memo), peft_config, low_cpu_mem_usage=True)
-    saved = get_peft_model_state_dict(wearing, save_embedding_layers=False)
-    return {key: tuple(tensor.shape) for key, tensor in saved.items()}
+    try:
+        return _saved_by_peft(peft_config, copy.deepcopy(model, memo), low_cpu_mem_usage=True)
+    except NotImplementedError:  # types whose shapes follow from the values of the base's weights
+        return _saved_by_peft(peft_config, copy.deepcopy(model).float().cpu(), low_cpu_mem_usage=False)
+
+
+def _saved_by_peft(peft_config: PeftConfig, model: nn.Module, low_cpu_mem_usage: bool) -> dict[str, Tensor]:
+    peft_config = copy.deepcopy(peft_config)  # PEFT writes into it
+    peft_config.base_model_name_or_path = None
+    wearing = get_peft_model(model, peft_config, low_cpu_mem_usage=low_cpu_mem_usage)
+    return get_peft_model_state_dict(wearing, save_embedding_layers=False)
