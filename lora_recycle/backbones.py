@@ -72,7 +72,9 @@ class Backbone(nn.Module):
             known = ", ".join(FAMILIES)
             raise AdapterError(f"{name}: backbones of type {model.config.model_type} are not supported ({known} are).")
         if family.pooler and not hasattr(model, family.pooler):
-            raise AdapterError(f"{name}: has neither a CLS token nor a pooling head, so it gives no feature of an image.")
+            raise AdapterError(
+                f"{name}: has neither a CLS token nor a pooling head, so it gives no feature of an image."
+            )
         model.set_attn_implementation(ATTENTION_NAME)
         self.model = model.eval().requires_grad_(False)
         self.family, self.processor, self.name, self.revision = family, processor, name, revision

@@ -222,7 +222,9 @@ def _split_head(info: AdapterInfo, tensors: dict[str, Tensor], hidden: int) -> t
         return None, None
     for key in head.values():
         if not tensors[key].is_floating_point():
-            raise AdapterError(f"{info.where}: {WEIGHTS_FILE}: {key} must be floating point, got {tensors[key].dtype}.")
+            raise AdapterError(
+                f"{info.where}: {WEIGHTS_FILE}: {key} must be floating point, got {tensors[key].dtype}."
+            )
     weight = tensors.pop(head["weight"])
     if weight.shape[1] not in (hidden, 2 * hidden):
         raise AdapterError(

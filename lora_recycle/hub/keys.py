@@ -124,7 +124,9 @@ def _check_keeps_base(config: dict[str, Any]) -> None:
     if config.get("bias", "none") != "none":
         changing.append("bias")
     if config.get("n_tasks", 1) != 1:
-        raise AdapterError(f"the adapter holds {config['n_tasks']} tasks (n_tasks) and nothing says which one to take.")
+        raise AdapterError(
+            f"the adapter holds {config['n_tasks']} tasks (n_tasks) and nothing says which one to take."
+        )
     if str(config.get("init_lora_weights")).lower().startswith(_CHANGING_STARTS):
         changing.append("init_lora_weights")
     if changing:
@@ -150,19 +152,24 @@ def _chosen_modules(config: dict[str, Any], model: nn.Module) -> list[str]:
 
     Nothing in such a file says which layers were changed, so the choice must be one that reads the same on `model`.
     """
-    targets = config.get("target_modules")
+    targets, saved_whole = config.get("target_modules"), config.get("modules_to_save") or []
+    paths = sorted(leaf_modules(model))
+    names = {path: [path, *(prefix + path for prefix in _class_prefixes(model))] for path in paths}
+    known = [f".{name}" for forms in names.values() for name in forms]
+    lost = (
+        [t for t in targets if not any(name.endswith(f".{t}") for name in known)] if isinstance(targets, list) else []
+    )
     made_for = str((config.get("auto_mapping") or {}).get("base_model_class"))
-    if targets == "all-linear" or not made_for.endswith(("ForImageClassification", "VisionModel", type(model).__name__)):
+    whole_class = made_for.endswith(("ForImageClassification", "VisionModel", type(model).__name__))
+    if targets == "all-linear" or not whole_class or set(lost) - set(saved_whole):
         raise ValueError(
-            f"its tensors are shared by all layers and target_modules={targets!r} of a {made_for} may mean other "
-            "layers here; save the adapter with its indices, or with named target_modules"
+            f"its tensors are shared by all layers, and target_modules of a {made_for} mean other layers here "
+            f"({', '.join(lost) or targets}); save the adapter with its indices, or with other target_modules"
         )
     chosen = {field: config.get(field) for field in _CHOOSE_MODULES} | {"target_modules": targets}
     for pattern in (value for value in chosen.values() if isinstance(value, str)):
         check_pattern(pattern)
     choice = LoraConfig(**chosen)  # how types choose modules is the same for all of them
-    paths = sorted(leaf_modules(model))
-    names = {path: [path, *(prefix + path for prefix in _class_prefixes(model))] for path in paths}
     return [path for path in paths if any(check_target_module_exists(choice, name) for name in names[path])]
 
 
