@@ -72,9 +72,7 @@ class Backbone(nn.Module):
             known = ", ".join(FAMILIES)
             raise AdapterError(f"{name}: backbones of type {model.config.model_type} are not supported ({known} are).")
         if family.pooler and not hasattr(model, family.pooler):
-            raise AdapterError(
-                f"{name}: has neither a CLS token nor a pooling head, so it gives no feature of an image."
-            )
+            raise AdapterError(f"{name}: has neither a CLS token nor a pooling head, so images have no feature.")
         model.set_attn_implementation(ATTENTION_NAME)
         self.model = model.eval().requires_grad_(False)
         self.family, self.processor, self.name, self.revision = family, processor, name, revision
@@ -215,7 +213,7 @@ class Backbone(nn.Module):
         return hidden, kept
 
     def record_attention(self, layer: int) -> AbstractContextManager[ClsAttention]:
-        """Record what attention each token gets in a layer: CLS's, or the mean of all tokens' where there is no CLS."""
+        """Record the attention that tokens get in a layer: CLS's, or the mean of all tokens' without CLS."""
         return record_cls_attention(self.layers[layer], has_cls=self.family.pooler is None)
 
     @staticmethod

@@ -155,7 +155,7 @@ def load_adapter(info: AdapterInfo, model: nn.Module) -> LoadedAdapter:
     Load all adapters before one is put on `model`: PEFT replaces modules in place, and their names with them.
 
     Raises:
-        AdapterError: a tensor is not finite, of another kind of number, missing, unexpected or of another shape than `model`
+        AdapterError: a tensor is not finite, missing, unexpected or of another shape or kind of number than `model`
             needs; the head is neither `hidden_size` nor twice that wide; or the config would change the base model.
     """
     tensors = _read_tensors(info)

@@ -105,9 +105,7 @@ def _check_type(peft_type: Any, where: str) -> None:
             "Upgrade peft, or check that the folder is an adapter."
         )
     if peft_type in _TEXT_ONLY or issubclass(kinds[peft_type], PromptLearningConfig):
-        raise AdapterError(
-            f"{where}: adapters of type {peft_type} steer a text model and cannot wrap an image encoder."
-        )
+        raise AdapterError(f"{where}: adapters of type {peft_type} steer a text model, not an image encoder.")
 
 
 def read_header(folder: Path, where: str) -> dict[str, tuple[int, ...]]:

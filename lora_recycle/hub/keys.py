@@ -58,10 +58,10 @@ def to_backbone_keys(keys: Iterable[str], model: nn.Module) -> tuple[dict[str, s
             continue
         path, was_converted = _live_path(key.removeprefix(PEFT_PREFIX), leaves, renamings, prefixes)
         if path is None:
-            raise AdapterError(
-                f"{key}: {type(model).__name__} has no such module, under today's or older names. "
-                "Was the adapter made for another base model?"
-            )
+            reason = f"{type(model).__name__} has no such module, under today's or older names"
+            if key.startswith(f"{PEFT_PREFIX}text_model."):
+                reason = "the adapter changes the text tower too, and only adapters of the image tower are read"
+            raise AdapterError(f"{key}: {reason}. Was the adapter made for another base model?")
         renamed[key], converted = PEFT_PREFIX + path, converted or was_converted
     double, times = max(Counter(renamed.values()).items(), key=lambda item: item[1], default=("", 0))
     if times > 1:
