@@ -68,7 +68,7 @@ def to_adapter(loaded: LoadedAdapter, backbone: Backbone) -> Adapter:
         and all(k.endswith((".lora_A.weight", ".lora_B.weight")) and t.ndim == 2 for k, t in loaded.state_dict.items())
     )
     try:
-        factors, others, layers = _lora_factors(loaded) if plain else _peft_changes(loaded, backbone)
+        factors, others, layers = _lora_factors(loaded, backbone) if plain else _peft_changes(loaded, backbone)
     except Exception as error:  # noqa: BLE001 - PEFT raises anything for tensors that anyone may have written
         raise AdapterError(
             f"{loaded.info.where}: this adapter of type {loaded.info.peft_type} cannot run on {backbone.name}: {error}"
@@ -95,8 +95,13 @@ def wear_layers(model: nn.Module, layers: dict[str, nn.Module]) -> Iterator[None
             layers[path].base_layer = None  # the backbone's memory is not the adapter's to keep
 
 
-def _lora_factors(loaded: LoadedAdapter):
-    config, factors = loaded.peft_config, {}
+def _never_called(model: nn.Module) -> set[str]:
+    """Modules whose weights their parent reads itself, so that an adapter on them has no effect in PEFT."""
+    return {f"{path}.out_proj" for path, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
+
+
+def _lora_factors(loaded: LoadedAdapter, backbone: Backbone):
+    config, factors, idle = loaded.peft_config, {}, _never_called(backbone.model)
     for key, a in loaded.state_dict.items():
         if not key.endswith(".lora_A.weight"):
             continue
@@ -104,7 +109,8 @@ def _lora_factors(loaded: LoadedAdapter):
         b, rank = loaded.state_dict[key.replace(".lora_A.", ".lora_B.")], a.shape[0]
         alpha = (config.alpha_pattern or {}).get(module, config.lora_alpha)
         scale = alpha / (rank**0.5 if config.use_rslora else rank)
-        factors[module] = (b * scale, a)
+        if module not in idle:
+            factors[module] = (b * scale, a)
     return factors, {}, {}
 
 
@@ -119,6 +125,8 @@ def _peft_changes(loaded: LoadedAdapter, backbone: Backbone):
         layers, answer = _tuner_layers(wrapped), wrapped(image).last_hidden_state
         try:
             merged = _wrap(loaded, backbone).merge_and_unload()
+            for path in _never_called(merged):
+                merged.get_submodule(path).load_state_dict(backbone.model.get_submodule(path).state_dict())
             exact = torch.linalg.norm(merged(image).last_hidden_state - answer) <= 1e-3 * torch.linalg.norm(answer)
         except (AttributeError, NotImplementedError):
             exact = False

@@ -74,6 +74,16 @@ def base_of(name):
     return model, model.get_submodule(tower)
 
 
+def trained(wearing):
+    """Move every number that trains."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in wearing.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return wearing.eval()
+
+
 def write_adapter(folder, name):
     """A trained LoRA with a head where the class has one; returns the PEFT model."""
     model, _ = base_of(name)
@@ -81,11 +91,7 @@ def write_adapter(folder, name):
     head = {"modules_to_save": ["classifier"]} if hasattr(model, "classifier") else {}
     targets = rf"{tower}layers?\.\d+\..*({LINEAR})"
     wearing = get_peft_model(model, LoraConfig(r=3, target_modules=targets, rank_pattern={"fc1": 2}, **head))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in wearing.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    trained(wearing)
     wearing.save_pretrained(folder)
     return wearing
 
@@ -135,6 +141,24 @@ def test_an_adapter_answers_as_in_peft_under_the_names_of_both_generations(tmp_p
         torch.testing.assert_close(pooled_answers(pool, images), expected, rtol=1e-5, atol=1e-5)
         assert all(len(a) == (2 if "fc1" in module else 3) for module, (_, a) in pool[0].factors.items())
         assert len(pool[0].factors) == 12
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_on_a_layer_that_is_never_called_changes_nothing_there(tmp_path, dora):
+    """SigLIP's pooling head reads the weights of its `out_proj` itself, so PEFT's layer around it is never run."""
+    wearing = trained(
+        get_peft_model(base_of("siglip_vision")[0], LoraConfig(target_modules=["out_proj"], use_dora=dora))
+    )
+    wearing.save_pretrained(tmp_path)
+    pool = AdapterPool.from_pretrained(
+        tmp_path, backbone=Backbone(base_of("siglip_vision")[1], tiny_processor(), "siglip")
+    )
+    images = torch.randn(2, 3, 32, 32)
+    expected = answers(wearing, "siglip_vision", images)
+    torch.testing.assert_close(pooled_answers(pool, images), expected, rtol=1e-5, atol=1e-5)
+    assert sorted(pool[0].factors) == [f"encoder.layers.{i}.self_attn.out_proj" for i in (0, 1)]
 
 
 @pytest.mark.parametrize("name", ["dinov2", "clip", "siglip"])
