@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -223,4 +224,9 @@ def _agreed_base(infos: Sequence[AdapterInfo]) -> str:
     base = next(iter(bases))[0]
     if not base:
         raise AdapterError(f"{infos[0].name}: adapter_config.json names no base model. Pass base_model=...")
+    if infos[0].revision and (".." in base or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base)):
+        raise AdapterError(
+            f"{infos[0].where}: adapter_config.json names the local path {base!r} as its base model, which means "
+            "nothing on this machine. Pass base_model=..."
+        )
     return base

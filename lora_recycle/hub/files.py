@@ -29,6 +29,7 @@ CARD_FILE = "README.md"
 SIDECAR_FILE = "meta_lora_config.json"
 
 MAX_CLASSES = 100_000
+MAX_CARD_BYTES = 1024**2
 #: Types that steer a text decoder (its prompt, its token embeddings, its blocks), beside the prompt learning ones.
 _TEXT_ONLY = ("ADAPTION_PROMPT", "SHADOW", "TRAINABLE_TOKENS", "XLORA")
 
@@ -174,7 +175,7 @@ def read_labels(folder: Path, where: str, num_classes: int | None) -> tuple[str,
         return None
     path = _checked_file(folder, CARD_FILE, where)
     try:
-        metadata = ModelCard(read_text(path), ignore_metadata_errors=True).data.to_dict()
+        metadata = ModelCard(read_text(path, MAX_CARD_BYTES), ignore_metadata_errors=True).data.to_dict()
         labels = _label_list(metadata)
     except Exception:  # noqa: BLE001 - YAML, Unicode and type errors of a file that anyone may have written
         return None
@@ -184,9 +185,11 @@ def read_labels(folder: Path, where: str, num_classes: int | None) -> tuple[str,
 def _label_list(metadata: dict[str, Any]) -> list[str] | None:
     id2label, labels = metadata.get("id2label"), metadata.get("labels")
     if isinstance(id2label, dict):
-        names = {int(index): str(name) for index, name in id2label.items()}
-        return [names[index] for index in range(len(names))]  # a gap is a KeyError: no labels
-    return [str(name) for name in labels] if isinstance(labels, list) else None
+        names = {int(index): name for index, name in id2label.items()}
+        labels = [names[index] for index in range(len(names))]  # a gap is a KeyError: no labels
+    # nested lists are no names, and aliases in YAML can make a few lines of them endless
+    plain = isinstance(labels, list) and all(isinstance(name, (str, int, float)) for name in labels)
+    return [str(name) for name in labels] if plain else None
 
 
 def _checked_file(folder: Path, name: str, where: str) -> Path:

@@ -22,7 +22,7 @@ _BYTES_PER_NUMBER = 4
 #: Upper bound of ranks, numbers of blocks and the like, which PEFT turns into memory and loops.
 MAX_SIZE_SETTING = 4096
 _MAX_LONG_SETTING = 2**24
-_LONG_SETTINGS = ("n_frequency", "theta_d_length", "vector_length", "num_vectors")
+_LONG_SETTINGS = ("n_frequency", "theta_d_length")
 _FREE_SETTINGS = re.compile(r"seed|key|alpha|lambda|step|warmup|interval|t?init$|t?final$|delta|layers_to_transform")
 # keys with which transformers and diffusers find code in a repo
 _CODE_KEYS = ("auto_map", "trust_remote_code", "custom_pipeline", "custom_pipelines", "_class_name")
@@ -30,11 +30,11 @@ _CODE_KEYS = ("auto_map", "trust_remote_code", "custom_pipeline", "custom_pipeli
 _MAY_BE_EMPTY = re.compile(r".*\.lora_[AEB]")
 
 
-def read_text(path: Path) -> str:
-    """The file as UTF-8. Raises `ValueError` where it is longer than `MAX_TEXT_BYTES`."""
+def read_text(path: Path, most: int = MAX_TEXT_BYTES) -> str:
+    """The file as UTF-8. Raises `ValueError` where it is longer than `most` bytes."""
     size = path.stat().st_size
-    if size > MAX_TEXT_BYTES:
-        raise ValueError(f"{size} bytes, more than {MAX_TEXT_BYTES}")
+    if size > most:
+        raise ValueError(f"{size} bytes, more than {most}")
     return path.read_text(encoding="utf-8")
 
 

@@ -220,7 +220,7 @@ LIVE_Q = Q.replace("vit.", "")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({Q: torch.full((4, 32), float("nan"))}, f"{Q} holds NaN"),
+        ({Q: torch.full((4, 32), float("nan"))}, f"{LIVE_Q} holds NaN"),
         ({HEAD + "bias": torch.full((3,), float("inf"))}, f"{HEAD}bias holds NaN or infinity"),
         ({Q: torch.ones(4, 32, dtype=torch.int32)}, f"{LIVE_Q} must be floating point, got torch.int32"),
         ({Q: None}, f"lacks 1 tensor.*{LIVE_Q}"),
