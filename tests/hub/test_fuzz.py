@@ -33,6 +33,7 @@ CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "REA
 HEADED = {"modules_to_save": ["classifier"]}
 SOUND = {
     "lora": LoraConfig(r=2, target_modules=ALL_LINEAR, rank_pattern={"fc1": 3}, alpha_pattern={"fc2": 9}, **HEADED),
+    "old": LoraConfig(r=2, target_modules=ALL_LINEAR, **HEADED),
     "dora": LoraConfig(r=2, use_dora=True, target_modules=ATTENTION, **HEADED),
     "loha": LoHaConfig(r=2, target_modules=ATTENTION, **HEADED),
     "vera": VeraConfig(r=2, target_modules=ATTENTION, **HEADED),
@@ -77,10 +78,8 @@ def prepare(folder: Path):
     sound = {}
     for name, config in SOUND.items():
         _, twin = save_adapter(folder / name, copy.deepcopy(config))
-        if name == "lora":
-            save_adapter(folder / "old", copy.deepcopy(config))
-            make_old(folder / "old")
-            sound["old"] = {file: (folder / "old" / file).read_bytes() for file in (CONFIG, WEIGHTS)}
+        if name == "old":
+            make_old(folder / name)
         sound[name] = {file: (folder / name / file).read_bytes() for file in (CONFIG, WEIGHTS)}
     return sound, Backbone(twin, tiny_processor(), "twin")
 
@@ -212,7 +211,8 @@ def fuzz(folder: Path, inputs: int, seed: int = 0, first: int = 0) -> dict[str, 
     place = folder / "stranger"
     place.mkdir()
     for name, files in sound.items():
-        assert attempt(place, files, backbone) == "loaded", name
+        said = attempt(place, files, backbone)
+        assert said == "loaded", f"{name}: {said}"
     loaded, slowest = 0, 0.0
     for number in range(first, first + inputs):
         files = make_input(sound, random.Random(f"{seed}/{number}"))
