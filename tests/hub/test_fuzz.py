@@ -77,7 +77,7 @@ def prepare(folder: Path):
     """Sound adapters, name to files in memory, and the backbone that they were made for."""
     sound = {}
     for name, config in SOUND.items():
-        _, twin = save_adapter(folder / name, copy.deepcopy(config))
+        _, twin = save_adapter(folder / name, copy.deepcopy(config), num_hidden_layers=1)
         if name == "old":
             make_old(folder / name)
         sound[name] = {file: (folder / name / file).read_bytes() for file in (CONFIG, WEIGHTS)}
@@ -186,7 +186,7 @@ def respoil(data: bytes, spoil) -> bytes:
         return data
 
 
-def attempt(folder: Path, files: dict[str, bytes], backbone: Backbone) -> str:
+def attempt(folder: Path, files: dict[str, bytes], backbone: Backbone, merge: bool = True) -> str:
     """`loaded`, or the message of the library's own error; every other exception goes through."""
     for file in (CONFIG, WEIGHTS, CARD):
         (folder / file).unlink(missing_ok=True)
@@ -196,16 +196,20 @@ def attempt(folder: Path, files: dict[str, bytes], backbone: Backbone) -> str:
         with contextlib.suppress(LoraRecycleError):
             read(folder, "fuzz")
     try:
-        adapter = to_adapter(load_adapter(pull_adapter(folder), backbone.model), backbone)
+        loaded = load_adapter(pull_adapter(folder), backbone.model)
+        adapter = to_adapter(loaded, backbone) if merge else None
     except LoraRecycleError as error:
         assert folder.name in str(error), f"the error does not say where: {error}"
         return str(error)
-    assert all(torch.isfinite(t).all() for pair in adapter.factors.values() for t in pair)
+    assert not merge or all(torch.isfinite(t).all() for pair in adapter.factors.values() for t in pair)
     return "loaded"
 
 
-def fuzz(folder: Path, inputs: int, seed: int = 0, first: int = 0) -> dict[str, float]:
-    """Try `inputs` inputs. Returns how many loaded, and the longest time that one took, in seconds."""
+def fuzz(folder: Path, inputs: int, seed: int = 0, first: int = 0, merge_each: int = 1) -> dict[str, float]:
+    """Try `inputs` inputs, and turn each `merge_each`-th that loads into weight changes.
+
+    Returns how many loaded, and the longest time that one took, in seconds.
+    """
     sound, backbone = prepare(folder)
     before = {key: value.clone() for key, value in backbone.model.state_dict().items()}
     place = folder / "stranger"
@@ -218,7 +222,7 @@ def fuzz(folder: Path, inputs: int, seed: int = 0, first: int = 0) -> dict[str, 
         files = make_input(sound, random.Random(f"{seed}/{number}"))
         started = time.perf_counter()
         try:
-            loaded += attempt(place, files, backbone) == "loaded"
+            loaded += attempt(place, files, backbone, number % merge_each == 0) == "loaded"
         except Exception as error:
             raise AssertionError(f"input {number} of seed {seed}: {type(error).__name__}: {error}") from error
         slowest = max(slowest, time.perf_counter() - started)
@@ -228,7 +232,7 @@ def fuzz(folder: Path, inputs: int, seed: int = 0, first: int = 0) -> dict[str, 
 
 @pytest.mark.filterwarnings("ignore")
 def test_damaged_adapters_load_or_are_refused(tmp_path):
-    result = fuzz(tmp_path, 1000)
+    result = fuzz(tmp_path, 1000, merge_each=5)
     assert 20 < result["loaded"] < 900  # both ways were walked
 
 
