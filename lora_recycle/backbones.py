@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModel, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModel, PreTrainedModel, SiglipVisionModel
 
 from .embedded import resolve_backbone
 from .errors import AdapterError, DataError
 from .hub.snapshots import resolve_commit
-from .sparsity import ATTENTION_NAME, keep_tokens, num_kept, record_cls_attention, select_top
+from .sparsity import ATTENTION_NAME, ClsAttention, keep_tokens, num_kept, record_cls_attention, select_top
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Family:
     pre_norm: str | None = None
     #: the head of this family reads tokens before the final norm
     head_before_norm: bool = False
+    #: what pools the patches of a family that has no CLS token
+    pooler: str | None = None
 
 
 FAMILIES = {
@@ -42,6 +45,14 @@ FAMILIES = {
     "clip_vision_model": Family(
         "encoder.layers", "post_layernorm", head_input="patches", pre_norm="pre_layrnorm", head_before_norm=True
     ),
+    "siglip_vision_model": Family("encoder.layers", "post_layernorm", head_input="patches", pooler="head"),
+}
+#: The image towers of models that are published together with a text tower.
+_TOWERS = {
+    "clip": CLIPVisionModel,
+    "clip_vision_model": CLIPVisionModel,
+    "siglip": SiglipVisionModel,
+    "siglip_vision_model": SiglipVisionModel,
 }
 
 
@@ -61,6 +72,8 @@ class Backbone(nn.Module):
         if family is None:
             known = ", ".join(FAMILIES)
             raise AdapterError(f"{name}: backbones of type {model.config.model_type} are not supported ({known} are).")
+        if family.pooler and not hasattr(model, family.pooler):
+            raise AdapterError(f"{name}: has neither a CLS token nor a pooling head, so images have no feature.")
         model.set_attn_implementation(ATTENTION_NAME)
         self.model = model.eval().requires_grad_(False)
         self.family, self.processor, self.name, self.revision = family, processor, name, revision
@@ -88,7 +101,7 @@ class Backbone(nn.Module):
             commit = None if Path(path).is_dir() else resolve_commit(path, **hub)
             hub["revision"] = commit or revision  # all parts of one commit
             config = AutoConfig.from_pretrained(path, **hub)
-            model_class = CLIPVisionModel if config.model_type.startswith("clip") else AutoModel
+            model_class = _TOWERS.get(config.model_type, AutoModel)
             extra = {"add_pooling_layer": False} if config.model_type in ("vit", "deit") else {}
             model = model_class.from_pretrained(
                 path, dtype=dtype or torch.float32, use_safetensors=True, **extra, **hub
@@ -129,7 +142,9 @@ class Backbone(nn.Module):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Tokens before the patches: CLS, and DeiT's distillation token or DINOv2's registers."""
+        """Tokens before the patches: CLS, and DeiT's distillation token or DINOv2's registers; none for SigLIP."""
+        if self.family.pooler:
+            return 0
         if self.model.config.model_type == "deit":
             return 2
         return 1 + getattr(self.model.config, "num_register_tokens", 0)
@@ -179,7 +194,7 @@ class Backbone(nn.Module):
             pixel_values: (B, 3, H, W), normalised.
             kept: int64 (B, k), the patches that are forwarded; all by default.
             prune: layer index to keep ratio (of all patches): after that layer only the patches with the highest CLS
-                attention go on.
+                attention go on (without CLS, with the highest attention of all patches).
 
         Returns:
             Hidden states (B, prefix + k, D) and the positions (B, k) of the patches still there (None for all).
@@ -191,7 +206,7 @@ class Backbone(nn.Module):
             if not prune or i not in prune:
                 hidden = self._call(layer, hidden)
                 continue
-            with record_cls_attention(layer) as attention:
+            with self.record_attention(i) as attention:
                 hidden = self._call(layer, hidden)
             k = num_kept(self.num_patches, prune[i])
             if k < hidden.shape[1] - prefix:
@@ -200,14 +215,21 @@ class Backbone(nn.Module):
                 kept = chosen if kept is None else kept.gather(1, chosen)
         return hidden, kept
 
+    def record_attention(self, layer: int) -> AbstractContextManager[ClsAttention]:
+        """Record the attention that tokens get in a layer: CLS's, or the mean of all tokens' without CLS."""
+        return record_cls_attention(self.layers[layer], has_cls=self.family.pooler is None)
+
     @staticmethod
     def _call(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         output = layer(hidden, None)
         return output[0] if isinstance(output, tuple) else output
 
     def pool(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The image's feature, the normed CLS token: (B, T, D) to (B, D)."""
-        return self.model.get_submodule(self.family.norm)(hidden[:, 0])
+        """The image's feature, the normed CLS token or what the family's pooler gives: (B, T, D) to (B, D)."""
+        norm = self.model.get_submodule(self.family.norm)
+        if self.family.pooler:
+            return self.model.get_submodule(self.family.pooler)(norm(hidden))
+        return norm(hidden[:, 0])
 
     def pool_for_head(self, hidden: torch.Tensor) -> torch.Tensor:
         """What this family's classification heads read: (B, T, D) to (B, `head_size`)."""

@@ -3,102 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from peft import get_peft_model, set_peft_model_state_dict
 from tqdm.auto import tqdm
 
 from .backbones import Backbone
 from .errors import AdapterError
-from .hub.adapters import AdapterInfo, LoadedAdapter, load_adapter
+from .hub.adapters import load_adapter
 from .hub.sources import BadAdapters, agree_on_base, pull_adapters
-
-
-#: Initialisations that leave the base weights alone, so that the delta is scale * B A and nothing else.
-_PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva", None)
-
-
-@dataclasses.dataclass
-class Adapter:
-    """One adapter as changes of the backbone's weights, with its head.
-
-    `factors` maps a module to (B, A) with delta W = B A, shapes (out, r) and (r, in). A change of full rank, from an
-    adapter that is no plain LoRA, has r = in and A = identity. `others` maps a parameter (bias, norm) to its change.
-    """
-
-    info: AdapterInfo
-    factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
-    others: dict[str, torch.Tensor]
-    head_weight: torch.Tensor | None
-    head_bias: torch.Tensor | None
-
-    @property
-    def num_classes(self) -> int:
-        return 0 if self.head_weight is None else len(self.head_weight)
-
-    def label(self, index: int) -> str:
-        return self.info.labels[index] if self.info.labels else f"class {index}"
-
-    def logits(self, head_features: torch.Tensor) -> torch.Tensor:
-        """(B, `head_size`) to (B, C) through the adapter's own head."""
-        if self.head_weight is None:
-            raise AdapterError(f"{self.info.name}: has no classification head, so it cannot say what an image shows.")
-        weight, bias = self.head_weight.to(head_features), self.head_bias
-        return F.linear(head_features, weight, None if bias is None else bias.to(head_features))
-
-
-def to_adapter(loaded: LoadedAdapter, backbone: Backbone) -> Adapter:
-    """Turn PEFT tensors into weight changes: in closed form for plain LoRA, by merging for every other type."""
-    config = loaded.peft_config
-    plain = (
-        loaded.info.peft_type == "LORA"
-        and not getattr(config, "use_dora", False)
-        and getattr(config, "bias", "none") == "none"
-        and getattr(config, "init_lora_weights", True) in _PLAIN_INITS
-        and all(k.endswith((".lora_A.weight", ".lora_B.weight")) and t.ndim == 2 for k, t in loaded.state_dict.items())
-    )
-    factors, others = _lora_factors(loaded) if plain else _merged_changes(loaded, backbone)
-    return Adapter(loaded.info, factors, others, loaded.head_weight, loaded.head_bias)
-
-
-def _lora_factors(loaded: LoadedAdapter):
-    config, factors = loaded.peft_config, {}
-    for key, a in loaded.state_dict.items():
-        if not key.endswith(".lora_A.weight"):
-            continue
-        module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        b, rank = loaded.state_dict[key.replace(".lora_A.", ".lora_B.")], a.shape[0]
-        alpha = (config.alpha_pattern or {}).get(module, config.lora_alpha)
-        scale = alpha / (rank**0.5 if config.use_rslora else rank)
-        factors[module] = (b * scale, a)
-    return factors, {}
-
-
-def _merged_changes(loaded: LoadedAdapter, backbone: Backbone):
-    base = {name: p.detach().float().cpu() for name, p in backbone.model.named_parameters()}
-    wrapped = get_peft_model(copy.deepcopy(backbone.model).float().cpu(), loaded.peft_config)
-    set_peft_model_state_dict(wrapped, loaded.state_dict)
-    try:
-        merged = wrapped.eval().merge_and_unload()
-    except (AttributeError, NotImplementedError, ValueError, TypeError) as error:
-        raise AdapterError(
-            f"{loaded.info.name}: adapters of type {loaded.info.peft_type} cannot be merged into weights ({error})."
-        ) from error
-    factors, others = {}, {}
-    for name, parameter in merged.named_parameters():
-        change = parameter.detach().float() - base[name]
-        if not change.any():
-            continue
-        if change.ndim == 2 and name.endswith(".weight"):
-            factors[name.removesuffix(".weight")] = (change, torch.eye(change.shape[1]))
-        else:
-            others[name] = change
-    return factors, others
+from .weight_changes import Adapter, to_adapter, wear_layers
 
 
 def truncate(b: torch.Tensor, a: torch.Tensor, rank: int | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -190,13 +107,19 @@ class AdapterPool:
     def folded(self, adapters: Sequence[Adapter] | int | None = None) -> Iterator[Backbone]:
         """The backbone with one adapter, or the exact average of several (all by default), folded into its weights.
 
-        The forward costs what the bare backbone costs. The original weights come back bit by bit.
+        The forward costs what the bare backbone costs. The original weights come back bit by bit. An adapter that
+        is no change of weights (`Adapter.layers`) is worn as PEFT's own layers instead, alone only.
+
+        Raises:
+            AdapterError: several adapters, of which one is no change of weights.
         """
         if isinstance(adapters, int):
             adapters = [self.adapters[adapters]]
         adapters = self.adapters if adapters is None else adapters
+        if len(adapters) > 1:
+            _require_weight_changes(adapters)
         parameters = dict(self.backbone.model.named_parameters())
-        saved = {}
+        saved, worn = {}, contextlib.ExitStack()
 
         def change(name: str, delta: torch.Tensor) -> None:
             saved.setdefault(name, parameters[name].data.clone())
@@ -209,8 +132,10 @@ class AdapterPool:
             for adapter in adapters:
                 for name, delta in adapter.others.items():
                     change(name, delta)
+                worn.enter_context(wear_layers(self.backbone.model, adapter.layers))
             yield self.backbone
         finally:
+            worn.close()
             for name, value in saved.items():
                 parameters[name].data.copy_(value)
 
@@ -221,8 +146,12 @@ class AdapterPool:
 
         Averaging the factors themselves would not be the average of what the adapters do. Changes of biases and norms
         are left out, a LoRA cannot carry them.
+
+        Raises:
+            AdapterError: one of them is no change of weights.
         """
         chosen = self.adapters if indices is None else [self.adapters[i] for i in indices]
+        _require_weight_changes(chosen)
         result = {}
         for module in sorted({m for adapter in chosen for m in adapter.factors}):
             present = [adapter.factors[module] for adapter in chosen if module in adapter.factors]
@@ -284,5 +213,14 @@ class AdapterPool:
                 new_a = torch.randn(rank, a.shape[1], generator=generator)
                 scale = torch.linalg.norm(b @ a) / torch.linalg.norm(new_b @ new_a)
                 factors[module] = (new_b * scale, new_a)
-            adapters.append(dataclasses.replace(adapter, factors=factors, others={}))
+            adapters.append(dataclasses.replace(adapter, factors=factors, others={}, layers={}))
         return AdapterPool(self.backbone, adapters)
+
+
+def _require_weight_changes(adapters: Sequence[Adapter]) -> None:
+    for adapter in adapters:
+        if adapter.layers:
+            raise AdapterError(
+                f"{adapter.info.name}: adapters of type {adapter.info.peft_type} change no weights, so they have no "
+                "average. It can be inverted; leave it out (pool.subset) where an average is needed."
+            )

@@ -17,10 +17,14 @@ ATTENTION_NAME = "lora_recycle_sdpa"
 
 
 class ClsAttention:
-    """Holds the CLS row that the last attention computed while it was being recorded: (B, T), mean over heads."""
+    """Holds the CLS row that the last attention computed while it was being recorded: (B, T), mean over heads.
+
+    Where a model has no CLS token, the row is the mean over all tokens that look: what each is worth to the others.
+    """
 
     row: torch.Tensor | None = None
     recording = False
+    has_cls = True
 
 
 def sdpa_with_cls_row(module, query, key, value, attention_mask, scaling=None, **kwargs):
@@ -32,8 +36,9 @@ def sdpa_with_cls_row(module, query, key, value, attention_mask, scaling=None, *
     if recorder is not None and recorder.recording:
         with torch.no_grad():
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            scores = (query[:, :, :1] @ key.transpose(-1, -2)).float() * scale  # (B, heads, 1, T)
-            recorder.row = scores.softmax(-1).mean(1)[:, 0]
+            looking = query[:, :, :1] if recorder.has_cls else query
+            scores = (looking @ key.transpose(-1, -2)).float() * scale  # (B, heads, 1 or T, T)
+            recorder.row = scores.softmax(-1).mean((1, 2))
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 
@@ -41,10 +46,10 @@ AttentionInterface.register(ATTENTION_NAME, sdpa_with_cls_row)
 
 
 @contextlib.contextmanager
-def record_cls_attention(layer: torch.nn.Module) -> Iterator[ClsAttention]:
-    """Record the CLS row of the attention inside one transformer layer."""
+def record_cls_attention(layer: torch.nn.Module, has_cls: bool = True) -> Iterator[ClsAttention]:
+    """Record the CLS row of the attention inside one transformer layer, or without CLS the mean of all rows."""
     recorder = ClsAttention()
-    recorder.recording = True
+    recorder.recording, recorder.has_cls = True, has_cls
     attention = [m for m in layer.modules() if hasattr(m, "is_causal")]
     for module in attention:
         module.cls_attention = recorder

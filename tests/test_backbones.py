@@ -16,13 +16,18 @@ from transformers import (
     Dinov2WithRegistersForImageClassification,
     ResNetConfig,
     ResNetModel,
+    SiglipConfig,
+    SiglipForImageClassification,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    SwinConfig,
+    SwinModel,
     ViTConfig,
     ViTForImageClassification,
 )
 
 from lora_recycle.backbones import Backbone, extract_features
 from lora_recycle.errors import AdapterError, DataError
-from lora_recycle.sparsity import record_cls_attention
 
 
 TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
@@ -43,6 +48,12 @@ FAMILIES = {
         "vision_model",
         1,
     ),
+    "siglip": (
+        SiglipForImageClassification,
+        SiglipConfig(vision_config=SIZES, text_config=TEXT, num_labels=5),
+        "vision_model",
+        0,
+    ),
 }
 
 
@@ -59,7 +70,7 @@ def test_features_and_logits_are_those_of_transformers(family):
     model, base, prefix = build(family)
     x = torch.randn(3, 3, 32, 32)
     logits, output = model(x).logits, base(x)
-    features = output.pooler_output if family == "clip" else output.last_hidden_state[:, 0]
+    features = output.pooler_output if family in ("clip", "siglip") else output.last_hidden_state[:, 0]
     view = Backbone(base, tiny_processor(), family)
     hidden, kept = view(x)
     assert kept is None and view.num_prefix_tokens == prefix and hidden.shape == (3, prefix + 16, 32)
@@ -77,17 +88,29 @@ def test_pruning_drops_patches_and_keeps_the_prefix(family):
     x = torch.randn(2, 3, 32, 32)
     hidden, kept = view(x, prune={0: 0.25})
     assert hidden.shape == (2, prefix + 4, 32) and kept.shape == (2, 4)
-    with record_cls_attention(view.layers[0]) as attention:
+    with view.record_attention(0) as attention:
         view(x)
     assert torch.equal(kept, attention.row[:, prefix:].topk(4).indices.sort().values)
-    assert (view(x)[0][:, 0] - hidden[:, 0]).abs().max() > 1e-4
+    assert (view.features(x) - view.pool(hidden)).abs().max() > 1e-4
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["vit", "dinov2", "clip"])
+def test_without_cls_the_attention_of_all_tokens_counts():
+    _, base, _ = build("siglip")
+    view, x = Backbone(base, tiny_processor(), "siglip"), torch.randn(2, 3, 32, 32)
+    with view.record_attention(1) as attention:
+        view(x)
+    eager = build("siglip")[1]
+    eager.set_attn_implementation("eager")
+    expected = eager(x, output_attentions=True).attentions[1].mean((1, 2))
+    torch.testing.assert_close(attention.row, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["vit", "dinov2", "clip", "siglip"])
 def test_a_saved_folder_loads_with_the_same_features(tmp_path, family):
     model, base, _ = build(family)
-    (model if family == "clip" else base).save_pretrained(tmp_path)
+    (model if family in ("clip", "siglip") else base).save_pretrained(tmp_path)
     tiny_processor().save_pretrained(tmp_path)
     x = torch.randn(2, 3, 32, 32)
     loaded = Backbone.from_pretrained(tmp_path)
@@ -113,6 +136,18 @@ def test_other_model_types_are_refused():
     model = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]))
     with pytest.raises(AdapterError, match=r"backbones of type resnet are not supported \(vit, deit"):
         Backbone(model, tiny_processor(), "cnn")
+
+
+def test_a_hierarchical_model_is_refused():
+    model = SwinModel(SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[1, 2]))
+    with pytest.raises(AdapterError, match=r"backbones of type swin are not supported \(vit, deit, .*siglip"):
+        Backbone(model, tiny_processor(), "swin")
+
+
+def test_a_siglip_without_its_pooling_head_is_refused():
+    model = SiglipVisionModel(SiglipVisionConfig(**SIZES, vision_use_head=False))
+    with pytest.raises(AdapterError, match="neither a CLS token nor a pooling head"):
+        Backbone(model, tiny_processor(), "headless")
 
 
 def test_a_missing_backbone_is_one_line(tmp_path):

@@ -22,7 +22,6 @@ from .files import (
     CONFIG_FILE,
     HEAD,
     WEIGHTS_FILE,
-    count,
     download,
     guess_generation,
     head_classes,
@@ -32,6 +31,7 @@ from .files import (
     target_names,
 )
 from .keys import PEFT_PREFIX, rebuild_config, to_backbone_keys
+from .untrusted import count
 
 
 @dataclass(frozen=True)
@@ -161,20 +161,23 @@ def load_adapter(info: AdapterInfo, model: nn.Module) -> LoadedAdapter:
     Load all adapters before one is put on `model`: PEFT replaces modules in place, and their names with them.
 
     Raises:
-        AdapterError: a tensor is not finite, not floating point, missing, unexpected or of another shape than `model`
+        AdapterError: a tensor is not finite, missing, unexpected or of another shape or kind of number than `model`
             needs; the head is neither `hidden_size` nor twice that wide; or the config would change the base model.
     """
-    tensors = _read_tensors(info)
-    head_weight, head_bias = _split_head(info, tensors, model.config.hidden_size)
+    shapes = read_header(info.path, info.where)
+    head = _head_keys(info, shapes, model.config.hidden_size)
     try:
-        names, converted = to_backbone_keys(tensors, model)
+        names, converted = to_backbone_keys(shapes.keys() - set(head.values()), model)
         peft_config = rebuild_config(info.config, names, model)
     except AdapterError as error:
         raise AdapterError(f"{info.where}: {WEIGHTS_FILE}: {error}") from error
-    state_dict = {names[key]: tensor for key, tensor in tensors.items()}
-    _check_against_model(info, peft_config, state_dict, model)
+    expected = _check_against_model(info, peft_config, {names[key]: shapes[key] for key in names}, model)
+    tensors = _read_tensors(info)  # only now: nothing of an absurd size gets this far
+    state_dict = {names[key]: tensors[key] for key in sorted(names)}
+    heads = {part: tensors[key] for part, key in head.items()}
+    _check_numbers(info, state_dict | {head[part]: tensor for part, tensor in heads.items()}, expected)
     info = dataclasses.replace(info, generation=4) if converted else info
-    return LoadedAdapter(info, peft_config, state_dict, head_weight, head_bias)
+    return LoadedAdapter(info, peft_config, state_dict, heads.get("weight"), heads.get("bias"))
 
 
 def _describe(folder: Path, name: str, revision: str | None) -> AdapterInfo:
@@ -202,7 +205,7 @@ def _describe(folder: Path, name: str, revision: str | None) -> AdapterInfo:
 
 
 def _read_tensors(info: AdapterInfo) -> dict[str, Tensor]:
-    """All tensors of the file as float32. Raises `AdapterError` where the file changed or a tensor is unusable."""
+    """All tensors of the file, numbers as float32. Raises `AdapterError` where the file changed."""
     where = f"{info.where}: {WEIGHTS_FILE}"
     try:
         data = (info.path / WEIGHTS_FILE).read_bytes()
@@ -211,56 +214,72 @@ def _read_tensors(info: AdapterInfo) -> dict[str, Tensor]:
         tensors = load(data)
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{where} cannot be read ({error}).") from error
-    for key, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise AdapterError(f"{where}: {key} must be floating point, got {tensor.dtype}.")
-        tensors[key] = tensor.float()
-        if not torch.isfinite(tensors[key]).all():
-            raise AdapterError(f"{where}: {key} holds NaN or infinity.")
-    return tensors
+    return {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
 
 
-def _split_head(info: AdapterInfo, tensors: dict[str, Tensor], hidden: int) -> tuple[Tensor | None, Tensor | None]:
-    """Take the head's (C, D) weight and (C,) bias out of `tensors`; None for what the file has not."""
-    head = {key.rsplit(".", 1)[-1]: key for key in tensors if HEAD.fullmatch(key)}
-    if "weight" not in head:
-        return None, None
-    weight = tensors.pop(head["weight"])
-    if weight.shape[1] not in (hidden, 2 * hidden):
+def _head_keys(info: AdapterInfo, shapes: dict[str, tuple[int, ...]], hidden: int) -> dict[str, str]:
+    """Keys of the head's (C, D) `weight` and (C,) `bias`, as far as the file has them."""
+    head = {key.rsplit(".", 1)[-1]: key for key in shapes if HEAD.fullmatch(key)}
+    width = shapes[head["weight"]][1] if "weight" in head else hidden
+    if width not in (hidden, 2 * hidden):
         raise AdapterError(
-            f"{info.where}: {WEIGHTS_FILE}: {head['weight']} reads {weight.shape[1]} features, but the model has "
+            f"{info.where}: {WEIGHTS_FILE}: {head['weight']} reads {width} features, but the model has "
             f"{hidden} (or {2 * hidden} with the mean of its patches). Was it made for another base model?"
         )
-    return weight, tensors.pop(head["bias"]) if "bias" in head else None
+    return head
 
 
-def _check_against_model(info: AdapterInfo, peft_config: PeftConfig, state_dict: dict[str, Tensor], model) -> None:
-    """Build the PEFT model without memory, and compare the names and shapes it would save with the adapter's."""
+def _check_against_model(
+    info: AdapterInfo, peft_config: PeftConfig, shapes: dict[str, tuple[int, ...]], model: nn.Module
+) -> dict[str, Tensor]:
+    """Build the PEFT model without memory, and compare the names and shapes it would save with the adapter's.
+
+    Returns what PEFT would save; the tensors may be without memory.
+    """
     where = f"{info.where}: {WEIGHTS_FILE}"
-    own = {PEFT_PREFIX + name for name, _ in model.named_parameters()} & state_dict.keys()
+    own = {PEFT_PREFIX + name for name, _ in model.named_parameters()} & shapes.keys()
     if own and info.peft_type != "LN_TUNING":  # only that type stores its tensors under the base's own names
         raise AdapterError(f"{where}: {min(own)} retrains a weight of the base model, which adapters here share.")
     try:
-        expected = _expected_shapes(peft_config, model)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        expected = _expected_tensors(peft_config, model)
+    except Exception as error:  # noqa: BLE001 - PEFT raises anything for settings that anyone may have written
         raise AdapterError(f"{info.where}: PEFT cannot build this adapter on the model: {error}") from error
-    for kind, keys in (("lacks", expected.keys() - state_dict), ("holds unexpected", state_dict.keys() - expected)):
+    for kind, keys in (("lacks", expected.keys() - shapes), ("holds unexpected", shapes.keys() - expected)):
         if keys:
             raise AdapterError(f"{where} {kind} {len(keys)} tensor(s): {', '.join(sorted(keys)[:3])}.")
-    for key, tensor in sorted(state_dict.items()):
-        if tuple(tensor.shape) != expected[key]:
+    for key, shape in sorted(shapes.items()):
+        if shape != tuple(expected[key].shape):
             raise AdapterError(
-                f"{where}: {key} must be {expected[key]}, got {tuple(tensor.shape)}. "
+                f"{where}: {key} must be {tuple(expected[key].shape)}, got {shape}. "
                 "Was the adapter made for another base model?"
             )
+    return expected
 
 
-def _expected_shapes(peft_config: PeftConfig, model: nn.Module) -> dict[str, tuple[int, ...]]:
-    peft_config = copy.deepcopy(peft_config)  # PEFT writes into it
-    peft_config.base_model_name_or_path = None
+def _check_numbers(info: AdapterInfo, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Indices are whole numbers and all the rest, the head too, is floating point; nothing is NaN or infinite."""
+    for key, tensor in tensors.items():
+        floating = key not in expected or expected[key].is_floating_point()
+        if tensor.is_complex() or tensor.is_floating_point() != floating:
+            kind = "floating point" if floating else "whole numbers"
+            raise AdapterError(f"{info.where}: {WEIGHTS_FILE}: {key} must be {kind}, got {tensor.dtype}.")
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(f"{info.where}: {WEIGHTS_FILE}: {key} holds NaN or infinity.")
+
+
+def _expected_tensors(peft_config: PeftConfig, model: nn.Module) -> dict[str, Tensor]:
+    """What PEFT would save for such an adapter; the tensors are on the meta device where PEFT can build it there."""
     # the memo makes deepcopy take these for the weights: a copy of the model on the meta device
     memo = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
     memo |= {id(b): b.detach().to("meta") for b in model.buffers()}
-    wearing = get_peft_model(copy.deepcopy(model, memo), peft_config, low_cpu_mem_usage=True)
-    saved = get_peft_model_state_dict(wearing, save_embedding_layers=False)
-    return {key: tuple(tensor.shape) for key, tensor in saved.items()}
+    try:
+        return _saved_by_peft(peft_config, copy.deepcopy(model, memo), low_cpu_mem_usage=True)
+    except NotImplementedError:  # types whose shapes follow from the values of the base's weights
+        return _saved_by_peft(peft_config, copy.deepcopy(model).float().cpu(), low_cpu_mem_usage=False)
+
+
+def _saved_by_peft(peft_config: PeftConfig, model: nn.Module, low_cpu_mem_usage: bool) -> dict[str, Tensor]:
+    peft_config = copy.deepcopy(peft_config)  # PEFT writes into it
+    peft_config.base_model_name_or_path = None
+    wearing = get_peft_model(model, peft_config, low_cpu_mem_usage=low_cpu_mem_usage)
+    return get_peft_model_state_dict(wearing, save_embedding_layers=False)

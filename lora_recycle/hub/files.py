@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
+from peft.config import PromptLearningConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError, safe_open
 
 from ..errors import AdapterError
 from .snapshots import fetch
+from .untrusted import check_settings, parse_json, read_safetensors_header, read_text
 
 
 CONFIG_FILE = "adapter_config.json"
@@ -23,11 +24,10 @@ SIDECAR_FILE = "meta_lora_config.json"
 #: All that is ever downloaded of an adapter's repo.
 REPO_FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, SIDECAR_FILE)
 
-MAX_TENSOR_BYTES = 2 * 1024**3
-MAX_TEXT_BYTES = 10 * 1024**2
 MAX_CLASSES = 100_000
-# upper bound: every dtype is counted as float32, which is what loading makes of it
-_BYTES_PER_NUMBER = 4
+MAX_CARD_BYTES = 1024**2
+#: Types that steer a text decoder (its prompt, its token embeddings, its blocks), beside the prompt learning ones.
+_TEXT_ONLY = ("ADAPTION_PROMPT", "SHADOW", "TRAINABLE_TOKENS", "XLORA")
 
 # the classifier as PEFT stores it, with and without the wrapper of `modules_to_save`
 HEAD = re.compile(
@@ -46,20 +46,36 @@ def download(repo: str, revision, token, cache_dir, local_files_only: bool) -> P
 
 
 def read_config(folder: Path, where: str) -> dict[str, Any]:
-    """The parsed `adapter_config.json`. Raises `AdapterError` where it is no JSON object of a known adapter type."""
+    """The parsed `adapter_config.json`.
+
+    Raises:
+        AdapterError: it is no plain JSON object of an adapter type that can wrap an image encoder, or it names code,
+            or sizes that are absurd.
+    """
     path = _checked_file(folder, CONFIG_FILE, where)
     try:
-        config = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
+        config = parse_json(read_text(path))
+    except (ValueError, OSError) as error:
         raise AdapterError(f"{where}: {CONFIG_FILE} is not valid JSON ({error}).") from error
     if not isinstance(config, dict):
         raise AdapterError(f"{where}: {CONFIG_FILE} must be a JSON object, got a {type(config).__name__}.")
-    if config.get("peft_type") not in list(PEFT_TYPE_TO_CONFIG_MAPPING):  # a list: the value may be unhashable
+    _check_type(config.get("peft_type"), f"{where}: {CONFIG_FILE}")
+    try:
+        check_settings(config)
+    except ValueError as error:
+        raise AdapterError(f"{where}: {CONFIG_FILE}: {error}.") from error
+    return config
+
+
+def _check_type(peft_type: Any, where: str) -> None:
+    kinds = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if not isinstance(peft_type, str) or peft_type not in kinds:
         raise AdapterError(
-            f"{where}: {CONFIG_FILE} has peft_type {config.get('peft_type')!r}, which this PEFT does not know. "
+            f"{where} has peft_type {peft_type!r}, which this PEFT does not know. "
             "Upgrade peft, or check that the folder is an adapter."
         )
-    return config
+    if peft_type in _TEXT_ONLY or issubclass(kinds[peft_type], PromptLearningConfig):
+        raise AdapterError(f"{where}: adapters of type {peft_type} steer a text model, not an image encoder.")
 
 
 def read_header(folder: Path, where: str) -> dict[str, tuple[int, ...]]:
@@ -75,17 +91,12 @@ def read_header(folder: Path, where: str) -> dict[str, tuple[int, ...]]:
         )
     path = _checked_file(folder, WEIGHTS_FILE, where)
     try:
-        # safe_open also compares the file's length with what the header announces
-        with safe_open(path, framework="pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        shapes = read_safetensors_header(path)
+        # safe_open compares the tensors' places with each other and with the file's length
+        with safe_open(path, framework="pt"):
+            return shapes
     except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(f"{where}: {WEIGHTS_FILE} is truncated or damaged ({error}). Fetch it again.") from error
-    if not shapes:
-        raise AdapterError(f"{where}: {WEIGHTS_FILE} holds no tensors.")
-    for key, shape in shapes.items():
-        if count(shape) * _BYTES_PER_NUMBER > MAX_TENSOR_BYTES:
-            raise AdapterError(f"{where}: {WEIGHTS_FILE}: {key} has shape {shape}, more than 2 GiB as float32.")
-    return shapes
+        raise AdapterError(f"{where}: {WEIGHTS_FILE} is damaged or unsafe: {error}. Fetch it again.") from error
 
 
 def head_classes(shapes: dict[str, tuple[int, ...]], where: str) -> int | None:
@@ -123,14 +134,6 @@ def guess_generation(keys: Iterable[str]) -> int:
     return 4 if any(_GENERATION_4.search(key) for key in keys) else 5
 
 
-def count(shape: tuple[int, ...]) -> int:
-    """How many numbers a tensor of this shape holds."""
-    total = 1
-    for size in shape:
-        total *= size
-    return total
-
-
 def read_labels(folder: Path, where: str, num_classes: int | None) -> tuple[str, ...] | None:
     """Class names from `id2label` or `labels` in the card's front matter.
 
@@ -141,7 +144,7 @@ def read_labels(folder: Path, where: str, num_classes: int | None) -> tuple[str,
         return None
     path = _checked_file(folder, CARD_FILE, where)
     try:
-        metadata = ModelCard(_read_text(path), ignore_metadata_errors=True).data.to_dict()
+        metadata = ModelCard(read_text(path, MAX_CARD_BYTES), ignore_metadata_errors=True).data.to_dict()
         labels = _label_list(metadata)
     except Exception:  # noqa: BLE001 - YAML, Unicode and type errors of a file that anyone may have written
         return None
@@ -151,9 +154,11 @@ def read_labels(folder: Path, where: str, num_classes: int | None) -> tuple[str,
 def _label_list(metadata: dict[str, Any]) -> list[str] | None:
     id2label, labels = metadata.get("id2label"), metadata.get("labels")
     if isinstance(id2label, dict):
-        names = {int(index): str(name) for index, name in id2label.items()}
-        return [names[index] for index in range(len(names))]  # a gap is a KeyError: no labels
-    return [str(name) for name in labels] if isinstance(labels, list) else None
+        names = {int(index): name for index, name in id2label.items()}
+        labels = [names[index] for index in range(len(names))]  # a gap is a KeyError: no labels
+    # nested lists are no names, and aliases in YAML can make a few lines of them endless
+    plain = isinstance(labels, list) and all(isinstance(name, (str, int, float)) for name in labels)
+    return [str(name) for name in labels] if plain else None
 
 
 def _checked_file(folder: Path, name: str, where: str) -> Path:
@@ -176,9 +181,3 @@ def _link_roots(folder: Path) -> list[Path]:
         return [folder]
     repo = folder.parent.parent
     return [folder, repo / "blobs", repo.parent / "blobs"]  # the last: blobs that several repos share
-
-
-def _read_text(path: Path) -> str:
-    if path.stat().st_size > MAX_TEXT_BYTES:
-        raise ValueError(f"longer than {MAX_TEXT_BYTES} bytes")
-    return path.read_text(encoding="utf-8")

@@ -6,16 +6,19 @@ transformers 5 renamed modules of its vision transformers (`encoder.layer.0.atte
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from ..errors import AdapterError
+from .untrusted import check_pattern
 
 
 #: What PEFT puts before the path of a module of the base model.
@@ -26,7 +29,8 @@ _PATTERNS = {"rank_pattern", "alpha_pattern"}
 _CHANGES_BASE = ("layer_replication", "target_parameters", "trainable_token_indices", "alora_invocation_tokens")
 _CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 # choices of modules that the explicit list of targets replaces, and a setting that makes PEFT import a module by name
-_DROPPED = ("modules_to_save", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_config")
+_CHOOSE_MODULES = ("exclude_modules", "layers_to_transform", "layers_pattern")
+_DROPPED = (*_CHOOSE_MODULES, "modules_to_save", "megatron_config", "auto_mapping", "runtime_config")
 
 
 def to_backbone_keys(keys: Iterable[str], model: nn.Module) -> tuple[dict[str, str], bool]:
@@ -54,13 +58,13 @@ def to_backbone_keys(keys: Iterable[str], model: nn.Module) -> tuple[dict[str, s
             continue
         path, was_converted = _live_path(key.removeprefix(PEFT_PREFIX), leaves, renamings, prefixes)
         if path is None:
-            raise AdapterError(
-                f"{key}: {type(model).__name__} has no such module, under today's or older names. "
-                "Was the adapter made for another base model?"
-            )
+            reason = f"{type(model).__name__} has no such module, under today's or older names"
+            if key.startswith(f"{PEFT_PREFIX}text_model."):
+                reason = "the adapter changes the text tower too, and only adapters of the image tower are read"
+            raise AdapterError(f"{key}: {reason}. Was the adapter made for another base model?")
         renamed[key], converted = PEFT_PREFIX + path, converted or was_converted
-    if len(set(renamed.values())) < len(renamed):
-        double = next(v for v in renamed.values() if list(renamed.values()).count(v) > 1)
+    double, times = max(Counter(renamed.values()).items(), key=lambda item: item[1], default=("", 0))
+    if times > 1:
         raise AdapterError(f"{double}: the file holds this tensor twice, under an old and a new name.")
     return renamed, converted
 
@@ -101,16 +105,17 @@ def rebuild_config(config: dict[str, Any], names: dict[str, str], model: nn.Modu
     if unknown:
         raise AdapterError(f"the config sets {', '.join(unknown)}, which this PEFT does not know. Upgrade peft.")
     values = {key: value for key, value in config.items() if key in known and key not in _DROPPED}
-    values |= {"target_modules": sorted(sources), "task_type": None, "inference_mode": True}
+    values |= {"task_type": None, "inference_mode": True}
     try:
+        values["target_modules"] = sorted(sources) or _chosen_modules(config, model)
         for field in _PATTERNS & values.keys():
-            values[field] = _live_pattern(field, values[field] or {}, sources)
+            values[field] = _live_pattern(values[field] or {}, sources, names)
         if values.get("feedforward_modules"):
             values["feedforward_modules"] = _live_feedforward(values["feedforward_modules"], sources)
         if isinstance(values.get("init_lora_weights"), str):
             values["init_lora_weights"] = True  # the file's tensors replace what the initialisation leaves
         return kind(**values)
-    except (TypeError, ValueError, re.error) as error:
+    except Exception as error:  # noqa: BLE001 - PEFT's checks of settings that anyone may have written
         raise AdapterError(f"the config is not valid for {config['peft_type']}: {error}") from error
 
 
@@ -118,6 +123,10 @@ def _check_keeps_base(config: dict[str, Any]) -> None:
     changing = [field for field in _CHANGES_BASE if config.get(field)]
     if config.get("bias", "none") != "none":
         changing.append("bias")
+    if config.get("n_tasks", 1) != 1:
+        raise AdapterError(
+            f"the adapter holds {config['n_tasks']} tasks (n_tasks) and nothing says which one to take."
+        )
     if str(config.get("init_lora_weights")).lower().startswith(_CHANGING_STARTS):
         changing.append("init_lora_weights")
     if changing:
@@ -138,21 +147,50 @@ def _source_paths(names: dict[str, str], model: nn.Module) -> dict[str, str]:
     return sources
 
 
-def _live_pattern(field: str, pattern: dict[str, Any], sources: dict[str, str]) -> dict[str, Any]:
-    """Ranks or alphas for the modules that `pattern` meant, under their exact live paths."""
+def _chosen_modules(config: dict[str, Any], model: nn.Module) -> list[str]:
+    """Live paths that the config's own choice means, for types whose file holds only tensors that all layers share.
+
+    Nothing in such a file says which layers were changed, so the choice must be one that reads the same on `model`.
+    """
+    targets, saved_whole = config.get("target_modules"), config.get("modules_to_save") or []
+    paths = sorted(leaf_modules(model))
+    names = {path: [path, *(prefix + path for prefix in _class_prefixes(model))] for path in paths}
+    known = [f".{name}" for forms in names.values() for name in forms]
+    lost = (
+        [t for t in targets if not any(name.endswith(f".{t}") for name in known)] if isinstance(targets, list) else []
+    )
+    made_for = str((config.get("auto_mapping") or {}).get("base_model_class"))
+    whole_class = made_for.endswith(("ForImageClassification", "VisionModel", type(model).__name__))
+    if targets == "all-linear" or not whole_class or set(lost) - set(saved_whole):
+        raise ValueError(
+            f"its tensors are shared by all layers, and target_modules of a {made_for} mean other layers here "
+            f"({', '.join(lost) or targets}); save the adapter with its indices, or with other target_modules"
+        )
+    chosen = {field: config.get(field) for field in _CHOOSE_MODULES} | {"target_modules": targets}
+    for pattern in (value for value in chosen.values() if isinstance(value, str)):
+        check_pattern(pattern)
+    choice = LoraConfig(**chosen)  # how types choose modules is the same for all of them
+    return [path for path in paths if any(check_target_module_exists(choice, name) for name in names[path])]
+
+
+def _live_pattern(pattern: dict[str, Any], sources: dict[str, str], names: dict[str, str]) -> dict[str, Any]:
+    """Ranks or alphas for the modules that `pattern` meant, under their exact live paths.
+
+    LoRA gives a number for each pattern, AdaLoRA a mask for each `lora_E`, which ranks are left.
+    """
+    if any(isinstance(value, list) for value in pattern.values()):
+        return {names.get(PEFT_PREFIX + key, key).removeprefix(PEFT_PREFIX): mask for key, mask in pattern.items()}
+    checked = {check_pattern(key): value for key, value in pattern.items()}
     live = {}
     for path, source in sources.items():
-        value = next((v for key, v in pattern.items() if re.fullmatch(rf"(.*\.)?({key})", source)), None)
-        if value is not None and not isinstance(value, (int, float)):
-            raise AdapterError(
-                f"the config's {field} holds {type(value).__name__}s; convert the adapter to plain LoRA."
-            )
+        value = next((v for key, v in checked.items() if re.fullmatch(rf"(.*\.)?({key})", source)), None)
         live |= {} if value is None else {path: value}
     return live
 
 
 def _live_feedforward(names: str | list[str], sources: dict[str, str]) -> list[str]:
     if isinstance(names, str):
+        check_pattern(names)
         return [path for path, source in sources.items() if re.fullmatch(names, source)]
     return [path for path, source in sources.items() if any(f".{source}".endswith(f".{name}") for name in names)]
 

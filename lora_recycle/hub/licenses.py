@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
-from .files import CARD_FILE, MAX_TEXT_BYTES
+from .files import CARD_FILE, MAX_CARD_BYTES
 
 
 #: Identifiers that the Hub takes in a card's header; it refuses every other.
@@ -33,7 +33,7 @@ def read_license(folder: Path) -> str | None:
     """
     path = folder / CARD_FILE
     try:
-        if path.stat().st_size > MAX_TEXT_BYTES:
+        if path.stat().st_size > MAX_CARD_BYTES:
             return None
         data = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
     except Exception:  # noqa: BLE001 - a missing file, YAML, Unicode and type errors

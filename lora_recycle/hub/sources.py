@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -116,6 +117,11 @@ def agree_on_base(
         raise AdapterError(f"{infos[0].where}: adapter_config.json names no base model. Pass base_model=...")
     chosen = counts.most_common(1)[0][0]
     first = next(info for info in infos if base(info) == chosen)
+    if first.revision and (".." in chosen[0] or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", chosen[0])):
+        raise AdapterError(
+            f"{first.where}: adapter_config.json names the local path {chosen[0]!r} as its base model, which means "
+            "nothing on this machine. Pass base_model=..."
+        )
     agreeing = []
     for info in infos:
         with bad.handled(info.where):

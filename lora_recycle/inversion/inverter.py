@@ -20,7 +20,7 @@ from ..hub.licenses import read_license
 from ..pool import Adapter, AdapterPool
 from ..processes import mixed_precision, process_state
 from ..relations import relational_divergence
-from ..sparsity import num_kept, record_cls_attention, select_top
+from ..sparsity import num_kept, select_top
 from ..surrogate import Shard, SurrogateDataset, save_shard, shard_config_id, write_manifest
 from ..version import __version__
 from .config import InversionConfig
@@ -188,7 +188,7 @@ class LoraInverter:
         """Teacher logits, teacher features and kept tokens on the stored pixels, all tokens forwarded."""
         logits, features, kept = [], [], []
         for part in pixels.split(128):
-            with record_cls_attention(self.backbone.layers[self.prune_layer]) as attention:
+            with self.backbone.record_attention(self.prune_layer) as attention:
                 hidden, _ = self.backbone(self.backbone.normalize(part))
             logits.append(adapter.logits(self.backbone.pool_for_head(hidden)).float().cpu())
             features.append(self.backbone.pool(hidden).half().cpu())

@@ -192,7 +192,7 @@ def test_links_out_of_the_folder_are_refused(adapter, tmp_path):
 def test_damaged_weights(adapter, damage):
     path = adapter[0] / WEIGHTS
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(AdapterError, match=f"flowers: {WEIGHTS} is truncated or damaged"):
+    with pytest.raises(AdapterError, match=f"flowers: {WEIGHTS} is damaged or unsafe"):
         pull_adapter(adapter[0])
 
 
@@ -220,9 +220,9 @@ LIVE_Q = Q.replace("vit.", "")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({Q: torch.full((4, 32), float("nan"))}, f"{Q} holds NaN"),
+        ({Q: torch.full((4, 32), float("nan"))}, f"{LIVE_Q} holds NaN"),
         ({HEAD + "bias": torch.full((3,), float("inf"))}, f"{HEAD}bias holds NaN or infinity"),
-        ({Q: torch.ones(4, 32, dtype=torch.int32)}, f"{Q} must be floating point, got torch.int32"),
+        ({Q: torch.ones(4, 32, dtype=torch.int32)}, f"{LIVE_Q} must be floating point, got torch.int32"),
         ({Q: None}, f"lacks 1 tensor.*{LIVE_Q}"),
         ({Q.replace("lora_A", "lora_C"): torch.ones(4, 32)}, "unexpected 1 tensor.*q_proj.lora_C.weight"),
         ({"base_model.model.vit.layernorm.weight": torch.ones(32)}, "layernorm.weight retrains a weight of the base"),

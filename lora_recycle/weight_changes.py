@@ -1,0 +1,170 @@
+"""An adapter as what it does to the backbone: changes of weights, or where it has none, PEFT's layers themselves."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from peft import get_peft_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from .backbones import Backbone
+from .errors import AdapterError
+from .hub.adapters import AdapterInfo, LoadedAdapter
+
+
+#: Initialisations that leave the base weights alone, so that the delta is scale * B A and nothing else.
+_PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva", None)
+
+
+@dataclasses.dataclass
+class Adapter:
+    """One adapter as changes of the backbone's weights, with its head.
+
+    `factors` maps a module to (B, A) with delta W = B A, shapes (out, r) and (r, in). A change of full rank, from an
+    adapter that is no plain LoRA, has r = in and A = identity. `others` maps a parameter (bias, norm) to its change.
+    `layers` maps a module to the PEFT layer that stands in for it, for types that compute with their input (Lily,
+    Poly) and so are no change of weights; the two others are empty then.
+    """
+
+    info: AdapterInfo
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    others: dict[str, torch.Tensor]
+    head_weight: torch.Tensor | None
+    head_bias: torch.Tensor | None
+    layers: dict[str, nn.Module] = dataclasses.field(default_factory=dict)
+
+    @property
+    def num_classes(self) -> int:
+        return 0 if self.head_weight is None else len(self.head_weight)
+
+    def label(self, index: int) -> str:
+        return self.info.labels[index] if self.info.labels else f"class {index}"
+
+    def logits(self, head_features: torch.Tensor) -> torch.Tensor:
+        """(B, `head_size`) to (B, C) through the adapter's own head."""
+        if self.head_weight is None:
+            raise AdapterError(f"{self.info.name}: has no classification head, so it cannot say what an image shows.")
+        weight, bias = self.head_weight.to(head_features), self.head_bias
+        return F.linear(head_features, weight, None if bias is None else bias.to(head_features))
+
+
+def to_adapter(loaded: LoadedAdapter, backbone: Backbone) -> Adapter:
+    """Turn PEFT tensors into weight changes: in closed form for plain LoRA, by merging for every other type.
+
+    Raises:
+        AdapterError: the adapter cannot run on the backbone, or gives numbers that are not finite.
+    """
+    config = loaded.peft_config
+    plain = (
+        loaded.info.peft_type == "LORA"
+        and not getattr(config, "use_dora", False)
+        and getattr(config, "init_lora_weights", True) in _PLAIN_INITS
+        and all(k.endswith((".lora_A.weight", ".lora_B.weight")) and t.ndim == 2 for k, t in loaded.state_dict.items())
+    )
+    try:
+        factors, others, layers = _lora_factors(loaded, backbone) if plain else _peft_changes(loaded, backbone)
+    except Exception as error:  # noqa: BLE001 - PEFT raises anything for tensors that anyone may have written
+        raise AdapterError(
+            f"{loaded.info.where}: this adapter of type {loaded.info.peft_type} cannot run on {backbone.name}: {error}"
+        ) from error
+    bounds = [torch.linalg.norm(b) * torch.linalg.norm(a) for b, a in factors.values()]
+    if not all(value.isfinite().all() for value in [*bounds, *others.values()]):
+        raise AdapterError(f"{loaded.info.where}: its weight changes are not finite.")
+    return Adapter(loaded.info, factors, others, loaded.head_weight, loaded.head_bias, layers)
+
+
+@contextlib.contextmanager
+def wear_layers(model: nn.Module, layers: dict[str, nn.Module]) -> Iterator[None]:
+    """Put PEFT layers (`Adapter.layers`) around the modules of `model`; they are taken off again."""
+    own = {path: model.get_submodule(path) for path in layers}
+    try:
+        for path, layer in layers.items():
+            layer.base_layer = own[path]
+            layer.to(own[path].weight)
+            model.set_submodule(path, layer)
+        yield
+    finally:
+        for path, module in own.items():
+            model.set_submodule(path, module)
+            layers[path].base_layer = None  # the backbone's memory is not the adapter's to keep
+
+
+def _never_called(model: nn.Module) -> set[str]:
+    """Modules whose weights their parent reads itself, so that an adapter on them has no effect in PEFT."""
+    return {f"{path}.out_proj" for path, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
+
+
+def _lora_factors(loaded: LoadedAdapter, backbone: Backbone):
+    config, factors, idle = loaded.peft_config, {}, _never_called(backbone.model)
+    for key, a in loaded.state_dict.items():
+        if not key.endswith(".lora_A.weight"):
+            continue
+        module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        b, rank = loaded.state_dict[key.replace(".lora_A.", ".lora_B.")], a.shape[0]
+        alpha = (config.alpha_pattern or {}).get(module, config.lora_alpha)
+        scale = alpha / (rank**0.5 if config.use_rslora else rank)
+        if module not in idle:
+            factors[module] = (b * scale, a)
+    return factors, {}, {}
+
+
+@torch.no_grad()
+def _peft_changes(loaded: LoadedAdapter, backbone: Backbone):
+    """What merging changes, where that says all: the merged model must answer as PEFT's own does, else its layers."""
+    base = {name: p.detach().float().cpu() for name, p in backbone.model.named_parameters()}
+    image = torch.randn(1, 3, backbone.image_size, backbone.image_size, generator=torch.Generator().manual_seed(0))
+    # indices come from a file too
+    with torch.sparse.check_sparse_tensor_invariants():
+        wrapped = _wrap(loaded, backbone)
+        layers, answer = _tuner_layers(wrapped), wrapped(image).last_hidden_state
+        try:
+            merged = _wrap(loaded, backbone).merge_and_unload()
+            for path in _never_called(merged):
+                merged.get_submodule(path).load_state_dict(backbone.model.get_submodule(path).state_dict())
+            exact = torch.linalg.norm(merged(image).last_hidden_state - answer) <= 1e-3 * torch.linalg.norm(answer)
+        except (AttributeError, NotImplementedError):
+            exact = False
+    if not exact:
+        for layer in layers.values():
+            layer.base_layer = None
+        return {}, {}, layers
+    factors, others = {}, {}
+    for name, parameter in merged.named_parameters():
+        change = parameter.detach().float() - base[name]
+        if not change.any():
+            continue
+        if change.ndim == 2 and name.endswith(".weight"):
+            factors[name.removesuffix(".weight")] = (change, torch.eye(change.shape[1]))
+        else:
+            others[name] = change
+    return factors, others, {}
+
+
+def _wrap(loaded: LoadedAdapter, backbone: Backbone) -> nn.Module:
+    """A float32 copy of the backbone on the CPU that wears the adapter the way PEFT does it."""
+    wrapped = get_peft_model(copy.deepcopy(backbone.model).float().cpu(), copy.deepcopy(loaded.peft_config))
+    set_peft_model_state_dict(wrapped, loaded.state_dict)
+    for layer in _tuner_layers(wrapped).values():
+        if loaded.info.peft_type == "POLY":
+            layer.register_forward_pre_hook(_first_task, with_kwargs=True)
+    return wrapped.eval().requires_grad_(False)
+
+
+def _tuner_layers(wrapped: nn.Module) -> dict[str, nn.Module]:
+    found: dict[str, nn.Module] = {}
+    for path, module in wrapped.get_base_model().named_modules():
+        if isinstance(module, BaseTunerLayer):
+            found[path] = module
+    return found
+
+
+def _first_task(layer: nn.Module, args: tuple, kwargs: dict):
+    """Poly asks each layer for the task of each image; adapters of more than one task are refused."""
+    task_ids = torch.zeros(len(args[0]), dtype=torch.long, device=args[0].device)
+    return args, kwargs | {"task_ids": task_ids}
