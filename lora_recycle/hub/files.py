@@ -96,7 +96,9 @@ def read_header(folder: Path, where: str) -> dict[str, tuple[int, ...]]:
         with safe_open(path, framework="pt"):
             return shapes
     except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(f"{where}: {WEIGHTS_FILE} is damaged or unsafe: {error}. Fetch it again.") from error
+        raise AdapterError(
+            f"{where}: {WEIGHTS_FILE} is truncated or damaged, or unsafe: {error}. Fetch it again."
+        ) from error
 
 
 def head_classes(shapes: dict[str, tuple[int, ...]], where: str) -> int | None:

@@ -192,7 +192,7 @@ def test_links_out_of_the_folder_are_refused(adapter, tmp_path):
 def test_damaged_weights(adapter, damage):
     path = adapter[0] / WEIGHTS
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(AdapterError, match=f"flowers: {WEIGHTS} is damaged or unsafe"):
+    with pytest.raises(AdapterError, match=f"flowers: {WEIGHTS} is truncated or damaged"):
         pull_adapter(adapter[0])
 
 

@@ -72,7 +72,7 @@ def refused(folder, file, reason):
         ({Q: entry((4, 32)) | {"shape": [True, 128]}}, 512, "no shape of whole numbers"),
         ({Q: entry((4, 32)) | {"shape": "4x32"}}, 512, "no shape of whole numbers"),
         ({Q: [4, 32]}, 512, "no shape of whole numbers"),
-        ({Q: entry((4, 32), dtype="PICKLE")}, 512, "damaged or unsafe"),
+        ({Q: entry((4, 32), dtype="PICKLE")}, 512, "truncated or damaged"),
         ({}, 0, "holds no tensors"),
         ({"__metadata__": {"a": "b"}}, 0, "holds no tensors"),
         ([1], 0, "JSON object, got a list"),
@@ -89,8 +89,8 @@ def test_headers(stranger, header, data, reason):
     [
         (b"{}", 2**63, "truncated, a header of 9223372036854775808 bytes in a file of 10"),
         (b"{}", 7, "truncated, a header of 7 bytes in a file of 14"),
-        (b"{" + b" " * 10, None, "damaged or unsafe"),
-        (b"\xff\xfe{}", None, "damaged or unsafe"),
+        (b"{" + b" " * 10, None, "truncated or damaged"),
+        (b"\xff\xfe{}", None, "truncated or damaged"),
         (b'{"a":' * 50_000, None, "nested too deeply"),
         (b'{"a":{"dtype":"F32","shape":[1e999],"data_offsets":[0,4]}}', None, "not a finite number"),
         (f'{{"{Q}":{json.dumps(entry((1,)))},"{Q}":{json.dumps(entry((1,)))}}}'.encode(), None, "appears twice"),
@@ -287,7 +287,7 @@ def test_a_card_that_is_a_bomb_gives_no_labels(stranger, card, tmp_path):
 
 def test_a_file_of_a_pickle_under_the_right_name(stranger):
     torch.save({Q: torch.zeros(4, 32)}, stranger[0] / WEIGHTS)
-    refused(stranger[0], WEIGHTS, "damaged or unsafe")
+    refused(stranger[0], WEIGHTS, "truncated or damaged")
 
 
 def test_a_file_of_another_safetensors_model(stranger):
