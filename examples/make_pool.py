@@ -29,7 +29,7 @@ from lora_recycle.tuning import TuningConfig, tune_adapter
 #: data set: (settings of all its tasks, settings of each task)
 PLAN = {
     "cifar_fs": (
-        {"classes": 10, "images_per_class": 200, "held_out": 50, "epochs": 5},
+        {"classes": 10, "images_per_class": 200, "held_out": 50, "epochs": 4},
         [
             {"classes": 64, "images_per_class": 50, "rank": 16},
             {"classes": 20, "images_per_class": 120, "rank": 16},
@@ -57,7 +57,7 @@ PLAN = {
             {"targets": "q_proj,v_proj"},
             {"rank": 4},
             {"rank": 16},
-            {},
+            {"seed": 1},
             {},
             {"classes": 5, "images_per_class": 250},
         ],
@@ -146,12 +146,13 @@ def main() -> None:
         settings = {**common, **own[i]}
         legacy = settings.pop("legacy", False)
         config = TuningConfig(**settings)
-        draw = torch.Generator().manual_seed(i)
+        seed = 100 * config.seed + i
+        draw = torch.Generator().manual_seed(seed)
         available = len(data[name].label_names) - HELD_BACK.get(name, 0)
         classes = torch.randperm(available, generator=draw)[: config.classes].tolist()
         base = BACKBONE_NAME if args.backbone == "demo" else args.backbone
         unfinished = args.output / f".{target.name}"
-        results = tune_adapter(data[name], classes, unfinished, config, base, seed=i)
+        results = tune_adapter(data[name], classes, unfinished, config, base, seed=seed)
         if legacy:
             rename_to_transformers_4(unfinished)
         unfinished.rename(target)

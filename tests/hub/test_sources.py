@@ -6,10 +6,11 @@ import warnings
 
 import pytest
 import torch
-from helpers_hub import CONFIG, publish
+from helpers_hub import CONFIG, WEIGHTS, publish
 from helpers_tiny import save_tiny_backbone
 from hub_server import READER_TOKEN
 from huggingface_hub import HfApi, constants
+from safetensors.torch import load_file, save
 
 from lora_recycle import AdapterPool
 from lora_recycle.backbones import Backbone
@@ -130,19 +131,15 @@ def bad(hub, org, tiny_pool_path):
     """Five adapters of which only org/a and org/b are good; what is wrong with the others by their name."""
     hub.corrupt("org/c/.*adapter_model", times=None)
     publish(hub, "org/other", tiny_pool_path / "adapter-0", base="org/elsewhere")
-    hub.put("org/d", {"adapter_model.safetensors": save_nan()})
+    hub.put("org/d", {WEIGHTS: with_nan(tiny_pool_path / "adapter-3" / WEIGHTS)})
     return ["org/a", "org/absent", "org/c", "org/other", "org/d", "org/b"]
 
 
-def save_nan() -> bytes:
-    from safetensors.torch import save
-
-    prefix = "base_model.model.vit.layers.0.attention.q_proj"
-    broken = {
-        f"{prefix}.lora_A.weight": torch.full((4, 32), float("nan")),
-        f"{prefix}.lora_B.weight": torch.ones(32, 4),
-    }
-    return save(broken)
+def with_nan(path) -> bytes:
+    """A safetensors file whose first floating point tensor is not finite."""
+    tensors = load_file(path)
+    tensors[min(tensors)].fill_(float("nan"))
+    return save(tensors)
 
 
 def test_bad_adapters_are_skipped_and_told(hub, bad):
