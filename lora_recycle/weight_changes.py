@@ -150,18 +150,15 @@ def _wrap(loaded: LoadedAdapter, backbone: Backbone) -> nn.Module:
     """A float32 copy of the backbone on the CPU that wears the adapter the way PEFT does it."""
     wrapped = get_peft_model(copy.deepcopy(backbone.model).float().cpu(), copy.deepcopy(loaded.peft_config))
     set_peft_model_state_dict(wrapped, loaded.state_dict)
-    for layer in _tuner_layers(wrapped).values():
-        if loaded.info.peft_type == "POLY":
+    if loaded.info.peft_type == "POLY":
+        for layer in _tuner_layers(wrapped).values():
             layer.register_forward_pre_hook(_first_task, with_kwargs=True)
     return wrapped.eval().requires_grad_(False)
 
 
 def _tuner_layers(wrapped: nn.Module) -> dict[str, nn.Module]:
-    found: dict[str, nn.Module] = {}
-    for path, module in wrapped.get_base_model().named_modules():
-        if isinstance(module, BaseTunerLayer):
-            found[path] = module
-    return found
+    modules = wrapped.get_base_model().named_modules()
+    return {path: module for path, module in modules if isinstance(module, BaseTunerLayer)}
 
 
 def _first_task(layer: nn.Module, args: tuple, kwargs: dict):

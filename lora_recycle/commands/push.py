@@ -52,9 +52,8 @@ def _surrogate(folder: Path, repo_id: str, options: dict) -> None:
 
 
 def _adapter(folder: Path, repo_id: str, options: dict) -> None:
-    from ..hub.files import CONFIG_FILE
+    from ..hub.files import CONFIG_FILE, SIDECAR_FILE
     from ..modeling.publishing import push_adapter_folder
-    from ..modeling.sidecar import SIDECAR
 
     if not (folder / CONFIG_FILE).is_file():
         raise PushError(
@@ -62,5 +61,5 @@ def _adapter(folder: Path, repo_id: str, options: dict) -> None:
             "Of a pool, push one adapter's folder at a time."
         )
     print(push_adapter_folder(folder, repo_id, **options))
-    meta_lora = (folder / SIDECAR).is_file()
+    meta_lora = (folder / SIDECAR_FILE).is_file()
     hint(f"lora-recycle {f'predict {repo_id} --support EXAMPLES PHOTOS' if meta_lora else f'inspect {repo_id}'}")

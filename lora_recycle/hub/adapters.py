@@ -31,6 +31,7 @@ from .files import (
     target_names,
 )
 from .keys import PEFT_PREFIX, rebuild_config, to_backbone_keys
+from .licenses import read_license
 from .untrusted import count
 
 
@@ -82,8 +83,18 @@ class AdapterInfo:
         """Whether its tensors have names of an older transformers, which loading turns into today's."""
         return None if self.generation is None else self.generation < int(transformers.__version__.split(".")[0])
 
+    def to_source(self) -> dict[str, Any]:
+        """What manifests, sidecars and cards say of an adapter that something was made of."""
+        return {
+            "name": self.name,
+            "revision": self.revision,
+            "sha256": self.sha256,
+            "peft_type": self.peft_type,
+            "license": read_license(self.path),
+        }
+
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain JSON types."""
+        """All fields as plain JSON types."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | {"converted": self.converted}
         labels = None if self.labels is None else list(self.labels)
         return copy.deepcopy(values) | {"path": str(self.path), "targets": list(self.targets), "labels": labels}

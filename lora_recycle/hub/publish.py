@@ -52,12 +52,9 @@ def push_files(
                     f"{where}: holds config.json, so it is a model of its own, and transformers would ignore an "
                     "adapter in it. Push to another repo."
                 )
-            gone = [f for f in present if f not in files and any(fnmatch(f, pattern) for pattern in replaces)]
-            operations = [CommitOperationAdd(path, data) for path, data in files.items()]
-            operations += [CommitOperationDelete(path) for path in gone]
             info = api.create_commit(
                 **repo,
-                operations=operations,
+                operations=_operations(files, present, replaces),
                 commit_message=commit_message,
                 revision=revision,
                 create_pr=create_pr,
@@ -73,6 +70,12 @@ def push_files(
     if create_pr and info.pr_url:
         return info.pr_url
     return str(info.repo_url) + (f"/tree/{revision}" if revision else "")
+
+
+def _operations(files: dict[str, Path | bytes], present: Sequence[str], replaces: Sequence[str]) -> list:
+    gone = [f for f in present if f not in files and any(fnmatch(f, pattern) for pattern in replaces)]
+    added = [CommitOperationAdd(path, data) for path, data in files.items()]
+    return added + [CommitOperationDelete(path) for path in gone]
 
 
 def _prepare(api: HfApi, repo: dict[str, str], private: bool | None, branch: str | None, undo) -> str:

@@ -16,7 +16,6 @@ from tqdm.auto import tqdm
 
 from ..backbones import Backbone
 from ..errors import AdapterError, ConfigError
-from ..hub.licenses import read_license
 from ..pool import Adapter, AdapterPool
 from ..processes import mixed_precision, process_state
 from ..relations import relational_divergence
@@ -219,11 +218,7 @@ class LoraInverter:
 def _source(adapter: Adapter) -> dict:
     info = adapter.info
     return {
-        "name": info.name,
-        "revision": info.revision,
-        "sha256": info.sha256,
-        "peft_type": info.peft_type,
-        "license": read_license(info.path),
+        **info.to_source(),
         "labels": list(info.labels) if info.labels else None,
         "num_classes": adapter.num_classes,
     }

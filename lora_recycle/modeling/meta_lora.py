@@ -22,13 +22,14 @@ from ..embedded import backbone_name, resolve_meta_lora
 from ..errors import AdapterError, DataError
 from ..hub.adapters import load_adapter, pull_adapter
 from ..hub.cards import PICTURE_FILE
+from ..hub.files import SIDECAR_FILE
 from ..images import to_picture
 from ..prototypes import class_centres, class_sums
 from ..storage import atomic_save_tensors, atomic_write
 from ..version import __version__
 from .heads import ClassCentreHead
 from .publishing import push_adapter_folder
-from .sidecar import SIDECAR, TASK_FILE, read_picture, read_sidecar, task_file
+from .sidecar import TASK_FILE, read_picture, read_sidecar, task_file
 
 
 @dataclasses.dataclass
@@ -95,7 +96,7 @@ class MetaLoRAForFewShotClassification(nn.Module):
         peft_model = get_peft_model(backbone.model, loaded.peft_config)
         set_peft_model_state_dict(peft_model, loaded.state_dict)
         peft_model.to(device=backbone.device, dtype=backbone.dtype)
-        model = cls(backbone, peft_model, read_sidecar(info.path / SIDECAR))
+        model = cls(backbone, peft_model, read_sidecar(info.path / SIDECAR_FILE))
         model._load_task(task_file(info, model.settings, hub))
         model.picture = read_picture(info.path / PICTURE_FILE)
         return model
@@ -212,7 +213,7 @@ class MetaLoRAForFewShotClassification(nn.Module):
             "lora_recycle_version": __version__,
             "num_classes": len(self.label_names) or None,
         }
-        atomic_write(folder / SIDECAR, json.dumps({**self.settings, **settings}, indent=1).encode())
+        atomic_write(folder / SIDECAR_FILE, json.dumps({**self.settings, **settings}, indent=1).encode())
         if self._sums is not None:
             tensors = {"sums": self._sums.cpu().contiguous(), "counts": self._counts.cpu().contiguous()}
             atomic_save_tensors(folder / TASK_FILE, tensors, json.dumps({"label_names": self.label_names}))

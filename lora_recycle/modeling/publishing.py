@@ -10,9 +10,9 @@ from huggingface_hub import ModelCard
 from ..errors import AdapterError, PushError
 from ..hub.adapters import AdapterInfo, pull_adapter
 from ..hub.cards import PICTURE_FILE, is_repo_id, meta_lora_card
-from ..hub.files import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
+from ..hub.files import CARD_FILE, CONFIG_FILE, SIDECAR_FILE, WEIGHTS_FILE
 from ..hub.publish import push_files
-from .sidecar import SIDECAR, TASK_FILE, read_sidecar
+from .sidecar import TASK_FILE, read_sidecar
 
 
 def push_adapter_folder(folder: str | Path, repo_id: str, *, commit_message: str | None = None, **options) -> str:
@@ -30,9 +30,9 @@ def push_adapter_folder(folder: str | Path, repo_id: str, *, commit_message: str
             f"{folder}: its base model is {info.base_model!r}, which nobody else can load. Publish the base model "
             f"and put its repo id into {CONFIG_FILE} as base_model_name_or_path."
         )
-    settings, names = read_sidecar(info.path / SIDECAR), [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE]
+    settings, names = read_sidecar(info.path / SIDECAR_FILE), [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE]
     if settings:
-        names += [SIDECAR, TASK_FILE, PICTURE_FILE]
+        names += [SIDECAR_FILE, TASK_FILE, PICTURE_FILE]
     files: dict[str, Path | bytes] = {name: info.path / name for name in names if (info.path / name).is_file()}
     linked = [name for name in files if (info.path / name).is_symlink()]
     if linked:  # a stranger's folder could lead to any file of this machine
@@ -42,14 +42,16 @@ def push_adapter_folder(folder: str | Path, repo_id: str, *, commit_message: str
     elif CARD_FILE in files:
         files[CARD_FILE] = _with_base(info)
     message = commit_message or f"Upload {'meta-LoRA' if settings else 'adapter'} with lora-recycle"
-    return push_files(repo_id, files, replaces=[SIDECAR, TASK_FILE, PICTURE_FILE], commit_message=message, **options)
+    return push_files(
+        repo_id, files, replaces=[SIDECAR_FILE, TASK_FILE, PICTURE_FILE], commit_message=message, **options
+    )
 
 
 def _card(info: AdapterInfo, repo_id: str, settings: dict[str, Any], picture: bool) -> bytes:
     try:
         card = meta_lora_card(repo_id, info.base_model, info.base_revision, info.rank, settings, picture)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise AdapterError(f"{info.where}: {SIDECAR} lacks what a card tells ({error!r}).") from error
+        raise AdapterError(f"{info.where}: {SIDECAR_FILE} lacks what a card tells ({error!r}).") from error
     return card.encode()
 
 

@@ -11,7 +11,6 @@ import transformers
 
 from ..distillation.trainer import MetaLoraTrainer
 from ..hub.cards import meta_lora_card
-from ..hub.licenses import read_license
 from ..storage import atomic_write
 from ..version import __version__
 from .meta_lora import MetaLoRAForFewShotClassification
@@ -36,18 +35,8 @@ def save_meta_lora(model: MetaLoRAForFewShotClassification, folder: str | Path) 
 
 
 def _settings(trainer: MetaLoraTrainer) -> dict[str, Any]:
-    infos = [adapter.info for adapter in trainer.pool.adapters]
     return {
-        "sources": [
-            {
-                "name": info.name,
-                "revision": info.revision,
-                "sha256": info.sha256,
-                "peft_type": info.peft_type,
-                "license": read_license(info.path),
-            }
-            for info in infos
-        ],
+        "sources": [adapter.info.to_source() for adapter in trainer.pool.adapters],
         "distillation": trainer.config.to_dict(),
         "inversion": None if trainer.surrogate is None else trainer.surrogate.manifest["config"],
         "metric": trainer.config.metric,

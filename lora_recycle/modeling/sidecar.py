@@ -6,13 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-
 from ..errors import AdapterError
 from ..hub.adapters import AdapterInfo
+from ..hub.snapshots import fetch
 
 
-SIDECAR = "meta_lora_config.json"
 TASK_FILE = "few_shot_task.safetensors"
 MAX_PICTURE_BYTES = 10 * 1024**2
 
@@ -49,8 +47,7 @@ def task_file(info: AdapterInfo, settings: dict[str, Any], hub: dict[str, Any]) 
     path = info.path / TASK_FILE
     if info.revision is None or not settings.get("num_classes") or path.is_file():
         return path
-    try:
-        return Path(hf_hub_download(info.name, TASK_FILE, revision=info.revision, **hub))
-    except Exception as error:  # the client raises a dozen types, all meaning that it is not to be had
-        reason = str(error).strip().splitlines()[0]
-        raise AdapterError(f"{info.where}: its fitted task, {TASK_FILE}, is not to be had ({reason}).") from error
+    path = fetch(info.name, [TASK_FILE], info.revision, **hub) / TASK_FILE
+    if not path.is_file():
+        raise AdapterError(f"{info.where}: its fitted task, {TASK_FILE}, is not to be had: the repo has no such file.")
+    return path
