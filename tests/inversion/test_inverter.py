@@ -12,7 +12,8 @@ from PIL import Image
 
 from lora_recycle.errors import AdapterError, ConfigError
 from lora_recycle.inversion.config import InversionConfig
-from lora_recycle.inversion.inverter import LoraInverter, MultiResolution, Pixels
+from lora_recycle.inversion.inverter import LoraInverter
+from lora_recycle.inversion.pixel_spaces import MultiResolution, Pixels
 from lora_recycle.pool import AdapterPool
 from lora_recycle.relations import relational_divergence
 from lora_recycle.sparsity import select_top
@@ -186,8 +187,8 @@ def test_a_head_that_does_not_fit_is_named(tiny_pool):
 
 
 def test_a_layer_that_is_not_there(tiny_pool):
-    with pytest.raises(ConfigError, match=r"prune_layer must be in \[0, 2\), got 2"):
-        LoraInverter(tiny_pool, quick(prune_layer=2))
+    with pytest.raises(ConfigError, match=r"prune: .*tiny-vit has the layers 0 to 1, got 2"):
+        LoraInverter(tiny_pool, quick(prune={2: 0.5}))
 
 
 def test_parameterisations_start_at_the_image():
