@@ -25,18 +25,13 @@ from .errors import DataError
 from .hub.cards import PICTURE_FILE, TABLE_FILE, surrogate_card
 from .hub.pictures import picture_grid
 from .hub.publish import push_files
+from .shard_rows import TENSORS, ShardRows, open_shard
 from .storage import atomic_save_tensors, atomic_write, file_sha256
 
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 IMAGES_ON_CARD = 24
-_REQUIRED = {
-    "pixels": (torch.uint8, 4),
-    "labels": (torch.int64, 1),
-    "teacher_logits": (torch.float32, 2),
-    "teacher_features": (torch.float16, 2),
-}
 
 
 @dataclasses.dataclass
@@ -72,42 +67,15 @@ class Shard:
 
 def save_shard(path: Path, shard: Shard, config_id: str) -> None:
     """Write one shard atomically; its header names the adapter and the configuration it was made with."""
-    tensors = {name: getattr(shard, name) for name in _REQUIRED}
-    if shard.kept_tokens is not None:
-        tensors["kept_tokens"] = shard.kept_tokens
+    tensors = {name: getattr(shard, name) for name in TENSORS if getattr(shard, name) is not None}
     header = json.dumps({"adapter": shard.adapter, "config_id": config_id}, sort_keys=True)
     atomic_save_tensors(path, tensors, header)
 
 
 def load_shard(path: Path) -> Shard:
     """Read one shard. Raises `DataError` where it is missing, damaged or of another form."""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            names = set(file.keys())
-            missing = sorted(set(_REQUIRED) - names)
-            if missing or "header" not in metadata:
-                raise DataError(f"{path}: not a surrogate shard, {(missing or ['its header'])[0]} is missing.")
-            for name, (_, ndim) in _REQUIRED.items():
-                if len(file.get_slice(name).get_shape()) != ndim:
-                    raise DataError(f"{path}: tensor {name} must have {ndim} dimensions.")
-            tensors = {name: file.get_tensor(name) for name in names if name in _REQUIRED or name == "kept_tokens"}
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{path}: the shard is missing or damaged ({error}). Run invert again.") from error
-    for name, (dtype, _) in _REQUIRED.items():
-        if tensors[name].dtype != dtype or len(tensors[name]) != len(tensors["pixels"]):
-            raise DataError(f"{path}: tensor {name} has the wrong type or number of rows.")
-    try:
-        adapter = json.loads(metadata["header"])["adapter"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: the header names no adapter ({error!r}). Run invert again.") from error
-    shard = Shard(adapter, **tensors)
-    classes = shard.teacher_logits.shape[1]
-    if len(shard) and not 0 <= int(shard.labels.min()) <= int(shard.labels.max()) < classes:
-        raise DataError(f"{path}: labels must lie in 0 to {classes - 1}, got {int(shard.labels.max())}.")
-    if shard.kept_tokens is not None and (shard.kept_tokens.dtype, shard.kept_tokens.ndim) != (torch.int16, 2):
-        raise DataError(f"{path}: kept_tokens must be int16 of 2 dimensions.")
-    return shard
+    rows = open_shard(path)
+    return Shard(rows.adapter, **{name: file.read_range(0, len(rows)) for name, file in rows.tensors.items()})
 
 
 def shard_config_id(path: Path) -> str | None:
@@ -180,11 +148,18 @@ class SurrogateDataset:
 
     def shard(self, index: int, verify: bool = False) -> Shard:
         """One adapter's images; `verify` compares the file with the manifest's checksum."""
+        return load_shard(self._path(index, verify))
+
+    def shard_rows(self, index: int, verify: bool = False) -> ShardRows:
+        """The same, left on disk: its rows are read when they are asked for."""
+        return open_shard(self._path(index, verify))
+
+    def _path(self, index: int, verify: bool) -> Path:
         entry = self.manifest["shards"][index]
         path = self.folder / entry["file"]
         if verify and (not path.is_file() or file_sha256(path) != entry["sha256"]):
             raise DataError(f"{path}: missing, or not the file that {MANIFEST} describes. Run invert again.")
-        return load_shard(path)
+        return path
 
     def sample(self, count: int) -> tuple[torch.Tensor, list[str], torch.Tensor | None]:
         """About `count` images spread over the adapters and their classes, as pages and cards show them.

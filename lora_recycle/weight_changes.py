@@ -95,13 +95,13 @@ def wear_layers(model: nn.Module, layers: dict[str, nn.Module]) -> Iterator[None
             layers[path].base_layer = None  # the backbone's memory is not the adapter's to keep
 
 
-def _never_called(model: nn.Module) -> set[str]:
+def never_called(model: nn.Module) -> set[str]:
     """Modules whose weights their parent reads itself, so that an adapter on them has no effect in PEFT."""
     return {f"{path}.out_proj" for path, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
 
 
 def _lora_factors(loaded: LoadedAdapter, backbone: Backbone):
-    config, factors, idle = loaded.peft_config, {}, _never_called(backbone.model)
+    config, factors, idle = loaded.peft_config, {}, never_called(backbone.model)
     for key, a in loaded.state_dict.items():
         if not key.endswith(".lora_A.weight"):
             continue
@@ -122,10 +122,10 @@ def _peft_changes(loaded: LoadedAdapter, backbone: Backbone):
     # indices come from a file too
     with torch.sparse.check_sparse_tensor_invariants():
         wrapped = _wrap(loaded, backbone)
-        layers, answer = _tuner_layers(wrapped), wrapped(image).last_hidden_state
+        layers, answer = tuner_layers(wrapped.get_base_model()), wrapped(image).last_hidden_state
         try:
             merged = _wrap(loaded, backbone).merge_and_unload()
-            for path in _never_called(merged):
+            for path in never_called(merged):
                 merged.get_submodule(path).load_state_dict(backbone.model.get_submodule(path).state_dict())
             exact = torch.linalg.norm(merged(image).last_hidden_state - answer) <= 1e-3 * torch.linalg.norm(answer)
         except (AttributeError, NotImplementedError):
@@ -151,14 +151,14 @@ def _wrap(loaded: LoadedAdapter, backbone: Backbone) -> nn.Module:
     wrapped = get_peft_model(copy.deepcopy(backbone.model).float().cpu(), copy.deepcopy(loaded.peft_config))
     set_peft_model_state_dict(wrapped, loaded.state_dict)
     if loaded.info.peft_type == "POLY":
-        for layer in _tuner_layers(wrapped).values():
+        for layer in tuner_layers(wrapped.get_base_model()).values():
             layer.register_forward_pre_hook(_first_task, with_kwargs=True)
     return wrapped.eval().requires_grad_(False)
 
 
-def _tuner_layers(wrapped: nn.Module) -> dict[str, nn.Module]:
-    modules = wrapped.get_base_model().named_modules()
-    return {path: module for path, module in modules if isinstance(module, BaseTunerLayer)}
+def tuner_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """PEFT's layers inside a model, by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
 def _first_task(layer: nn.Module, args: tuple, kwargs: dict):

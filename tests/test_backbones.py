@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_tiny import SIZES, random_pixels, shake, tiny_backbone, tiny_processor
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import (
     CLIPConfig,
@@ -14,6 +15,7 @@ from transformers import (
     DeiTForImageClassification,
     Dinov2Config,
     Dinov2ForImageClassification,
+    Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersForImageClassification,
     ResNetConfig,
@@ -30,6 +32,7 @@ from transformers import (
 
 from lora_recycle.backbones import Backbone, extract_features
 from lora_recycle.errors import AdapterError, DataError
+from lora_recycle.sparsity import keep_tokens, take_patches
 
 
 TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
@@ -216,3 +219,29 @@ def test_features_of_many_images_do_not_depend_on_the_batch():
         extract_features(view, pixels, 3, kept), view.features(view.normalize(pixels), kept), rtol=1e-4, atol=1e-5
     )
     assert extract_features(view, pixels[:0]).shape == (0, 32)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kept_patches_are_embedded_as_in_the_whole_image(family):
+    _, base, prefix = build(family)
+    view = Backbone(base, tiny_processor(), family)
+    x, kept = torch.randn(3, 3, 32, 32), torch.stack([torch.randperm(16)[:5].sort().values for _ in range(3)])
+    expected = keep_tokens(view.embed(x), kept, prefix)
+    torch.testing.assert_close(view.embed(x, kept), expected, rtol=1e-5, atol=1e-5)
+    patches = take_patches(x, kept, 8)
+    torch.testing.assert_close(view.features(patches, kept), view.features(x, kept))
+    # the projection wears an adapter: its change counts too
+    get_peft_model(base, LoraConfig(target_modules=["projection", "patch_embedding"], init_lora_weights=False))
+    torch.testing.assert_close(view.embed(x, kept), keep_tokens(view.embed(x), kept, prefix))
+    assert (view.embed(x, kept) - expected).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_positions_of_another_image_size_are_those_of_the_whole_image():
+    torch.manual_seed(0)
+    model = shake(Dinov2Model(Dinov2Config(**SIZES)))
+    model.config.image_size = 48  # DINOv2 interpolates its 4 x 4 positions to 6 x 6
+    view, x = Backbone(model, tiny_processor(), "dinov2"), torch.randn(2, 3, 48, 48)
+    kept = torch.tensor([[0, 17, 35], [3, 20, 21]])
+    torch.testing.assert_close(view.embed(x, kept), keep_tokens(view.embed(x), kept, 1), rtol=1e-5, atol=1e-5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..prototypes import centre_logits
+from ..prototypes import centre_logits, prepare_centres, prepared_logits
 
 
 class ClassCentreHead:
@@ -21,3 +21,11 @@ class ClassCentreHead:
     def logits(self, features: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
         """(Q, D), (C, D) to (Q, C)."""
         return centre_logits(features, centres, self.metric, self.temperature)
+
+    def prepare(self, centres: torch.Tensor) -> torch.Tensor:
+        """(C, D) to what `prepared_logits` compares with, (C, D), so that it is computed once for many queries."""
+        return prepare_centres(centres, self.metric)
+
+    def prepared_logits(self, features: torch.Tensor, prepared: torch.Tensor) -> torch.Tensor:
+        """`logits` against centres from `prepare`."""
+        return prepared_logits(features, prepared, self.metric, self.temperature)

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import get_peft_model, set_peft_model_state_dict
-from PIL import Image
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils import ModelOutput
 
@@ -23,13 +21,16 @@ from ..errors import AdapterError, DataError
 from ..hub.adapters import load_adapter, pull_adapter
 from ..hub.cards import PICTURE_FILE
 from ..hub.files import SIDECAR_FILE
-from ..images import to_picture
-from ..prototypes import class_centres, class_sums
-from ..storage import atomic_save_tensors, atomic_write
+from ..prototypes import class_centres
+from ..storage import atomic_write
 from ..version import __version__
+from ..weight_changes import wear_layers
 from .heads import ClassCentreHead
+from .merging import merge_layers
+from .preprocessing import as_batch, to_pixel_values
 from .publishing import push_adapter_folder
 from .sidecar import TASK_FILE, read_picture, read_sidecar, task_file
+from .task import FewShotTask, load_task, save_task
 
 
 @dataclasses.dataclass
@@ -56,9 +57,10 @@ class MetaLoRAForFewShotClassification(nn.Module):
         self.head = ClassCentreHead(self.settings.get("metric", "cosine"), self.settings.get("temperature", 0.1))
         #: PNG of some of the surrogate images that it learned from, where they are at hand
         self.picture: bytes | None = None
-        self.label_names: list[Any] = []
-        self._sums: torch.Tensor | None = None
-        self._counts: torch.Tensor | None = None
+        #: replaced as a whole by `fit` and `add_classes`, so that a prediction in another thread sees one task
+        self._task: FewShotTask | None = None
+        #: PEFT's layers after `merge`, by the module that each stood around
+        self._merged: dict[str, nn.Module] = {}
         self.eval()
 
     @classmethod
@@ -97,7 +99,7 @@ class MetaLoRAForFewShotClassification(nn.Module):
         set_peft_model_state_dict(peft_model, loaded.state_dict)
         peft_model.to(device=backbone.device, dtype=backbone.dtype)
         model = cls(backbone, peft_model, read_sidecar(info.path / SIDECAR_FILE))
-        model._load_task(task_file(info, model.settings, hub))
+        model._task = load_task(task_file(info, model.settings, hub), model.head)
         model.picture = read_picture(info.path / PICTURE_FILE)
         return model
 
@@ -109,6 +111,23 @@ class MetaLoRAForFewShotClassification(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.backbone.device
+
+    @property
+    def label_names(self) -> list[Any]:
+        """The classes of the fitted task, in the order of the columns of `predict_proba`; empty before `fit`."""
+        return [] if self._task is None else list(self._task.label_names)
+
+    def merge(self) -> MetaLoRAForFewShotClassification:
+        """Fold the meta-LoRA into the backbone's weights, for use: a forward then costs what the bare backbone's does.
+
+        Answers stay the same up to rounding. Fitting and saving go on as before (the adapter is kept beside the
+        weights and saved as it is), training does not. There is no way back but to load the model again.
+
+        Raises:
+            AdapterError: the adapter is of a type that is no change of weights; it stays as it was.
+        """
+        self._merged = self._merged or merge_layers(self.backbone)
+        return self
 
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Normalised images (B, 3, H, W) to embeddings (B, D)."""
@@ -146,21 +165,18 @@ class MetaLoRAForFewShotClassification(nn.Module):
 
         Floating-point tensors of the right size are taken as normalised already.
         """
-        images = _as_batch(images)
+        images = as_batch(images)
         if isinstance(images, torch.Tensor) and images.is_floating_point():
             return images
-        pictures = [to_picture(image) for image in images]
-        if not pictures:
-            raise DataError("No images were given.")
-        return self.backbone.processor(images=pictures, return_tensors="pt")["pixel_values"]
+        return to_pixel_values(images, self.backbone)
 
     @torch.inference_mode()
     def embed(self, images, batch_size: int = 64) -> torch.Tensor:
         """Images in any form that `preprocess` takes to embeddings (N, D) on the model's device."""
-        images = _as_batch(images)
-        parts = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
-        if not parts:
+        images = as_batch(images)
+        if not len(images):
             raise DataError("No images were given.")
+        parts = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
         return torch.cat([self.features(self.preprocess(part)) for part in parts])
 
     def fit(self, images, labels: Sequence[Any]) -> MetaLoRAForFewShotClassification:
@@ -171,52 +187,52 @@ class MetaLoRAForFewShotClassification(nn.Module):
         """
         if len(set(_as_list(labels))) < 2:
             raise DataError("A support set needs at least two classes, or there is nothing to tell apart.")
-        features, labels = self._labelled(images, labels)
-        self.label_names, self._sums, self._counts = [], None, None
-        self._add(features, labels)
+        self._task = FewShotTask.fitted(*self._labelled(images, labels), self.head)
         return self
 
     def add_classes(self, images, labels: Sequence[Any]) -> MetaLoRAForFewShotClassification:
         """Add classes to a fitted task, or images to its classes, without seeing the earlier images again."""
-        self._require_fitted()
-        self._add(*self._labelled(images, labels))
+        task = self._fitted()
+        self._task = FewShotTask.fitted(*self._labelled(images, labels), self.head, task)
         return self
 
     def predict_proba(self, images) -> torch.Tensor:
         """Class probabilities, columns in the order of `label_names`: (N, classes), float32 on the CPU."""
-        self._require_fitted()
-        with torch.inference_mode():
-            return self.head.logits(self.embed(images), self.prototypes).float().softmax(-1).cpu()
+        return self._probabilities(self._fitted(), images)
 
     def predict(self, images) -> list[Any]:
         """The label of each image, as it was given to `fit`."""
-        return [self.label_names[i] for i in self.predict_proba(images).argmax(-1).tolist()]
+        task = self._fitted()
+        return [task.label_names[i] for i in self._probabilities(task, images).argmax(-1).tolist()]
+
+    @torch.inference_mode()
+    def _probabilities(self, task: FewShotTask, images) -> torch.Tensor:
+        return task.logits(self.embed(images), self.head).float().softmax(-1).cpu()
 
     @property
     def prototypes(self) -> torch.Tensor:
         """Class centres of the fitted task: (classes, D)."""
-        self._require_fitted()
-        return self._sums / self._counts[:, None]
+        return self._fitted().centres
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write a plain PEFT adapter with our sidecar, and the fitted task where there is one."""
-        folder = Path(save_directory)
+        folder, task = Path(save_directory), self._task
         config = self.peft_model.peft_config["default"]
         config.base_model_name_or_path = backbone_name(config.base_model_name_or_path)
         config.target_modules = sorted(config.target_modules)  # PEFT writes a set in any order
-        self.peft_model.save_pretrained(folder, safe_serialization=True)
+        with wear_layers(self.backbone.model, self._merged):
+            self.peft_model.save_pretrained(folder, safe_serialization=True)
         settings = {
             "head": "class_centres",
             "metric": self.head.metric,
             "temperature": self.head.temperature,
             "image_processor": self.backbone.processor_settings(),
             "lora_recycle_version": __version__,
-            "num_classes": len(self.label_names) or None,
+            "num_classes": None if task is None else len(task.label_names),
         }
         atomic_write(folder / SIDECAR_FILE, json.dumps({**self.settings, **settings}, indent=1).encode())
-        if self._sums is not None:
-            tensors = {"sums": self._sums.cpu().contiguous(), "counts": self._counts.cpu().contiguous()}
-            atomic_save_tensors(folder / TASK_FILE, tensors, json.dumps({"label_names": self.label_names}))
+        if task is not None:
+            save_task(folder / TASK_FILE, task)
         else:
             (folder / TASK_FILE).unlink(missing_ok=True)
         if self.picture is not None:
@@ -255,29 +271,10 @@ class MetaLoRAForFewShotClassification(nn.Module):
             raise DataError(f"{len(features)} images, but {len(labels)} labels: each image needs one.")
         return features.float(), labels
 
-    def _add(self, features: torch.Tensor, labels: list[Any]) -> None:
-        names = self.label_names + sorted(set(labels) - set(self.label_names), key=lambda v: (str(type(v)), v))
-        index = torch.tensor([names.index(label) for label in labels], device=features.device)
-        sums, counts = class_sums(features, index, len(names))
-        if self._sums is not None:
-            sums[: len(self._sums)] += self._sums
-            counts[: len(self._counts)] += self._counts
-        self.label_names, self._sums, self._counts = names, sums, counts
-
-    def _require_fitted(self) -> None:
-        if self._sums is None:
+    def _fitted(self) -> FewShotTask:
+        if self._task is None:
             raise DataError("This model has no task yet. Call fit(images, labels) first.")
-
-    def _load_task(self, path: Path) -> None:
-        if not path.is_file():
-            return
-        try:
-            with safe_open(path, "pt") as file:
-                self.label_names = json.loads(file.metadata()["header"])["label_names"]
-                self._sums = file.get_tensor("sums").to(self.device)
-                self._counts = file.get_tensor("counts").to(self.device)
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise AdapterError(f"{path}: the fitted task cannot be read ({error!r}). Delete the file.") from error
+        return self._task
 
 
 def _check_support(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -290,14 +287,6 @@ def _check_support(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     if not torch.equal(present.cpu(), torch.arange(len(present))):
         raise DataError(f"Support labels must number the classes 0 to {len(present) - 1}, got {present.tolist()}.")
     return labels.long()
-
-
-def _as_batch(images):
-    """A sequence of images; one image alone becomes a sequence of one."""
-    if isinstance(images, torch.Tensor) and images.is_floating_point():
-        return images.unsqueeze(0) if images.ndim == 3 else images
-    single = isinstance(images, (Image.Image, str, Path)) or getattr(images, "ndim", 4) in (2, 3)
-    return [images] if single else images
 
 
 def _as_list(labels: Sequence[Any]) -> list[Any]:

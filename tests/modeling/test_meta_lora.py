@@ -128,6 +128,43 @@ def test_classes_added_later_are_as_if_fitted_at_once(model, toy_data):
     torch.testing.assert_close(prototypes, model.prototypes, rtol=1e-4, atol=1e-5)
 
 
+def test_a_prediction_sees_one_task_though_another_is_fitted_meanwhile(model, toy_data, monkeypatch):
+    images, labels = pictures(toy_data, [0, 1])
+    model.fit(images, labels)
+    embed = model.embed
+
+    def refit_first(queries):
+        monkeypatch.setattr(model, "embed", embed)
+        model.fit(*pictures(toy_data, [7, 5, 6]))
+        return embed(queries)
+
+    monkeypatch.setattr(model, "embed", refit_first)
+    assert model.predict(images) == labels
+    assert model.label_names == ["n5", "n6", "n7"]
+
+
+def test_fit_is_one_forward(model, toy_data, monkeypatch):
+    batches, features = [], model.features
+    monkeypatch.setattr(
+        model, "features", lambda pixel_values: batches.append(len(pixel_values)) or features(pixel_values)
+    )
+    model.fit(*pictures(toy_data, [0, 1, 2]))
+    assert batches == [6]
+
+
+def test_prototypes_are_prepared_once_and_follow_the_task(model, toy_data, monkeypatch):
+    prepared, prepare = [], model.head.prepare
+    monkeypatch.setattr(model.head, "prepare", lambda centres: prepared.append(len(centres)) or prepare(centres))
+    queries, _ = pictures(toy_data, [0, 1, 4])
+    model.fit(*pictures(toy_data, [0, 1]))
+    model.predict(queries)
+    assert model.predict_proba(queries).shape == (6, 2) and prepared == [2]
+    model.add_classes(*pictures(toy_data, [4]))
+    assert model.predict_proba(queries).shape == (6, 3) and prepared == [2, 3]
+    expected = model.head.logits(model.embed(queries), model.prototypes).softmax(-1)
+    torch.testing.assert_close(model.predict_proba(queries), expected)
+
+
 def test_a_second_fit_forgets_the_first(model, toy_data):
     model.fit(*pictures(toy_data, [0, 1]))
     model.fit(*pictures(toy_data, [3, 4]))
