@@ -62,8 +62,8 @@ def teach(
                 for start in range(0, len(pixels), batch_size):
                     hidden, _ = backbone(backbone.normalize(pixels[start : start + batch_size]))
                     block.append(F.normalize(backbone.pool(hidden).float(), dim=-1).cpu())
-                    if pool[i].head_weight is not None:
-                        said = pool[i].logits(backbone.pool_for_head(hidden)).argmax(1)
+                    if pool[i].head is not None:
+                        said = pool[i].logits(backbone, hidden).argmax(1)
                         predictions[i, images[start : start + batch_size]] = said.to(torch.int16).cpu()
             blocks.append((torch.cat(block) / len(members) ** 0.5).half())
             bar.update()

@@ -15,7 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..backbones import Backbone
-from ..errors import AdapterError, ConfigError
+from ..errors import ConfigError
 from ..pool import Adapter, AdapterPool
 from ..processes import mixed_precision, process_state
 from ..relations import relational_divergence
@@ -66,11 +66,16 @@ class LoraInverter:
     Args:
         pool ([`AdapterPool`]): the adapters, each with a head.
         config ([`InversionConfig`]): how.
+
+    Raises:
+        AdapterError: an adapter has no head, or one that does not fit; said before the first one is inverted.
     """
 
     def __init__(self, pool: AdapterPool, config: InversionConfig | None = None):
         self.pool, self.config = pool, config or InversionConfig()
         self.backbone = pool.backbone
+        for adapter in pool.adapters:
+            adapter.require_head(self.backbone)
         layers = len(self.backbone.layers)
         self.prune_layer = self.config.prune_layer if self.config.prune_layer is not None else layers // 2
         if not 0 <= self.prune_layer < layers:
@@ -88,9 +93,6 @@ class LoraInverter:
         """Write one shard for each adapter and the manifest. Finished shards of the same settings are kept.
 
         Several processes (`accelerate launch`) share the adapters; the bytes do not depend on their number.
-
-        Raises:
-            AdapterError: an adapter has no head.
         """
         state, output_dir = process_state(), Path(output_dir)
         names = _shard_names(self.pool)
@@ -116,13 +118,6 @@ class LoraInverter:
     def invert(self, index: int) -> Shard:
         """The surrogate images of one adapter, with its logits and features on the stored pixels."""
         adapter = self.pool[index]
-        if adapter.head_weight is None:
-            raise AdapterError(f"{adapter.info.name}: has no classification head, so it cannot be inverted.")
-        if adapter.head_weight.shape[1] != self.backbone.head_size:
-            raise AdapterError(
-                f"{adapter.info.name}: its head reads {adapter.head_weight.shape[1]} features, "
-                f"{self.backbone.name} gives {self.backbone.head_size}."
-            )
         seed = int(hashlib.sha256(f"{self.config.seed}/{adapter.info.sha256}".encode()).hexdigest()[:15], 16)
         generator = torch.Generator().manual_seed(seed)
         classes = torch.randperm(adapter.num_classes, generator=generator)[: self.config.max_classes].sort().values
@@ -164,7 +159,7 @@ class LoraInverter:
         with self.accelerator.autocast():
             hidden, _ = self.backbone(pixel_values, prune=prune)
         hidden = hidden.float()
-        loss = F.cross_entropy(adapter.logits(self.backbone.pool_for_head(hidden)), labels)
+        loss = F.cross_entropy(adapter.logits(self.backbone, hidden), labels)
         loss = loss + self.prior(images, hidden)
         if self.reference is not None:
             with self.accelerator.autocast():
@@ -189,7 +184,7 @@ class LoraInverter:
         for part in pixels.split(128):
             with self.backbone.record_attention(self.prune_layer) as attention:
                 hidden, _ = self.backbone(self.backbone.normalize(part))
-            logits.append(adapter.logits(self.backbone.pool_for_head(hidden)).float().cpu())
+            logits.append(adapter.logits(self.backbone, hidden).float().cpu())
             features.append(self.backbone.pool(hidden).half().cpu())
             if self.config.keep_ratio < 1:
                 k = num_kept(self.backbone.num_patches, self.config.keep_ratio)
@@ -200,6 +195,8 @@ class LoraInverter:
     def _identity(self, adapter: Adapter) -> str:
         """What a shard depends on: the settings, the adapter's bytes and the backbone."""
         parts = [self.config.to_dict(), adapter.info.sha256, self.backbone.name, self.backbone.revision]
+        if adapter.head.prompt:  # the head is made of these, not of the adapter's bytes
+            parts.append([adapter.head.prompt, adapter.info.labels])
         if self.config.hard_weight and self.config.hard_reference == "average":
             parts.append([other.info.sha256 for other in self.pool.adapters])
         if self.accelerator.mixed_precision != "no":
@@ -221,6 +218,7 @@ def _source(adapter: Adapter) -> dict:
         **info.to_source(),
         "labels": list(info.labels) if info.labels else None,
         "num_classes": adapter.num_classes,
+        **({"prompt": adapter.head.prompt} if adapter.head.prompt else {}),
     }
 
 
