@@ -14,7 +14,9 @@ from tqdm.auto import tqdm
 from .backbones import Backbone
 from .errors import AdapterError
 from .hub.adapters import load_adapter
+from .hub.class_names import ClassNames, name_classes
 from .hub.sources import BadAdapters, agree_on_base, pull_adapters
+from .text_heads import PROMPT, give_heads
 from .weight_changes import Adapter, to_adapter, wear_layers
 
 
@@ -58,6 +60,9 @@ class AdapterPool:
         base_revision: str | None = None,
         backbone: Backbone | None = None,
         on_error: str = "raise",
+        class_names: ClassNames | None = None,
+        prompt: str = PROMPT,
+        require_heads: bool = False,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
@@ -72,13 +77,18 @@ class AdapterPool:
         `backbone` is given. With `on_error="skip"` an adapter that cannot be used is left out, with a warning and an
         entry in `pool.skipped`; so is one whose base model is another than most adapters name.
 
+        Adapters of CLIP and SigLIP without a head get one from `class_names` (see [`hub.class_names.name_classes`])
+        put into `prompt`. With `require_heads`, as inversion needs it, the class names of a card serve too, and an
+        adapter that has no head then, or one that does not fit, cannot be used.
+
         Raises:
             AdapterError: an adapter is missing, damaged, or made for another base model; or all are skipped.
-            ConfigError: `on_error` is neither `"raise"` nor `"skip"`.
+            ConfigError: `on_error` is neither `"raise"` nor `"skip"`, or the class names or the prompt are no good.
         """
         hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         bad = BadAdapters(on_error)
         infos = pull_adapters(sources, bad, progress=progress, **hub)
+        infos = name_classes(infos, class_names, [name for name, _ in bad.skipped])
         if infos and backbone is None:
             if base_model is None:
                 base_model, agreed, infos = agree_on_base(infos, bad, base_revision)
@@ -88,6 +98,8 @@ class AdapterPool:
         for info in tqdm(infos, desc="adapters", disable=not progress):
             with bad.handled(info.where):
                 adapters.append(to_adapter(load_adapter(info, backbone.model), backbone))
+        if require_heads or class_names is not None:
+            adapters = give_heads(adapters, backbone, bad, prompt=prompt, required=require_heads, **hub)
         bad.warn(used=len(adapters))
         return cls(backbone, adapters, bad.skipped)
 

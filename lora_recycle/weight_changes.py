@@ -8,11 +8,11 @@ import dataclasses
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from peft import get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from .adapter_heads import Head, PooledHead
 from .backbones import Backbone
 from .errors import AdapterError
 from .hub.adapters import AdapterInfo, LoadedAdapter
@@ -35,23 +35,34 @@ class Adapter:
     info: AdapterInfo
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
     others: dict[str, torch.Tensor]
-    head_weight: torch.Tensor | None
-    head_bias: torch.Tensor | None
+    head: Head | None = None
     layers: dict[str, nn.Module] = dataclasses.field(default_factory=dict)
 
     @property
     def num_classes(self) -> int:
-        return 0 if self.head_weight is None else len(self.head_weight)
+        return 0 if self.head is None else len(self.head.weight)
 
     def label(self, index: int) -> str:
         return self.info.labels[index] if self.info.labels else f"class {index}"
 
-    def logits(self, head_features: torch.Tensor) -> torch.Tensor:
-        """(B, `head_size`) to (B, C) through the adapter's own head."""
-        if self.head_weight is None:
+    def logits(self, backbone: Backbone, hidden: torch.Tensor) -> torch.Tensor:
+        """(B, T, D), the tokens that `backbone` wearing this adapter gives, to (B, C) through the adapter's head."""
+        if self.head is None:
             raise AdapterError(f"{self.info.name}: has no classification head, so it cannot say what an image shows.")
-        weight, bias = self.head_weight.to(head_features), self.head_bias
-        return F.linear(head_features, weight, None if bias is None else bias.to(head_features))
+        return self.head.logits(backbone, hidden)
+
+    def require_head(self, backbone: Backbone) -> None:
+        """Raise `AdapterError` where there is no head, or one that reads another width than `backbone` gives it."""
+        if self.head is None:
+            raise AdapterError(
+                f"{self.info.where}: has no classification head, so it cannot be inverted. Where the base model is "
+                "CLIP or SigLIP, class names make one (class_names=..., --class-names)."
+            )
+        if self.head.in_features != self.head.width(backbone):
+            raise AdapterError(
+                f"{self.info.where}: its head reads {self.head.in_features} features, "
+                f"{backbone.name} gives {self.head.width(backbone)}."
+            )
 
 
 def to_adapter(loaded: LoadedAdapter, backbone: Backbone) -> Adapter:
@@ -76,7 +87,9 @@ def to_adapter(loaded: LoadedAdapter, backbone: Backbone) -> Adapter:
     bounds = [torch.linalg.norm(b) * torch.linalg.norm(a) for b, a in factors.values()]
     if not all(value.isfinite().all() for value in [*bounds, *others.values()]):
         raise AdapterError(f"{loaded.info.where}: its weight changes are not finite.")
-    return Adapter(loaded.info, factors, others, loaded.head_weight, loaded.head_bias, layers)
+    kind = PooledHead if loaded.pooled_head else Head
+    head = None if loaded.head_weight is None else kind(loaded.head_weight, loaded.head_bias)
+    return Adapter(loaded.info, factors, others, head, layers)
 
 
 @contextlib.contextmanager

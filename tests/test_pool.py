@@ -42,7 +42,7 @@ def test_a_folded_adapter_gives_the_logits_of_its_peft_model(tmp_path, kind):
     bare = pool.backbone.features(x)
     with pool.folded(0) as backbone:
         hidden, _ = backbone(x)
-        torch.testing.assert_close(pool[0].logits(backbone.pool_for_head(hidden)), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(pool[0].logits(backbone, hidden), expected, rtol=1e-4, atol=1e-4)
         assert (backbone.features(x) - bare).abs().max() > 1e-2
 
 
@@ -56,7 +56,7 @@ def test_trained_biases_of_a_lora_are_not_lost(tmp_path):
     expected = model(pixel_values=x).logits
     pool = AdapterPool.from_pretrained(tmp_path, backbone=Backbone(twin, tiny_processor(), "twin"))
     with pool.folded(0) as backbone:
-        logits = pool[0].logits(backbone.pool_for_head(backbone(x)[0]))
+        logits = pool[0].logits(backbone, backbone(x)[0])
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -190,4 +190,4 @@ def test_an_empty_pool_is_refused():
 def test_an_adapter_without_a_head_has_no_logits(mixed):
     assert mixed[0].num_classes == 0
     with pytest.raises(AdapterError, match="a0: has no classification head"):
-        mixed[0].logits(torch.zeros(1, 32))
+        mixed[0].logits(mixed.backbone, torch.zeros(1, 17, 32))

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..distillation.config import DistillationConfig
 from ..errors import ConfigError
 from .arguments import add_config_arguments, build_config
-from .common import add_pool_arguments, hint, is_main_process, load_pool, table
+from .common import add_pool_arguments, hint, is_main_process, load_pool, table, tell_skipped
 
 
 EPILOG = """\
@@ -42,7 +42,10 @@ def run(args: argparse.Namespace) -> None:
     from ..surrogate import SurrogateDataset
 
     surrogate = SurrogateDataset.from_pretrained(args.surrogate) if args.surrogate else None
-    trainer = MetaLoraTrainer(load_pool(args), surrogate, config)
+    pool = load_pool(args)
+    if surrogate and args.on_error == "skip":
+        pool = _with_images(pool, surrogate)
+    trainer = MetaLoraTrainer(pool, surrogate, config)
     trainer.train(Path(args.output) / "work", progress=not args.quiet)
     if not is_main_process():
         return
@@ -52,3 +55,14 @@ def run(args: argparse.Namespace) -> None:
         table(("loss", "first step", "last step"), rows) if rows else f"{args.output}: the initialisation, untrained"
     )
     hint(f"lora-recycle evaluate {shlex.quote(args.output)} --data PATH --pool {shlex.join(args.pool)}")
+
+
+def _with_images(pool, surrogate):
+    """The adapters that have surrogate images: those that could not be inverted are told and left out."""
+    inverted = {entry["adapter"]["sha256"] for entry in surrogate.manifest["shards"]}
+    kept = [i for i, adapter in enumerate(pool.adapters) if adapter.info.sha256 in inverted]
+    reason = f"{surrogate.folder} holds no images of it"
+    without = [(adapter.info.where, reason) for adapter in pool.adapters if adapter.info.sha256 not in inverted]
+    if is_main_process():
+        tell_skipped(without, len(kept))
+    return pool.subset(kept)

@@ -80,7 +80,7 @@ def _ask(pool, images: SurrogateImages, members, rows, teachers, path: Path, pro
     shape = (len(rows), pool.backbone.hidden_size)
     try:
         for i in tqdm(teachers, desc="teachers", unit="adapter", disable=not progress):
-            said = torch.full((len(rows),), -1) if pool[i].head_weight is not None else None
+            said = torch.full((len(rows),), -1) if pool[i].head is not None else None
             views = _views(pool, images, rows, i, said, len(teachers), batch_size)
             blocks.append(write_rows(folder / f"{i}.npy", np.float16, shape, views))
             votes += [] if said is None else [[i, *vote] for vote in _majorities(images, members, said)]
@@ -97,7 +97,7 @@ def _views(pool, images, rows, teacher: int, said, of: int, batch_size: int) -> 
             pixels = images.read("pixels", rows[start : start + batch_size])
             hidden, _ = backbone(backbone.normalize(pixels))
             if said is not None:
-                logits = pool[teacher].logits(backbone.pool_for_head(hidden))
+                logits = pool[teacher].logits(backbone, hidden)
                 said[start : start + batch_size] = logits.argmax(1).cpu()
             yield (F.normalize(backbone.pool(hidden).float(), dim=-1).cpu() / of**0.5).half()
 

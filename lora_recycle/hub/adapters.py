@@ -21,6 +21,7 @@ from ..storage import file_sha256
 from .files import (
     CONFIG_FILE,
     HEAD,
+    POOLED_HEAD,
     WEIGHTS_FILE,
     download,
     guess_generation,
@@ -51,7 +52,7 @@ class AdapterInfo:
         num_parameters (`int`): numbers in the file, the head's included.
         size_bytes (`int`): size of the file.
         num_classes (`int`, *optional*): rows of the head; None where the file has no head.
-        labels (`tuple[str, ...]`, *optional*): from the card, when their number is the head's.
+        labels (`tuple[str, ...]`, *optional*): from the card, when their number is the head's or there is no head.
         generation (`int`, *optional*): major version of transformers whose names the keys look like, 4 or 5.
         config (`dict`): parsed `adapter_config.json`.
     """
@@ -110,6 +111,7 @@ class LoadedAdapter:
         state_dict (`dict[str, Tensor]`): float32, keys `base_model.model.<live module>...` without an adapter name.
         head_weight (`Tensor`, *optional*): (C, D) float32; D is the hidden size, or twice that for DINOv2.
         head_bias (`Tensor`, *optional*): (C,) float32.
+        pooled_head (`bool`): whether the head reads the pooled image, not what the family's classifier reads.
     """
 
     info: AdapterInfo
@@ -117,6 +119,7 @@ class LoadedAdapter:
     state_dict: dict[str, Tensor]
     head_weight: Tensor | None
     head_bias: Tensor | None
+    pooled_head: bool = False
 
 
 def find_adapters(folder: str | Path) -> list[Path]:
@@ -188,7 +191,8 @@ def load_adapter(info: AdapterInfo, model: nn.Module) -> LoadedAdapter:
     heads = {part: tensors[key] for part, key in head.items()}
     _check_numbers(info, state_dict | {head[part]: tensor for part, tensor in heads.items()}, expected)
     info = dataclasses.replace(info, generation=4) if converted else info
-    return LoadedAdapter(info, peft_config, state_dict, heads.get("weight"), heads.get("bias"))
+    pooled = POOLED_HEAD in shapes
+    return LoadedAdapter(info, peft_config, state_dict, heads.get("weight"), heads.get("bias"), pooled)
 
 
 def _describe(folder: Path, name: str, revision: str | None) -> AdapterInfo:

@@ -31,8 +31,10 @@ _TEXT_ONLY = ("ADAPTION_PROMPT", "SHADOW", "TRAINABLE_TOKENS", "XLORA")
 
 # the classifier as PEFT stores it, with and without the wrapper of `modules_to_save`
 HEAD = re.compile(
-    r"base_model\.model\.(cls_classifier|classifier|head|score|fc)(\.modules_to_save(\.\w+)?)?\.(weight|bias)"
+    r"base_model\.model\.(cls_classifier|classifier|head|score|fc|pooled_classifier)(\.modules_to_save(\.\w+)?)?\.(weight|bias)"
 )
+#: A head on the pooled image ([`Backbone.pool`]), not on what the family's own classifier reads.
+POOLED_HEAD = "base_model.model.pooled_classifier.weight"
 # names that only transformers 4 gave to modules
 _GENERATION_4 = re.compile(
     r"\.(vit|deit)\.encoder\.layer\.|attention\.attention\.|attention\.output\.dense|intermediate\.dense"
@@ -89,16 +91,18 @@ def read_header(folder: Path, where: str) -> dict[str, tuple[int, ...]]:
             f"{where}: only adapter_model.bin is there, and unpickling it could run any code. Convert it to "
             f"{WEIGHTS_FILE} where you trust it (PeftModel.save_pretrained does)."
         )
-    path = _checked_file(folder, WEIGHTS_FILE, where)
+    return read_shapes(_checked_file(folder, WEIGHTS_FILE, where), f"{where}: {WEIGHTS_FILE}")
+
+
+def read_shapes(path: Path, where: str) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor of a safetensors file, from its header. Raises `AdapterError` where it is no good."""
     try:
         shapes = read_safetensors_header(path)
         # safe_open compares the tensors' places with each other and with the file's length
         with safe_open(path, framework="pt"):
             return shapes
     except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(
-            f"{where}: {WEIGHTS_FILE} is truncated or damaged, or unsafe: {error}. Fetch it again."
-        ) from error
+        raise AdapterError(f"{where} is truncated or damaged, or unsafe: {error}. Fetch it again.") from error
 
 
 def head_classes(shapes: dict[str, tuple[int, ...]], where: str) -> int | None:
@@ -139,10 +143,11 @@ def guess_generation(keys: Iterable[str]) -> int:
 def read_labels(folder: Path, where: str, num_classes: int | None) -> tuple[str, ...] | None:
     """Class names from `id2label` or `labels` in the card's front matter.
 
-    None where there is no card, its YAML is broken, or it does not name exactly `num_classes` classes: labels are a
-    comfort, and a bad card does not make a bad adapter.
+    None where there is no card, its YAML is broken, or it does not name exactly `num_classes` classes; for an adapter
+    without a head any number of different names will do. Labels are a comfort, and a bad card does not make a bad
+    adapter.
     """
-    if num_classes is None or not (folder / CARD_FILE).exists():
+    if not (folder / CARD_FILE).exists():
         return None
     path = _checked_file(folder, CARD_FILE, where)
     try:
@@ -150,7 +155,10 @@ def read_labels(folder: Path, where: str, num_classes: int | None) -> tuple[str,
         labels = _label_list(metadata)
     except Exception:  # noqa: BLE001 - YAML, Unicode and type errors of a file that anyone may have written
         return None
-    return tuple(labels) if labels is not None and len(labels) == num_classes else None
+    if not labels or len(labels) > MAX_CLASSES:
+        return None
+    fits = len(set(labels)) == len(labels) if num_classes is None else len(labels) == num_classes
+    return tuple(labels) if fits else None
 
 
 def _label_list(metadata: dict[str, Any]) -> list[str] | None:

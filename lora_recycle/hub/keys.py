@@ -60,7 +60,10 @@ def to_backbone_keys(keys: Iterable[str], model: nn.Module) -> tuple[dict[str, s
         if path is None:
             reason = f"{type(model).__name__} has no such module, under today's or older names"
             if key.startswith(f"{PEFT_PREFIX}text_model."):
-                reason = "the adapter changes the text tower too, and only adapters of the image tower are read"
+                reason = (
+                    "the adapter changes the text tower too, and adapters of a pool share one text tower and differ "
+                    "in the image tower alone"
+                )
             raise AdapterError(f"{key}: {reason}. Was the adapter made for another base model?")
         renamed[key], converted = PEFT_PREFIX + path, converted or was_converted
     double, times = max(Counter(renamed.values()).items(), key=lambda item: item[1], default=("", 0))

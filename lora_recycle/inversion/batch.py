@@ -47,7 +47,7 @@ class Objective:
         with self.accelerator.autocast():
             hidden, _ = self.backbone(pixel_values, prune=prune)
         hidden = hidden.float()
-        logits = self.adapter.logits(self.backbone.pool_for_head(hidden))
+        logits = self.adapter.logits(self.backbone, hidden)
         loss = F.cross_entropy(logits, labels) + self.prior(images, hidden)
         if self.reference is not None:
             with self.accelerator.autocast():

@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..backbones import Backbone
-from ..errors import AdapterError, ConfigError
+from ..errors import ConfigError
 from ..pool import Adapter, AdapterPool
 from ..processes import mixed_precision, process_state
 from ..sparsity import num_kept, select_top
@@ -31,11 +31,16 @@ class LoraInverter:
     Args:
         pool ([`AdapterPool`]): the adapters, each with a head.
         config ([`InversionConfig`]): how.
+
+    Raises:
+        AdapterError: an adapter has no head, or one that does not fit; said before the first one is inverted.
     """
 
     def __init__(self, pool: AdapterPool, config: InversionConfig | None = None):
         self.pool, self.config = pool, config or InversionConfig()
         self.backbone = pool.backbone
+        for adapter in pool.adapters:
+            adapter.require_head(self.backbone)
         self.mask_layer = _mask_layer(self.config, self.backbone)
         self.prior = build_priors(self.config.priors, self.backbone.num_prefix_tokens)
         self.reference = _reference(pool, self.config) if self.config.hard_weight > 0 else None
@@ -50,9 +55,6 @@ class LoraInverter:
         """Write one shard for each adapter and the manifest. Finished shards of the same settings are kept.
 
         Several processes (`accelerate launch`) share the adapters; the bytes do not depend on their number.
-
-        Raises:
-            AdapterError: an adapter has no head.
         """
         state, output_dir = process_state(), Path(output_dir)
         names = _shard_names(self.pool)
@@ -78,13 +80,6 @@ class LoraInverter:
     def invert(self, index: int) -> Shard:
         """The surrogate images of one adapter, with its logits and features on the stored pixels."""
         adapter = self.pool[index]
-        if adapter.head_weight is None:
-            raise AdapterError(f"{adapter.info.name}: has no classification head, so it cannot be inverted.")
-        if adapter.head_weight.shape[1] != self.backbone.head_size:
-            raise AdapterError(
-                f"{adapter.info.name}: its head reads {adapter.head_weight.shape[1]} features, "
-                f"{self.backbone.name} gives {self.backbone.head_size}."
-            )
         seed = int(hashlib.sha256(f"{self.config.seed}/{adapter.info.sha256}".encode()).hexdigest()[:15], 16)
         generator = torch.Generator().manual_seed(seed)
         classes = torch.randperm(adapter.num_classes, generator=generator)[: self.config.max_classes].sort().values
@@ -146,7 +141,7 @@ class LoraInverter:
         for part in pixels.split(128):
             with self.backbone.record_attention(self.mask_layer) as attention:
                 hidden, _ = self.backbone(self.backbone.normalize(part))
-            logits.append(adapter.logits(self.backbone.pool_for_head(hidden)).float().cpu())
+            logits.append(adapter.logits(self.backbone, hidden).float().cpu())
             features.append(self.backbone.pool(hidden).half().cpu())
             if self.config.mask_ratio < 1:
                 k = num_kept(self.backbone.num_patches, self.config.mask_ratio)
@@ -157,6 +152,8 @@ class LoraInverter:
     def _identity(self, adapter: Adapter) -> str:
         """What a shard depends on: the settings, the adapter's bytes and the backbone."""
         parts = [self.config.to_dict(), adapter.info.sha256, self.backbone.name, self.backbone.revision]
+        if adapter.head.prompt:  # the head is made of these, not of the adapter's bytes
+            parts.append([adapter.head.prompt, adapter.info.labels])
         if self.config.hard_weight and self.config.hard_reference == "average":
             parts.append([other.info.sha256 for other in self.pool.adapters])
         if self.accelerator.mixed_precision != "no":
@@ -178,6 +175,7 @@ def _source(adapter: Adapter) -> dict:
         **info.to_source(),
         "labels": list(info.labels) if info.labels else None,
         "num_classes": adapter.num_classes,
+        **({"prompt": adapter.head.prompt} if adapter.head.prompt else {}),
     }
 
 

@@ -116,9 +116,9 @@ def answers(wearing, name, images):
 
 def pooled_answers(pool, images):
     with pool.folded(0) as backbone:
-        if pool[0].head_weight is None:
+        if pool[0].head is None:
             return backbone.features(images)
-        return pool[0].logits(backbone.pool_for_head(backbone(images)[0]))
+        return pool[0].logits(backbone, backbone(images)[0])
 
 
 @torch.no_grad()

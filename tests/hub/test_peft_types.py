@@ -72,7 +72,7 @@ def trained(config, seed: int = 1):
 @torch.no_grad()
 def logits(pool, images):
     with pool.folded(0) as backbone:
-        return pool[0].logits(backbone.pool_for_head(backbone(images)[0]))
+        return pool[0].logits(backbone, backbone(images)[0])
 
 
 def pool_of(folder, wearing, twin) -> AdapterPool:

@@ -114,7 +114,7 @@ def test_a_pool_from_the_hub_is_the_pool_of_its_folders(hub, org, tiny_pool, tin
     for i in range(4):
         with pool.folded(i) as pulled, tiny_pool.folded(i) as original, torch.no_grad():
             assert torch.equal(pulled.features(pixels), original.features(pixels))
-        assert torch.equal(pool[i].head_weight, tiny_pool[i].head_weight)
+        assert torch.equal(pool[i].head.weight, tiny_pool[i].head.weight)
     hub.requests.clear()
     again = AdapterPool.from_hub(["org/a", f"org/b@{org[1]}"], local_files_only=True)
     assert (len(again), again.backbone.revision, hub.requests) == (2, pool.backbone.revision, [])

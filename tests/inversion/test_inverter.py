@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState
 from helpers_tiny import copied_state, planted_adapter, random_factors, random_pixels, same_weights
 from PIL import Image
 
+from lora_recycle.adapter_heads import Head
 from lora_recycle.backbones import Backbone
 from lora_recycle.errors import AdapterError, ConfigError
 from lora_recycle.inversion.config import InversionConfig
@@ -54,7 +55,7 @@ def test_what_is_stored_is_said_of_the_stored_pixels(tiny_pool, tiny_surrogate):
         assert shard.adapter["sha256"] == adapter.info.sha256 and shard.label_names == [f"n{i + c}" for c in range(4)]
         with tiny_pool.folded(i) as backbone:
             hidden, _ = backbone(backbone.normalize(shard.pixels))
-        logits = adapter.logits(backbone.pool_for_head(hidden))
+        logits = adapter.logits(backbone, hidden)
         torch.testing.assert_close(shard.teacher_logits, logits, rtol=1e-4, atol=1e-4)
         with tiny_pool.folded(i) as backbone:
             features = backbone.features(backbone.normalize(shard.pixels))
@@ -229,7 +230,7 @@ def test_an_adapter_without_a_head_is_named(tiny_pool):
 
 
 def test_a_head_that_does_not_fit_is_named(tiny_pool):
-    wide = dataclasses.replace(tiny_pool[0], head_weight=torch.zeros(4, 64))
+    wide = dataclasses.replace(tiny_pool[0], head=Head(torch.zeros(4, 64)))
     with pytest.raises(AdapterError, match="adapter-0: its head reads 64 features, .* gives 32"):
         LoraInverter(AdapterPool(tiny_pool.backbone, [wide]), quick()).invert(0)
 
