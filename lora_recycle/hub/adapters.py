@@ -52,7 +52,8 @@ class AdapterInfo:
         size_bytes (`int`): size of the file.
         num_classes (`int`, *optional*): rows of the head; None where the file has no head.
         labels (`tuple[str, ...]`, *optional*): from the card, when their number is the head's.
-        generation (`int`, *optional*): major version of transformers whose names the keys look like, 4 or 5.
+        generation (`int`, *optional*): major version of transformers that alone gives the keys' names, 4 or 5; None
+            where both do, as for most classes of CLIP and SigLIP.
         config (`dict`): parsed `adapter_config.json`.
     """
 
@@ -210,7 +211,7 @@ def _describe(folder: Path, name: str, revision: str | None) -> AdapterInfo:
         size_bytes=(folder / WEIGHTS_FILE).stat().st_size,
         num_classes=num_classes,
         labels=read_labels(folder, where, num_classes),
-        generation=guess_generation(shapes),
+        generation=guess_generation(config, shapes),
         config=config,
     )
 

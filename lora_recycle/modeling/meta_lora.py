@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from peft import get_peft_model, set_peft_model_state_dict
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils import ModelOutput
 
@@ -21,15 +20,14 @@ from ..backbones import Backbone
 from ..embedded import backbone_name, resolve_meta_lora
 from ..errors import AdapterError, DataError
 from ..hub.adapters import load_adapter, pull_adapter
-from ..hub.cards import PICTURE_FILE
-from ..hub.files import SIDECAR_FILE
+from ..hub.files import PICTURE_FILE, SIDECAR_FILE
 from ..images import to_picture
 from ..prototypes import class_centres, class_sums
 from ..storage import atomic_save_tensors, atomic_write
 from ..version import __version__
 from .heads import ClassCentreHead
 from .publishing import push_adapter_folder
-from .sidecar import TASK_FILE, read_picture, read_sidecar, task_file
+from .sidecar import TASK_FILE, read_picture, read_sidecar, read_task, task_file
 
 
 @dataclasses.dataclass
@@ -98,7 +96,7 @@ class MetaLoRAForFewShotClassification(nn.Module):
         peft_model.to(device=backbone.device, dtype=backbone.dtype)
         model = cls(backbone, peft_model, read_sidecar(info.path / SIDECAR_FILE))
         model._load_task(task_file(info, model.settings, hub))
-        model.picture = read_picture(info.path / PICTURE_FILE)
+        model.picture = read_picture(info)
         return model
 
     @classmethod
@@ -271,13 +269,8 @@ class MetaLoRAForFewShotClassification(nn.Module):
     def _load_task(self, path: Path) -> None:
         if not path.is_file():
             return
-        try:
-            with safe_open(path, "pt") as file:
-                self.label_names = json.loads(file.metadata()["header"])["label_names"]
-                self._sums = file.get_tensor("sums").to(self.device)
-                self._counts = file.get_tensor("counts").to(self.device)
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise AdapterError(f"{path}: the fitted task cannot be read ({error!r}). Delete the file.") from error
+        self.label_names, sums, counts = read_task(path, self.backbone.hidden_size)
+        self._sums, self._counts = sums.to(self.device), counts.to(self.device)
 
 
 def _check_support(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
