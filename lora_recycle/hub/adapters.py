@@ -30,7 +30,7 @@ from .files import (
     read_labels,
     target_names,
 )
-from .keys import PEFT_PREFIX, rebuild_config, to_backbone_keys
+from .keys import PEFT_PREFIX, rebuild_config, to_backbone_keys, without_training_only
 from .licenses import read_license
 from .untrusted import count
 
@@ -179,7 +179,8 @@ def load_adapter(info: AdapterInfo, model: nn.Module) -> LoadedAdapter:
     shapes = read_header(info.path, info.where)
     head = _head_keys(info, shapes, model.config.hidden_size)
     try:
-        names, converted = to_backbone_keys(shapes.keys() - set(head.values()), model)
+        used = without_training_only(info.config, shapes.keys() - set(head.values()))
+        names, converted = to_backbone_keys(used, model)
         peft_config = rebuild_config(info.config, names, model)
     except AdapterError as error:
         raise AdapterError(f"{info.where}: {WEIGHTS_FILE}: {error}") from error

@@ -69,7 +69,9 @@ def test_a_cut_download_goes_on_or_leaves_nothing(hub, org_s, tiny_surrogate, sh
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_wrong_bytes_are_fetched_again_and_then_refused(hub, org_s, tiny_surrogate, shard, links, tmp_path, monkeypatch):
+def test_wrong_bytes_are_fetched_again_and_then_refused(
+    hub, org_s, tiny_surrogate, shard, links, tmp_path, monkeypatch
+):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_SYMLINKS", not links)
     hub.corrupt(f"^GET .*{shard}")
     assert same(pull(tmp_path / "one"), tiny_surrogate)

@@ -76,7 +76,9 @@ def test_a_file_of_absurd_size_is_refused_before_a_byte_is_fetched(hub, org_a, t
     sha = hub.put("org/a", {"meta_lora_config.json": "{}", "surrogate.png": b"png"})
     hub.repo("org/a").claimed_sizes[name] = size
     for revision in (None, sha):
-        with pytest.raises(AdapterError, match=f"^org/a@{sha}: {name} has {size} bytes, more than .* nothing was down"):
+        with pytest.raises(
+            AdapterError, match=f"^org/a@{sha}: {name} has {size} bytes, more than .* nothing was down"
+        ):
             pull_adapter("org/a", revision, cache_dir=tmp_path)
     assert hub.count("/resolve/|/cdn/") == 0 and not list(tmp_path.rglob("blobs")) + list(tmp_path.rglob("snapshots"))
     del hub.repo("org/a").claimed_sizes[name]
