@@ -21,16 +21,22 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .errors import DataError
-from .hub.cards import PICTURE_FILE, TABLE_FILE, surrogate_card
+from .errors import AdapterError, DataError
+from .hub.cards import TABLE_FILE, is_repo_id, surrogate_card
+from .hub.files import PICTURE_FILE
 from .hub.pictures import picture_grid
-from .hub.publish import push_files
+from .hub.publish import push_files, without_local_paths
+from .hub.snapshots import fetch
+from .hub.untrusted import MAX_FILE_BYTES, MAX_TEXT_BYTES, parse_json, read_text
 from .shard_rows import TENSORS, ShardRows, open_shard
 from .storage import atomic_save_tensors, atomic_write, file_sha256
 
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 64 * 1024**2
+#: All that is downloaded of a data set's repo, and the most bytes that each file may have.
+REPO_FILES = {MANIFEST: MAX_MANIFEST_BYTES, "shards/*.safetensors": MAX_FILE_BYTES, "README.md": MAX_TEXT_BYTES}
 IMAGES_ON_CARD = 24
 
 
@@ -103,36 +109,31 @@ class SurrogateDataset:
         repo_or_path: str | Path,
         *,
         revision: str | None = None,
-        token: str | None = None,
+        token: str | bool | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
+        progress: bool = True,
     ) -> SurrogateDataset:
-        """Open a surrogate folder, or a data set repo on the Hub. Raises `DataError` where there is none."""
-        folder = Path(repo_or_path)
-        if not folder.is_dir():
-            from huggingface_hub import snapshot_download
+        """Open a surrogate folder, or a data set repo on the Hub, all of whose shards are then fetched side by side.
 
+        Raises:
+            DataError: there is none, it cannot be fetched whole, or its manifest is damaged.
+        """
+        folder = Path(repo_or_path)
+        hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        if not folder.is_dir():
             try:
-                folder = Path(
-                    snapshot_download(
-                        str(repo_or_path),
-                        repo_type="dataset",
-                        revision=revision,
-                        token=token,
-                        cache_dir=cache_dir,
-                        local_files_only=local_files_only,
-                        allow_patterns=[MANIFEST, "shards/*.safetensors", "README.md"],
-                    )
-                )
-            except Exception as error:  # the client raises a dozen types, all meaning that it is not to be had
-                reason = str(error).strip().splitlines()[0]
-                raise DataError(f"{repo_or_path}: no such surrogate folder or data set repo ({reason}).") from error
+                folder = fetch(str(repo_or_path), REPO_FILES, revision, **hub, repo_type="dataset", progress=progress)
+            except AdapterError as error:
+                raise DataError(str(error)) from error
         try:
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            manifest = parse_json(read_text(folder / MANIFEST, MAX_MANIFEST_BYTES))
             if manifest["format_version"] > FORMAT_VERSION:
                 raise DataError(f"{folder}: written by a newer version of lora_recycle. Upgrade it.")
             files = [entry["file"] for entry in manifest["shards"]]
-        except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        except DataError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{folder}: no readable {MANIFEST} ({error!r}). Is the inversion finished?") from error
         if any(Path(f).is_absolute() or ".." in Path(f).parts for f in files):
             raise DataError(f"{folder}: {MANIFEST} names a file outside the folder.")
@@ -204,10 +205,13 @@ class SurrogateDataset:
         """
         for i in range(self.num_shards):
             self.shard(i, verify=True)
-        names = [MANIFEST, *(entry["file"] for entry in self.manifest["shards"])]
-        files: dict[str, Path | bytes] = {name: self.folder / name for name in names}
+        manifest = without_local_paths(self.manifest)
+        if not is_repo_id((self.manifest.get("backbone") or {}).get("name")):
+            manifest["backbone"] = {}  # a folder of this machine
+        files: dict[str, Path | bytes] = {e["file"]: self.folder / e["file"] for e in self.manifest["shards"]}
+        files[MANIFEST] = json.dumps(manifest, indent=1).encode()
         files[PICTURE_FILE] = self.picture()
-        files["README.md"] = surrogate_card(repo_id, self.manifest, picture=True).encode()
+        files["README.md"] = surrogate_card(repo_id, manifest, picture=True).encode()
         with tempfile.TemporaryDirectory() as folder:
             files[TABLE_FILE] = Path(folder) / "train.parquet"
             self.to_dataset().to_parquet(files[TABLE_FILE])

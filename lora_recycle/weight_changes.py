@@ -74,7 +74,7 @@ def to_adapter(loaded: LoadedAdapter, backbone: Backbone) -> Adapter:
     config = loaded.peft_config
     plain = (
         loaded.info.peft_type == "LORA"
-        and not getattr(config, "use_dora", False)
+        and not any(getattr(config, setting, None) for setting in ("use_dora", "use_bdlora"))
         and getattr(config, "init_lora_weights", True) in _PLAIN_INITS
         and all(k.endswith((".lora_A.weight", ".lora_B.weight")) and t.ndim == 2 for k, t in loaded.state_dict.items())
     )

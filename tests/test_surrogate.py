@@ -140,7 +140,7 @@ def test_a_newer_format_asks_for_an_upgrade(tmp_path):
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(DataError, match="no such surrogate folder or data set repo"):
+    with pytest.raises(DataError, match="no such folder or repo"):
         SurrogateDataset.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(DataError, match="Is the inversion finished"):
         SurrogateDataset.from_pretrained(tmp_path)

@@ -31,7 +31,7 @@ from .files import (
     read_labels,
     target_names,
 )
-from .keys import PEFT_PREFIX, rebuild_config, to_backbone_keys
+from .keys import PEFT_PREFIX, rebuild_config, to_backbone_keys, without_training_only
 from .licenses import read_license
 from .untrusted import count
 
@@ -53,7 +53,8 @@ class AdapterInfo:
         size_bytes (`int`): size of the file.
         num_classes (`int`, *optional*): rows of the head; None where the file has no head.
         labels (`tuple[str, ...]`, *optional*): from the card, when their number is the head's or there is no head.
-        generation (`int`, *optional*): major version of transformers whose names the keys look like, 4 or 5.
+        generation (`int`, *optional*): major version of transformers that alone gives the keys' names, 4 or 5; None
+            where both do, as for most classes of CLIP and SigLIP.
         config (`dict`): parsed `adapter_config.json`.
     """
 
@@ -181,7 +182,8 @@ def load_adapter(info: AdapterInfo, model: nn.Module) -> LoadedAdapter:
     shapes = read_header(info.path, info.where)
     head = _head_keys(info, shapes, model.config.hidden_size)
     try:
-        names, converted = to_backbone_keys(shapes.keys() - set(head.values()), model)
+        used = without_training_only(info.config, shapes.keys() - set(head.values()))
+        names, converted = to_backbone_keys(used, model)
         peft_config = rebuild_config(info.config, names, model)
     except AdapterError as error:
         raise AdapterError(f"{info.where}: {WEIGHTS_FILE}: {error}") from error
@@ -214,7 +216,7 @@ def _describe(folder: Path, name: str, revision: str | None) -> AdapterInfo:
         size_bytes=(folder / WEIGHTS_FILE).stat().st_size,
         num_classes=num_classes,
         labels=read_labels(folder, where, num_classes),
-        generation=guess_generation(shapes),
+        generation=guess_generation(config, shapes),
         config=config,
     )
 

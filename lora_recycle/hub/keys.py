@@ -27,10 +27,12 @@ PEFT_PREFIX = "base_model.model."
 _PATTERNS = {"rank_pattern", "alpha_pattern"}
 # parts of a config that change the shared base model, or count its layers differently
 _CHANGES_BASE = ("layer_replication", "target_parameters", "trainable_token_indices", "alora_invocation_tokens")
-_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # choices of modules that the explicit list of targets replaces, and a setting that makes PEFT import a module by name
 _CHOOSE_MODULES = ("exclude_modules", "layers_to_transform", "layers_pattern")
 _DROPPED = (*_CHOOSE_MODULES, "modules_to_save", "megatron_config", "auto_mapping", "runtime_config")
+# what a MonteCLoRA draws its noise with in training; in eval mode it is the plain LoRA that it also holds
+_TRAINING_ONLY = ("monteclora_config", ".lora_monteclora_sampler.")
 
 
 def to_backbone_keys(keys: Iterable[str], model: nn.Module) -> tuple[dict[str, str], bool]:
@@ -72,6 +74,12 @@ def to_backbone_keys(keys: Iterable[str], model: nn.Module) -> tuple[dict[str, s
     return renamed, converted
 
 
+def without_training_only(config: dict[str, Any], keys: Iterable[str]) -> list[str]:
+    """The keys without those of tensors that the adapter uses in training alone."""
+    setting, part = _TRAINING_ONLY
+    return [key for key in keys if not (config.get(setting) and part in key)]
+
+
 def leaf_modules(model: nn.Module) -> set[str]:
     """Paths of the modules that an adapter can wrap: parameters of their own and no sub-modules."""
     return {
@@ -107,7 +115,8 @@ def rebuild_config(config: dict[str, Any], names: dict[str, str], model: nn.Modu
     unknown = sorted(key for key in config if key not in known and config[key])
     if unknown:
         raise AdapterError(f"the config sets {', '.join(unknown)}, which this PEFT does not know. Upgrade peft.")
-    values = {key: value for key, value in config.items() if key in known and key not in _DROPPED}
+    dropped = (*_DROPPED, _TRAINING_ONLY[0])
+    values = {key: value for key, value in config.items() if key in known and key not in dropped}
     values |= {"task_type": None, "inference_mode": True}
     try:
         values["target_modules"] = sorted(sources) or _chosen_modules(config, model)

@@ -19,8 +19,7 @@ from ..backbones import Backbone
 from ..embedded import backbone_name, resolve_meta_lora
 from ..errors import AdapterError, DataError
 from ..hub.adapters import load_adapter, pull_adapter
-from ..hub.cards import PICTURE_FILE
-from ..hub.files import SIDECAR_FILE
+from ..hub.files import PICTURE_FILE, SIDECAR_FILE
 from ..prototypes import class_centres
 from ..storage import atomic_write
 from ..version import __version__
@@ -99,8 +98,8 @@ class MetaLoRAForFewShotClassification(nn.Module):
         set_peft_model_state_dict(peft_model, loaded.state_dict)
         peft_model.to(device=backbone.device, dtype=backbone.dtype)
         model = cls(backbone, peft_model, read_sidecar(info.path / SIDECAR_FILE))
-        model._task = load_task(task_file(info, model.settings, hub), model.head)
-        model.picture = read_picture(info.path / PICTURE_FILE)
+        model._task = load_task(task_file(info, model.settings, hub), model.head, backbone.hidden_size)
+        model.picture = read_picture(info)
         return model
 
     @classmethod

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from ..errors import AdapterError
 from ..prototypes import class_sums
 from ..storage import atomic_save_tensors
 from .heads import ClassCentreHead
+from .sidecar import read_task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,14 +62,13 @@ def save_task(path: Path, task: FewShotTask) -> None:
     atomic_save_tensors(path, tensors, json.dumps({"label_names": task.label_names}))
 
 
-def load_task(path: Path, head: ClassCentreHead) -> FewShotTask | None:
-    """Read a task; None where there is no file. Raises `AdapterError` where it is damaged."""
+def load_task(path: Path, head: ClassCentreHead, width: int) -> FewShotTask | None:
+    """Read a task on features of `width` numbers; None where there is no file.
+
+    Raises:
+        AdapterError: the file is damaged.
+    """
     if not path.is_file():
         return None
-    try:
-        with safe_open(path, "pt") as file:
-            names = json.loads(file.metadata()["header"])["label_names"]
-            sums, counts = file.get_tensor("sums"), file.get_tensor("counts")
-            return FewShotTask(names, sums, counts, head.prepare(sums / counts[:, None]))
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise AdapterError(f"{path}: the fitted task cannot be read ({error!r}). Delete the file.") from error
+    names, sums, counts = read_task(path, width)
+    return FewShotTask(names, sums, counts, head.prepare(sums / counts[:, None]))
