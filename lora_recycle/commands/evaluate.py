@@ -27,9 +27,12 @@ examples:
   lora-recycle evaluate meta_lora --data test.parquet --pool pool --json results.json
   lora-recycle evaluate someone/meta-lora --data cifar10 --split test --ways 10 --shots 1 5 20
   lora-recycle evaluate demo --data photos --no-pool          quicker: only frozen and meta-lora
+  lora-recycle evaluate demo --data photos --methods average ties nearest-group
 
-methods: frozen (class centres on the bare backbone), frozen-centred, and meta-lora; with a pool also average
-(of all weight changes), ensemble (all adapters, one forward each) and random (a control).
+methods: frozen (class centres on the bare backbone) and meta-lora, always; frozen-centred, frozen-euclidean. With a
+pool, none of them tuned: average (of all weight changes), average-rank-16, ensemble (all adapters, one forward each),
+random (a control), magnitude, dare, ties, knots (merges), group-sum, nearest-group (groups of like adapters), arrow
+(routes tokens to adapters). docs/methods.md says which to use when.
 """
 
 
@@ -57,6 +60,12 @@ def add_parser(subparsers, **options) -> argparse.ArgumentParser:
     parser.add_argument(
         "--shots", type=int, nargs="+", default=[1, 5], metavar="N", help="support images (default: 1 5)"
     )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="M",
+        help="what to judge, or all (default: frozen-centred and, with a pool, average, ensemble, random)",
+    )
     pools = parser.add_mutually_exclusive_group()
     pools.add_argument("--pool", nargs="+", metavar="POOL", help=f"adapters to compare with: {POOL_HELP}")
     pools.add_argument("--no-pool", action="store_true", help="leave out the methods that need a pool")
@@ -70,7 +79,7 @@ def add_parser(subparsers, **options) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     if args.max_per_class is not None and args.max_per_class < 1:
         raise ConfigError(f"--max-per-class must be at least 1, got {args.max_per_class}")
-    from ..evaluation.benchmark import evaluate
+    from ..evaluation.benchmark import ALL_METHODS, evaluate
     from ..evaluation.protocol import format_table
     from ..images import load_labelled_images
     from ..modeling.meta_lora import MetaLoRAForFewShotClassification
@@ -86,6 +95,7 @@ def run(args: argparse.Namespace) -> None:
         data,
         model,
         pool=_load_pool(args, model),
+        methods=ALL_METHODS if args.methods == ["all"] else args.methods,
         ways=args.ways,
         shots=args.shots,
         queries=args.queries,
