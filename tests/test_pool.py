@@ -1,8 +1,10 @@
 """Folding, averaging and grouping, each against the same thing done with dense matrices."""
 
+import shutil
+
 import pytest
 import torch
-from helpers_adapters import CONFIGS, edit_config, save_adapter
+from helpers_adapters import CONFIGS, edit_config, edit_tensors, save_adapter
 from helpers_tiny import copied_state, planted_adapter, random_factors, same_weights, tiny_backbone, tiny_processor
 
 from lora_recycle.backbones import Backbone
@@ -191,3 +193,16 @@ def test_an_adapter_without_a_head_has_no_logits(mixed):
     assert mixed[0].num_classes == 0
     with pytest.raises(AdapterError, match="a0: has no classification head"):
         mixed[0].logits(mixed.backbone, torch.zeros(1, 17, 32))
+
+
+def test_heads_that_do_not_fit_are_skipped_where_heads_are_required(tiny_pool_path, tmp_path):
+    shutil.copytree(tiny_pool_path / "adapter-0", tmp_path / "good")
+    shutil.copytree(tiny_pool_path / "adapter-1", tmp_path / "wide")
+    head = "base_model.model.classifier.weight"
+    edit_tensors(tmp_path / "wide", lambda tensors: tensors | {head: torch.zeros(4, 64)})
+    assert len(AdapterPool.from_pretrained(tmp_path)) == 2  # for an average heads do not matter
+    with pytest.raises(AdapterError, match="^wide: its head reads 64 features, .* gives 32"):
+        AdapterPool.from_pretrained(tmp_path, require_heads=True)
+    with pytest.warns(UserWarning, match="1 of 2 adapters are skipped:\n- wide: its head reads 64"):
+        pool = AdapterPool.from_pretrained(tmp_path, require_heads=True, on_error="skip")
+    assert [adapter.info.name for adapter in pool.adapters] == ["good"] and pool.skipped[0][0] == "wide"

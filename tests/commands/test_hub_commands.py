@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from helpers_adapters import edit_tensors
 from helpers_hub import CONFIG, publish
 
 from lora_recycle.commands.main import main
@@ -64,6 +65,28 @@ def test_a_bad_adapter_stops_a_command_with_one_line(someone, fails, tmp_path):
     assert "error: someone/empty@" in fails("inspect", "ids.txt", "--quiet")
     line = fails("distill", "ids.txt", "--steps", 0, "--output", "average", "--quiet")
     assert "adapter_config.json has peft_type None" in line
+
+
+def test_adapters_that_cannot_be_inverted_are_told_before_the_first_image(someone, run, fails, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name, data in someone.files("someone/vit-lora-birds").items():
+        (bare / name).write_bytes(data)
+    edit_tensors(bare, lambda tensors: {k: t + 0.01 for k, t in tensors.items() if "classifier" not in k})
+    (tmp_path / "ids.txt").write_text("someone/vit-lora-birds\n./bare\nsomeone/none\n")
+    quick = ["--images-per-class", 1, "--iterations", 1, "--quiet"]
+    (tmp_path / "two.txt").write_text("someone/vit-lora-birds\n./bare\n")
+    assert "error: bare: has no classification head" in fails("invert", "two.txt", "--output", "images", *quick)
+    assert not (tmp_path / "images").exists()
+    code, out, err = run("invert", "ids.txt", "--output", "images", "--on-error", "skip", *quick)
+    assert code == 0 and len(out.splitlines()) == 2 and out.splitlines()[1].startswith("someone/vit-lora-birds")
+    assert "2 of 3 adapters skipped:" in err and "bare: has no classification head" in err
+    distill = ["distill", "two.txt", "--surrogate", "images", "--steps", 1, "--rank", 2, "--quiet"]
+    assert "holds no images of the adapter bare" in fails(*distill, "--output", "none")
+    code, _, err = run(*distill, "--output", "meta", "--on-error", "skip")
+    assert code == 0 and "1 of 2 adapters skipped:" in err and "images holds no images of it" in err
+    sources = json.loads((tmp_path / "meta" / "meta_lora_config.json").read_text())["sources"]
+    assert [source["name"] for source in sources] == ["someone/vit-lora-birds"]
 
 
 def test_evaluate_takes_adapters_of_the_hub(someone, evaluate_arguments, run, work):

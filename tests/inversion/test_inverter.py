@@ -223,16 +223,16 @@ def test_priors_pull(tiny_pool):
     assert smooth.diff(dim=-1).abs().mean() < 0.9 * rough.diff(dim=-1).abs().mean()
 
 
-def test_an_adapter_without_a_head_is_named(tiny_pool):
+def test_an_adapter_without_a_head_is_named_at_once(tiny_pool):
     headless = planted_adapter("headless", random_factors({"layers.0.attention.q_proj": (32, 2, 32)}, 0))
     with pytest.raises(AdapterError, match="headless: has no classification head"):
-        LoraInverter(AdapterPool(tiny_pool.backbone, [headless]), quick()).invert(0)
+        LoraInverter(AdapterPool(tiny_pool.backbone, [tiny_pool[0], headless]), quick())
 
 
-def test_a_head_that_does_not_fit_is_named(tiny_pool):
+def test_a_head_that_does_not_fit_is_named_at_once(tiny_pool):
     wide = dataclasses.replace(tiny_pool[0], head=Head(torch.zeros(4, 64)))
     with pytest.raises(AdapterError, match="adapter-0: its head reads 64 features, .* gives 32"):
-        LoraInverter(AdapterPool(tiny_pool.backbone, [wide]), quick()).invert(0)
+        LoraInverter(AdapterPool(tiny_pool.backbone, [tiny_pool[1], wide]), quick())
 
 
 def test_a_layer_that_is_not_there(tiny_pool):
