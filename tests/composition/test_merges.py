@@ -33,7 +33,7 @@ def only_q0(pool):
 def test_the_average_is_what_peft_concatenates():
     backbone, factors = tiny_backbone(), []
     model = get_peft_model(
-        copy.deepcopy(backbone.model), LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj"]), "a"
+        copy.deepcopy(backbone.model), LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj"]), "one"
     )
     model.add_adapter("two", LoraConfig(r=5, lora_alpha=1, target_modules=["q_proj"]))
     layer = model.get_submodule(f"base_model.model.{Q0}")
