@@ -28,6 +28,7 @@ from .hub.pictures import picture_grid
 from .hub.publish import push_files, without_local_paths
 from .hub.snapshots import fetch
 from .hub.untrusted import MAX_FILE_BYTES, MAX_TEXT_BYTES, parse_json, read_text
+from .shard_checks import check_manifest, check_tensors, read_shard_header
 from .storage import atomic_save_tensors, atomic_write, file_sha256
 
 
@@ -100,19 +101,13 @@ def load_shard(path: Path) -> Shard:
             tensors = {name: file.get_tensor(name) for name in names if name in _REQUIRED or name == "kept_tokens"}
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path}: the shard is missing or damaged ({error}). Run invert again.") from error
-    for name, (dtype, _) in _REQUIRED.items():
-        if tensors[name].dtype != dtype or len(tensors[name]) != len(tensors["pixels"]):
-            raise DataError(f"{path}: tensor {name} has the wrong type or number of rows.")
     try:
-        adapter = json.loads(metadata["header"])["adapter"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: the header names no adapter ({error!r}). Run invert again.") from error
-    shard = Shard(adapter, **tensors)
-    classes = shard.teacher_logits.shape[1]
-    if len(shard) and not 0 <= int(shard.labels.min()) <= int(shard.labels.max()) < classes:
-        raise DataError(f"{path}: labels must lie in 0 to {classes - 1}, got {int(shard.labels.max())}.")
-    if shard.kept_tokens is not None and (shard.kept_tokens.dtype, shard.kept_tokens.ndim) != (torch.int16, 2):
-        raise DataError(f"{path}: kept_tokens must be int16 of 2 dimensions.")
+        check_tensors(tensors, _REQUIRED)
+        shard = Shard(read_shard_header(metadata["header"]), **tensors)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}. Run invert again.") from error
+    if len(shard.label_names) != shard.teacher_logits.shape[1]:
+        raise DataError(f"{path}: {len(shard.label_names)} labels for {shard.teacher_logits.shape[1]} classes.")
     return shard
 
 
@@ -162,13 +157,11 @@ class SurrogateDataset:
             manifest = parse_json(read_text(folder / MANIFEST, MAX_MANIFEST_BYTES))
             if manifest["format_version"] > FORMAT_VERSION:
                 raise DataError(f"{folder}: written by a newer version of lora_recycle. Upgrade it.")
-            files = [entry["file"] for entry in manifest["shards"]]
+            check_manifest(manifest)
         except DataError:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{folder}: no readable {MANIFEST} ({error!r}). Is the inversion finished?") from error
-        if any(Path(f).is_absolute() or ".." in Path(f).parts for f in files):
-            raise DataError(f"{folder}: {MANIFEST} names a file outside the folder.")
+            raise DataError(f"{folder}: no readable {MANIFEST} ({error}). Is the inversion finished?") from error
         return cls(folder, manifest)
 
     def __len__(self) -> int:
