@@ -109,6 +109,7 @@ class Backbone(nn.Module):
         try:
             commit = None if Path(path).is_dir() else resolve_commit(path, **hub)
             hub["revision"] = commit or revision  # all parts of one commit
+            hub["trust_remote_code"] = False  # left out, transformers asks whether to run it
             config = AutoConfig.from_pretrained(path, **hub)
             model_class = _TOWERS.get(config.model_type, AutoModel)
             extra = {"add_pooling_layer": False} if config.model_type in ("vit", "deit") else {}

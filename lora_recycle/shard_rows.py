@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from .errors import DataError
 from .rows import RowFile, safetensors_rows
+from .shard_checks import check_values, read_shard_header
 
 
 #: type and number of dimensions of each tensor of a shard; `kept_tokens` only where tokens were pruned
@@ -24,6 +24,7 @@ TENSORS = {
     "kept_tokens": (np.int16, 2),
 }
 _OPTIONAL = "kept_tokens"
+_CHUNK = 1024  # rows that are looked at together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,31 +44,36 @@ class ShardRows:
 
 
 def open_shard(path: Path) -> ShardRows:
-    """Open one shard. Raises `DataError` where it is missing, damaged or of another form."""
+    """Open one shard and look through it once. Raises `DataError` where it is missing, damaged or of another form."""
     try:
         with safe_open(path, "pt") as file:  # checks that all tensors lie in the file and none over another
             metadata, names = file.metadata() or {}, set(file.keys())
         missing = sorted(set(TENSORS) - {_OPTIONAL} - names)
         if missing or "header" not in metadata:
             raise DataError(f"{path}: not a surrogate shard, {(missing or ['its header'])[0]} is missing.")
-        tensors = safetensors_rows(path, [name for name in TENSORS if name in names])
-    except (OSError, SafetensorError) as error:
+        shard = ShardRows(
+            read_shard_header(metadata["header"]), safetensors_rows(path, [name for name in TENSORS if name in names])
+        )
+        _check(shard)
+    except (OSError, SafetensorError, ValueError) as error:
         raise DataError(f"{path}: the shard is missing or damaged ({error}). Run invert again.") from error
-    for name, rows in tensors.items():
-        dtype, ndim = TENSORS[name]
-        if len(rows.shape) != ndim:
-            raise DataError(f"{path}: tensor {name} must have {ndim} dimensions.")
-        if rows.dtype != dtype or len(rows) != len(tensors["pixels"]):
-            raise DataError(f"{path}: tensor {name} has the wrong type or number of rows.")
-    try:
-        shard = ShardRows(json.loads(metadata["header"])["adapter"], tensors)
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: the header names no adapter ({error!r}). Run invert again.") from error
-    _check_labels(path, shard)
     return shard
 
 
-def _check_labels(path: Path, shard: ShardRows) -> None:
-    labels, classes = shard.labels, shard.tensors["teacher_logits"].shape[1]
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        raise DataError(f"{path}: labels must lie in 0 to {classes - 1}, got {int(labels.max())}.")
+def _check(shard: ShardRows) -> None:
+    """Types, shapes and, a chunk of rows at a time, numbers. Raises `ValueError`."""
+    count, labels = len(shard.tensors["pixels"]), shard.adapter.get("labels")
+    for name, rows in shard.tensors.items():
+        dtype, ndim = TENSORS[name]
+        if len(rows.shape) != ndim:
+            raise ValueError(f"tensor {name} must have {ndim} dimensions")
+        if rows.dtype != dtype or len(rows) != count:
+            raise ValueError(f"tensor {name} has the wrong type or number of rows")
+    if shard.tensors["pixels"].shape[1] != 3:
+        raise ValueError(f"pixels must have 3 channels, got {shard.tensors['pixels'].shape[1]}")
+    classes = shard.tensors["teacher_logits"].shape[1]
+    if labels and len(labels) != classes:
+        raise ValueError(f"{len(labels)} labels for {classes} classes")
+    small = {name: rows for name, rows in shard.tensors.items() if name != "pixels"}
+    for start in range(0, count, _CHUNK):
+        check_values({name: rows.read_range(start, start + _CHUNK) for name, rows in small.items()})

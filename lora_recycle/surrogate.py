@@ -28,6 +28,7 @@ from .hub.pictures import picture_grid
 from .hub.publish import push_files, without_local_paths
 from .hub.snapshots import fetch
 from .hub.untrusted import MAX_FILE_BYTES, MAX_TEXT_BYTES, parse_json, read_text
+from .shard_checks import check_manifest
 from .shard_rows import TENSORS, ShardRows, open_shard
 from .storage import atomic_save_tensors, atomic_write, file_sha256
 
@@ -130,13 +131,11 @@ class SurrogateDataset:
             manifest = parse_json(read_text(folder / MANIFEST, MAX_MANIFEST_BYTES))
             if manifest["format_version"] > FORMAT_VERSION:
                 raise DataError(f"{folder}: written by a newer version of lora_recycle. Upgrade it.")
-            files = [entry["file"] for entry in manifest["shards"]]
+            check_manifest(manifest)
         except DataError:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{folder}: no readable {MANIFEST} ({error!r}). Is the inversion finished?") from error
-        if any(Path(f).is_absolute() or ".." in Path(f).parts for f in files):
-            raise DataError(f"{folder}: {MANIFEST} names a file outside the folder.")
+            raise DataError(f"{folder}: no readable {MANIFEST} ({error}). Is the inversion finished?") from error
         return cls(folder, manifest)
 
     def __len__(self) -> int:

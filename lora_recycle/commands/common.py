@@ -68,6 +68,8 @@ def add_class_names_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+#: What names a meta-LoRA, for the help.
+META_LORA_HELP = "folder or repo id (org/name@revision) of a meta-LoRA, or demo for the shipped one"
 #: The strings that name adapters, for the help.
 POOL_HELP = (
     "folders of adapters, adapters, repo ids (org/name@revision), .txt files with one of them in each line, "

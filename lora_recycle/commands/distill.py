@@ -27,7 +27,9 @@ def add_parser(subparsers, **options) -> argparse.ArgumentParser:
     summary = "distil surrogate images and their adapters into one meta-LoRA"
     parser = subparsers.add_parser("distill", help=summary, description=summary, epilog=EPILOG, **options)
     add_pool_arguments(parser)
-    parser.add_argument("--surrogate", metavar="DIR", help="surrogate data of these adapters, a folder or repo id")
+    parser.add_argument(
+        "--surrogate", metavar="DATA", help="surrogate data of these adapters, a folder or repo id (org/name@revision)"
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder that the meta-LoRA goes to")
     add_config_arguments(parser, DistillationConfig)
     return parser
@@ -38,10 +40,14 @@ def run(args: argparse.Namespace) -> None:
     if args.surrogate is None and config.steps > 0:
         raise ConfigError("distill needs --surrogate DIR (what invert wrote); only --steps 0 goes without.")
     from ..distillation.trainer import MetaLoraTrainer
+    from ..hub.sources import one_id
     from ..modeling.saving import save_meta_lora, wrap_student
     from ..surrogate import SurrogateDataset
 
-    surrogate = SurrogateDataset.from_pretrained(args.surrogate) if args.surrogate else None
+    surrogate = None
+    if args.surrogate:
+        name, revision = one_id(args.surrogate)
+        surrogate = SurrogateDataset.from_pretrained(name, revision=revision, progress=not args.quiet)
     pool = load_pool(args)
     if surrogate and args.on_error == "skip":
         pool = _with_images(pool, surrogate)

@@ -10,6 +10,7 @@ from pathlib import Path
 from ..embedded import backbone_name
 from ..errors import ConfigError
 from .common import (
+    META_LORA_HELP,
     POOL_HELP,
     add_base_model_argument,
     add_device_argument,
@@ -39,7 +40,7 @@ random (a control), magnitude, dare, ties, knots (merges), group-sum, nearest-gr
 def add_parser(subparsers, **options) -> argparse.ArgumentParser:
     summary = "judge a meta-LoRA and its rivals on real images"
     parser = subparsers.add_parser("evaluate", help=summary, description=summary, epilog=EPILOG, **options)
-    parser.add_argument("model", metavar="MODEL", help="folder or repo id of a meta-LoRA, or demo for the shipped one")
+    parser.add_argument("model", metavar="MODEL", help=META_LORA_HELP)
     parser.add_argument(
         "--data",
         required=True,
@@ -81,13 +82,15 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(f"--max-per-class must be at least 1, got {args.max_per_class}")
     from ..evaluation.benchmark import ALL_METHODS, evaluate
     from ..evaluation.protocol import format_table
+    from ..hub.sources import one_id
     from ..images import load_labelled_images
     from ..modeling.meta_lora import MetaLoRAForFewShotClassification
     from ..storage import atomic_write
 
     device = checked_device(args.device)
+    name, revision = one_id(args.model)
     model = MetaLoRAForFewShotClassification.from_pretrained(
-        args.model, base_model=args.base_model, base_revision=args.base_revision, device=device
+        name, revision=revision, base_model=args.base_model, base_revision=args.base_revision, device=device
     )
     size, resample = model.backbone.image_size, int(model.backbone.processor.resample)
     data = load_labelled_images(args.data, size, resample, args.max_per_class, args.split, args.seed)

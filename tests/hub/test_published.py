@@ -101,6 +101,18 @@ def test_paths_are_cut_to_their_last_part(value, left, tmp_path, monkeypatch):
     assert without_local_paths(value) == left
 
 
+def test_meta_loras_and_data_are_named_with_their_revision(hub, model, tiny_surrogate, tiny_pool_path, tmp_path):
+    sha = hub.put("org/s", tiny_surrogate.folder, repo_type="dataset")
+    hub.put("org/s", {"manifest.json": "moved on"}, repo_type="dataset")
+    arguments = ["distill", str(tiny_pool_path), "--steps", "1", "--rank", "2", "--quiet", "--output", str(tmp_path)]
+    assert main([*arguments, "--surrogate", "org/s"]) == 1
+    assert main([*arguments, "--surrogate", f"org/s@{sha}"]) == 0
+    model.fit(torch.zeros(2, 3, 32, 32), ["a", "b"]).push_to_hub("org/meta", revision="v1")
+    Image.new("RGB", (32, 32)).save(tmp_path / "one.png")
+    assert main(["predict", "org/meta", str(tmp_path / "one.png")]) == 1
+    assert main(["predict", "org/meta@v1", str(tmp_path / "one.png")]) == 0
+
+
 # pictures
 
 
