@@ -18,6 +18,7 @@ class InversionConfig(RecipeConfig):
     images_per_class: int = field(8, "surrogate images of each class")
     max_classes: int | None = field(20, "classes of one adapter that are inverted, drawn at random where it has more")
     iterations: int = field(30, "optimisation steps of each image; 0 keeps the starts, labelled by the adapter")
+    stop_at: float = field(1.0, "probability of its class at which an image is finished early; 1 stops none")
     lr: float = field(0.05, "step size of Adam")
     batch_size: int = field(64, "images optimised together")
     parameterization: str = field(
@@ -50,6 +51,7 @@ class InversionConfig(RecipeConfig):
             self.require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("iterations", "jitter", "hard_weight", "prune_start"):
             self.require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
+        self.require(0 < self.stop_at <= 1, f"stop_at must be in (0, 1], got {self.stop_at}")
         self.require(self.lr > 0, f"lr must be positive, got {self.lr}")
         self.require(
             self.max_classes is None or self.max_classes >= 2, f"max_classes: 2 or more, not {self.max_classes}"

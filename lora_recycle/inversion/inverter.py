@@ -100,17 +100,25 @@ class LoraInverter:
 
     def _optimise(self, index: int, starts, labels, generator) -> torch.Tensor:
         """Optimise images batch by batch: (N, 3, S, S) in [0, 1] to uint8 of the same shape."""
-        losses = torch.zeros(self.config.iterations, device=self.backbone.device)  # read once, at the end
-        parts = []
-        for start in range(0, len(labels), self.config.batch_size):
-            part = slice(start, start + self.config.batch_size)
-            batch = self.batch(index, starts[part], labels[part], generator)
-            for step in range(self.config.iterations):
-                losses[step] += batch.step() * len(batch.labels) / len(labels)
-            parts.append(batch.pixels())
-        self.losses = losses.tolist()
-        # without iterations the starts themselves, not what the parameterisation makes of them
-        return torch.cat(parts) if self.losses else (starts * 255).round().to(torch.uint8)
+        pixels = (starts * 255).round().to(torch.uint8)
+        iterations = self.config.iterations
+        if iterations == 0:  # the starts themselves, not what the parameterisation makes of them
+            self.losses = []
+            return pixels
+        losses, images = torch.zeros(iterations, device=self.backbone.device), [0] * iterations
+        for rows in torch.arange(len(labels)).split(self.config.batch_size):
+            batch = self.batch(index, starts[rows], labels[rows], generator)
+            while len(rows):
+                step = batch.iteration
+                losses[step] += len(rows) * batch.step()  # stays on the device until the end
+                images[step] += len(rows)
+                finished = batch.finished()
+                if finished.any():
+                    pixels[rows[finished]] = batch.pixels()[finished]
+                    rows = rows[~finished]
+                    batch.keep(~finished)
+        self.losses = [total / count for total, count in zip(losses.tolist(), images, strict=True) if count]
+        return pixels
 
     def batch(
         self, index: int, starts: torch.Tensor, labels: torch.Tensor, generator: torch.Generator

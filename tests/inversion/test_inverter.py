@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState
 from helpers_tiny import copied_state, planted_adapter, random_factors, random_pixels, same_weights
 from PIL import Image
 
+from lora_recycle.backbones import Backbone
 from lora_recycle.errors import AdapterError, ConfigError
 from lora_recycle.inversion.config import InversionConfig
 from lora_recycle.inversion.inverter import LoraInverter
@@ -75,6 +76,53 @@ def test_kept_tokens_are_what_cls_looks_at(tiny_pool, tiny_surrogate):
 
 def test_without_pruning_no_mask_is_stored(tiny_pool):
     assert LoraInverter(tiny_pool, quick(keep_ratio=1.0)).invert(0).kept_tokens is None
+
+
+def test_masks_are_of_the_last_pruning_layer_unless_they_are_not_wanted(tiny_pool):
+    shard = LoraInverter(tiny_pool, quick(prune={0: 0.25}, jitter=0)).invert(1)
+    with tiny_pool.folded(1) as backbone, backbone.record_attention(0) as attention:
+        backbone(backbone.normalize(shard.pixels))
+    assert torch.equal(shard.kept_tokens.long(), select_top(attention.row[:, 1:], 4))
+    assert LoraInverter(tiny_pool, quick(prune={0: 0.25}, keep_ratio=1.0)).invert(1).kept_tokens is None
+
+
+def test_patches_are_dropped_from_the_first_iteration_asked_for(tiny_pool, monkeypatch):
+    seen, forward = [], Backbone.forward
+
+    def watch(self, *args, prune=None, **kwargs):
+        hidden, kept = forward(self, *args, prune=prune, **kwargs)
+        seen.append(hidden.shape[1])
+        return hidden, kept
+
+    monkeypatch.setattr(Backbone, "forward", watch)
+    LoraInverter(tiny_pool, quick(iterations=4, prune={0: 0.5, 1: 0.25}, prune_start=3)).invert(0)
+    assert seen == [17, 17, 17, 5, 17]  # and all tokens when the stored pixels are described
+
+
+def test_pruning_changes_the_images(tiny_pool):
+    plain = LoraInverter(tiny_pool, quick(iterations=3)).invert(0)
+    pruned = LoraInverter(tiny_pool, quick(iterations=3, prune={0: 0.25})).invert(0)
+    late = LoraInverter(tiny_pool, quick(iterations=3, prune={0: 0.25}, prune_start=3)).invert(0)
+    assert not torch.equal(plain.pixels, pruned.pixels) and torch.equal(plain.pixels, late.pixels)
+
+
+def test_finished_images_stop_and_the_others_go_on_as_if_alone(tiny_pool):
+    common = {"images_per_class": 4, "jitter": 0, "lr": 0.1, "priors": {}, "batch_size": 7}
+
+    def pixels(iterations, stop_at=1.0):
+        return LoraInverter(tiny_pool, InversionConfig(iterations=iterations, stop_at=stop_at, **common)).invert(0)
+
+    early, late = pixels(5).pixels, pixels(15)
+    middle = pixels(10).pixels
+    assert torch.equal(pixels(15, stop_at=1e-6).pixels, early)  # all are finished at the first look
+    stopped = pixels(15, stop_at=0.6).pixels
+    after = {  # how far each image is from where it would be after so many iterations, in grey levels
+        n: (stopped.float() - other.float()).abs().amax((1, 2, 3))
+        for n, other in ((5, early), (10, middle), (15, late.pixels))
+    }
+    same = {n: gap <= 1 for n, gap in after.items()}
+    assert (same[5] | same[10] | same[15]).all()
+    assert same[5].any() and not same[5].all()
 
 
 def test_same_seed_same_bytes_whatever_the_other_adapters(tiny_pool, tmp_path):
