@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionMo
 from .embedded import resolve_backbone
 from .errors import AdapterError, DataError
 from .hub.snapshots import resolve_commit
+from .last_layer import cls_layer
 from .sparsity import (
     ATTENTION_NAME,
     ClsAttention,
@@ -273,8 +274,16 @@ class Backbone(nn.Module):
         return patches if self.family.head_input == "patches" else torch.cat([hidden[:, 0], patches], -1)
 
     def features(self, pixel_values: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
-        """Features of normalised images: (B, 3, H, W) to (B, D)."""
-        return self.pool(self.forward(pixel_values, kept)[0])
+        """Features of normalised images, or of their kept patches, as `forward` takes them: to (B, D)."""
+        embed = self.embed_patches if pixel_values.ndim == 5 else self.embed
+        return self.features_from(embed(pixel_values, kept))
+
+    def features_from(self, hidden: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """Features from the tokens that enter layer `first`: (B, T, D) to (B, D)."""
+        *layers, last = self.layers[first:]
+        for layer in layers:
+            hidden = self._call(layer, hidden)
+        return self.pool(self._call(last, hidden) if self.family.pooler else cls_layer(last, hidden))
 
 
 @torch.inference_mode()

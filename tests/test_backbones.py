@@ -221,6 +221,15 @@ def test_features_of_many_images_do_not_depend_on_the_batch():
     assert extract_features(view, pixels[:0]).shape == (0, 32)
 
 
+def test_the_last_layer_for_cls_alone_has_the_same_gradients():
+    for family in ("vit", "registers", "clip"):  # the three ways in which layers are built
+        view = Backbone(build(family)[1], tiny_processor(), family)
+        x = torch.randn(2, 3, 32, 32, requires_grad=True)
+        (whole,) = torch.autograd.grad(view.pool(view(x)[0]).square().sum(), x)
+        (cls_only,) = torch.autograd.grad(view.features(x).square().sum(), x)
+        torch.testing.assert_close(cls_only, whole, rtol=1e-4, atol=1e-5)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kept_patches_are_embedded_as_in_the_whole_image(family):

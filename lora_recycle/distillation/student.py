@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
+from collections.abc import Iterator
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from ..backbones import Backbone
@@ -41,10 +45,23 @@ class Student(nn.Module):
             torch.manual_seed(seed)
             self.peft_model: PeftModel = get_peft_model(self.backbone.model, config)
         config.base_model_name_or_path = base_name
+        self._lora_layers = [m for m in self.backbone.model.modules() if isinstance(m, LoraLayer)]
 
     def forward(self, pixel_values: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
-        """Features: (B, 3, H, W) and, optionally, kept patches (B, k) to (B, D)."""
-        return self.backbone.features(pixel_values, kept)
+        """Features: (B, 3, H, W), or with kept patches (B, k) those alone, (B, k, 3, p, p), to (B, D)."""
+        with self._plain_layers():
+            return self.backbone.features(pixel_values, kept)
+
+    @contextlib.contextmanager
+    def _plain_layers(self) -> Iterator[None]:
+        """PEFT's layers without their checks and their product with a scale of 1, a tenth of a small model's step."""
+        for layer in self._lora_layers:
+            layer.forward = functools.partial(_plain_forward, layer)
+        try:
+            yield
+        finally:
+            for layer in self._lora_layers:
+                del layer.forward
 
     @torch.no_grad()
     def start_from_average(self, pool: AdapterPool) -> None:
@@ -63,3 +80,9 @@ class Student(nn.Module):
 
     def trainable(self) -> list[nn.Parameter]:
         return [p for p in self.parameters() if p.requires_grad]
+
+
+def _plain_forward(layer: LoraLayer, x: torch.Tensor) -> torch.Tensor:
+    """W x + B A x, in the dtype of W x."""
+    result, a = layer.base_layer(x), layer.lora_A["default"]
+    return (result + layer.lora_B["default"](a(x.to(a.weight.dtype)))).to(result.dtype)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -75,13 +77,19 @@ class MetaLoraTrainer:
         self.history: dict[str, list[float]] = {}
         self._temporary: tempfile.TemporaryDirectory | None = None
         self._unread: list[tuple[int, dict[str, torch.Tensor]]] = []
-        self._began, self._ended, self._model_seconds = None, 0.0, 0.0
+        self._seconds = {"model": 0.0, "host": 0.0}
 
     @property
     def host_share(self) -> float:
         """Share of the time of all steps so far in which the model waited for this process: for batches, checkpoints
         and bookkeeping. Where the device works on its own queue meanwhile, this is an upper bound."""
-        return 0.0 if self._began is None else 1 - self._model_seconds / (self._ended - self._began)
+        return self._seconds["host"] / max(1e-9, sum(self._seconds.values()))
+
+    @contextlib.contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._seconds[name] += time.perf_counter() - started
 
     def train(self, output_dir: str | Path | None = None, *, progress: bool = True) -> Student:
         """Run all steps and return the student. With `output_dir`, checkpoints lie there and a killed run resumes.
@@ -105,8 +113,8 @@ class MetaLoraTrainer:
                 if saving and output_dir is not None and self.accelerator.is_main_process:
                     path = Path(output_dir) / "checkpoint.safetensors"
                     parameters = self.student.trainable()
-                    save_checkpoint(path, parameters, self.optimizer, step + 1, self._identity(), self.history)
-                self._ended = time.perf_counter()
+                    with self._timed("host"):
+                        save_checkpoint(path, parameters, self.optimizer, step + 1, self._identity(), self.history)
         finally:
             self.close()
         return self.student
@@ -173,35 +181,31 @@ class MetaLoraTrainer:
 
         Returns the weighted losses by name, on the device: reading them waits for it.
         """
-        self._began = self._began or time.perf_counter()
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, step)
-        batch = self._prefetcher.get(step)
-        started = time.perf_counter()
-        losses = self._losses(batch.map(lambda t: t.to(self.accelerator.device, non_blocking=True)))
-        self.optimizer.zero_grad()
-        self.accelerator.backward(sum(losses.values()))
-        self.optimizer.step()
-        losses = {name: value.detach() for name, value in losses.items()}
+        with self._timed("host"):
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(self.config, step)
+            batch = self._prefetcher.get(step)
+        with self._timed("model"):
+            losses = self._losses(batch.map(lambda t: t.to(self.accelerator.device, non_blocking=True)))
+            self.optimizer.zero_grad()
+            self.accelerator.backward(sum(losses.values()))
+            self.optimizer.step()
+            losses = {name: value.detach() for name, value in losses.items()}
         self._unread.append((step, losses))
-        self._ended = time.perf_counter()
-        self._model_seconds += self._ended - started
         return losses
 
     def _read_losses(self) -> None:
         """Move the losses of the last steps to `history`: the one place that waits for the device."""
-        started = time.perf_counter()
-        for step, losses in self._unread:
-            values = {name: value.item() for name, value in losses.items()}
+        with self._timed("model"):
+            found = [(step, {name: value.item() for name, value in losses.items()}) for step, losses in self._unread]
+        self._unread.clear()
+        for step, values in found:
             if not math.isfinite(sum(values.values())):
-                self._unread.clear()
                 raise DataError(
                     f"The loss is {sum(values.values())} at step {step}: lower `lr` (now {self.config.lr})."
                 )
             for name, value in values.items():
                 self.history.setdefault(name, []).append(value)
-        self._unread.clear()
-        self._model_seconds += time.perf_counter() - started
 
     def _losses(self, batch: Batch) -> dict[str, torch.Tensor]:
         """All losses of a step from one forward of all its images."""
