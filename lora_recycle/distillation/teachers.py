@@ -30,13 +30,13 @@ class TeacherGroup:
 def match_shards(pool: AdapterPool, surrogate: SurrogateDataset) -> list[Shard]:
     """The surrogate data's shards in the order of the pool. Raises `DataError` where an adapter has none."""
     by_hash = {entry["adapter"]["sha256"]: i for i, entry in enumerate(surrogate.manifest["shards"])}
-    missing = [adapter.info.name for adapter in pool.adapters if adapter.info.sha256 not in by_hash]
+    missing = [info.name for info in pool.infos if info.sha256 not in by_hash]
     if missing:
         raise DataError(
             f"{surrogate.folder} holds no images of the adapter {missing[0]} ({len(missing)} missing). "
             "Was it made from another pool? Run invert on this one."
         )
-    return [surrogate.shard(by_hash[adapter.info.sha256], verify=True) for adapter in pool.adapters]
+    return [surrogate.shard(by_hash[info.sha256], verify=True) for info in pool.infos]
 
 
 @torch.inference_mode()

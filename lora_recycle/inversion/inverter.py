@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from ..backbones import Backbone
 from ..errors import AdapterError, ConfigError
+from ..hub.adapters import AdapterInfo
 from ..pool import Adapter, AdapterPool
 from ..processes import mixed_precision, process_state
 from ..relations import relational_divergence
@@ -96,8 +97,9 @@ class LoraInverter:
         names = _shard_names(self.pool)
         mine = list(range(state.process_index, len(self.pool), state.num_processes))
         bar = tqdm(mine, desc="invert", unit="adapter", disable=not (progress and state.is_main_process))
+        infos = self.pool.infos
         for i in bar:
-            path, identity = output_dir / "shards" / names[i], self._identity(self.pool[i])
+            path, identity = output_dir / "shards" / names[i], self._identity(infos[i])
             if shard_config_id(path) != identity:
                 started = time.perf_counter()
                 shard = self.invert(i)
@@ -197,11 +199,11 @@ class LoraInverter:
                 kept.append(select_top(scores, k).to(torch.int16).cpu())
         return torch.cat(logits), torch.cat(features), torch.cat(kept) if kept else None
 
-    def _identity(self, adapter: Adapter) -> str:
+    def _identity(self, info: AdapterInfo) -> str:
         """What a shard depends on: the settings, the adapter's bytes and the backbone."""
-        parts = [self.config.to_dict(), adapter.info.sha256, self.backbone.name, self.backbone.revision]
+        parts = [self.config.to_dict(), info.sha256, self.backbone.name, self.backbone.revision]
         if self.config.hard_weight and self.config.hard_reference == "average":
-            parts.append([other.info.sha256 for other in self.pool.adapters])
+            parts.append([other.sha256 for other in self.pool.infos])
         if self.accelerator.mixed_precision != "no":
             parts.append(self.accelerator.mixed_precision)
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
@@ -225,8 +227,7 @@ def _source(adapter: Adapter) -> dict:
 
 
 def _shard_names(pool: AdapterPool) -> list[str]:
-    names = [f"{i:04d}-{adapter.info.name.replace('/', '--')}.safetensors" for i, adapter in enumerate(pool.adapters)]
-    return names
+    return [f"{i:04d}-{info.name.replace('/', '--')}.safetensors" for i, info in enumerate(pool.infos)]
 
 
 def _reference(pool: AdapterPool, config: InversionConfig) -> Backbone:
@@ -237,7 +238,7 @@ def _reference(pool: AdapterPool, config: InversionConfig) -> Backbone:
     if config.hard_reference == "average":
         with pool.folded() as averaged:
             return copy.deepcopy(averaged)
-    (other,) = AdapterPool.from_pretrained([config.hard_reference], backbone=pool.backbone).adapters
+    (other,) = AdapterPool.from_pretrained([config.hard_reference], backbone=pool.backbone)
     with pool.folded([other]) as folded:
         return copy.deepcopy(folded)
 
