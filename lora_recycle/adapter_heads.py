@@ -77,3 +77,15 @@ class TextHead(PooledHead):
         if self.projection is not None:
             features = F.linear(features, self.projection.to(features))
         return F.normalize(features, dim=-1)
+
+
+def head_problem(head: Head | None, backbone: Backbone) -> str | None:
+    """Why an adapter on `backbone` cannot be inverted through this head; None where it can."""
+    if head is None:
+        return (
+            "has no classification head, so it cannot be inverted. Where the base model is CLIP or SigLIP, class "
+            "names make one (class_names=..., --class-names)."
+        )
+    if head.in_features != head.width(backbone):
+        return f"its head reads {head.in_features} features, {backbone.name} gives {head.width(backbone)}."
+    return None

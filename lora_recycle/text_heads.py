@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +13,7 @@ from .backbones import Backbone
 from .embedded import resolve_backbone
 from .errors import AdapterError, ConfigError
 from .hub.sources import BadAdapters
-from .weight_changes import Adapter
+from .weight_changes import Adapter, StoredAdapter
 
 
 #: CLIP's own prompt for photographs; `{}` stands for the class name.
@@ -23,14 +22,20 @@ _TEXTS_AT_ONCE = 256
 
 
 def give_heads(
-    adapters: Sequence[Adapter], backbone: Backbone, bad: BadAdapters, *, prompt: str, required: bool, **hub
-) -> list[Adapter]:
+    adapters: Sequence[Adapter | StoredAdapter],
+    backbone: Backbone,
+    bad: BadAdapters,
+    *,
+    prompt: str,
+    required: bool,
+    **hub,
+) -> list[Adapter | StoredAdapter]:
     """Give adapters without a head that know their class names (`info.labels`) one made of them.
 
     The text tower is loaded once for all of them, and not at all where nobody needs it. An adapter whose names make no
     head is bad; with `required` so is one without a head, or with one that does not fit.
     """
-    lacking, heads, reason = [a for a in adapters if a.head is None and a.info.labels], [], None
+    lacking, heads, reason = [a for a in adapters if a.headless and a.info.labels], [], None
     if lacking:
         try:
             heads = text_heads(backbone, [a.info.labels for a in lacking], prompt, **hub)
@@ -39,11 +44,11 @@ def give_heads(
     made, usable = iter(heads), []
     for adapter in adapters:
         with bad.handled(adapter.info.where):
-            if adapter.head is None and adapter.info.labels:
+            if adapter.headless and adapter.info.labels:
                 if reason:
                     where = adapter.info.where
                     raise AdapterError(f"{where}: has no head, and its class names make none: {reason}")
-                adapter = dataclasses.replace(adapter, head=next(made))
+                adapter = adapter.with_head(next(made))
             if required:
                 adapter.require_head(backbone)
             usable.append(adapter)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import weakref
 from collections.abc import Iterator
 
 import torch
@@ -12,11 +13,14 @@ from peft import get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .adapter_heads import Head, PooledHead
+from .adapter_heads import Head, PooledHead, head_problem
 from .backbones import Backbone
 from .errors import AdapterError
-from .hub.adapters import AdapterInfo, LoadedAdapter
+from .hub.adapters import AdapterInfo, LoadedAdapter, load_adapter
 
+
+#: Backbones that an adapter is folded into just now; what another adapter changes cannot be told from them.
+_CHANGED: weakref.WeakSet[Backbone] = weakref.WeakSet()
 
 #: Initialisations that leave the base weights alone, so that the delta is scale * B A and nothing else.
 _PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva", None)
@@ -45,24 +49,68 @@ class Adapter:
     def label(self, index: int) -> str:
         return self.info.labels[index] if self.info.labels else f"class {index}"
 
+    def load(self) -> Adapter:
+        """Itself: an adapter that is in memory already takes the place of a [`StoredAdapter`]."""
+        return self
+
     def logits(self, backbone: Backbone, hidden: torch.Tensor) -> torch.Tensor:
         """(B, T, D), the tokens that `backbone` wearing this adapter gives, to (B, C) through the adapter's head."""
         if self.head is None:
             raise AdapterError(f"{self.info.name}: has no classification head, so it cannot say what an image shows.")
         return self.head.logits(backbone, hidden)
 
+    @property
+    def headless(self) -> bool:
+        return self.head is None
+
+    def with_head(self, head: Head) -> Adapter:
+        return dataclasses.replace(self, head=head)
+
     def require_head(self, backbone: Backbone) -> None:
         """Raise `AdapterError` where there is no head, or one that reads another width than `backbone` gives it."""
-        if self.head is None:
+        if problem := head_problem(self.head, backbone):
+            raise AdapterError(f"{self.info.where}: {problem}")
+
+
+class StoredAdapter:
+    """An adapter whose tensors stay in their file until they are asked for. It is checked in full when made.
+
+    Args:
+        info ([`AdapterInfo`]): from [`pull_adapter`].
+        backbone ([`Backbone`]): what the adapter is read for.
+        expected (`dict`): shared by the adapters of one backbone, see [`load_adapter`].
+
+    Raises:
+        AdapterError: the adapter is damaged or does not fit the backbone.
+    """
+
+    def __init__(self, info: AdapterInfo, backbone: Backbone, expected: dict):
+        self.info, self.backbone, self.expected = info, backbone, expected
+        self._given: Head | None = None
+        adapter = self.load()
+        self.info = adapter.info  # now with the generation that the model's names showed
+        self.headless, self._problem = adapter.headless, head_problem(adapter.head, backbone)
+
+    def load(self) -> Adapter:
+        """Read the tensors. Raises `AdapterError` where the file changed, or the backbone wears an adapter now."""
+        if self.backbone in _CHANGED:
             raise AdapterError(
-                f"{self.info.where}: has no classification head, so it cannot be inverted. Where the base model is "
-                "CLIP or SigLIP, class names make one (class_names=..., --class-names)."
+                f"{self.info.where}: cannot be read while an adapter is folded into {self.backbone.name}. Take it "
+                "from the pool before, or fold it itself."
             )
-        if self.head.in_features != self.head.width(backbone):
-            raise AdapterError(
-                f"{self.info.where}: its head reads {self.head.in_features} features, "
-                f"{backbone.name} gives {self.head.width(backbone)}."
-            )
+        adapter = to_adapter(load_adapter(self.info, self.backbone.model, self.expected), self.backbone)
+        return adapter if self._given is None else adapter.with_head(self._given)
+
+    def with_head(self, head: Head) -> StoredAdapter:
+        """The same adapter with a head that its file lacks."""
+        other = copy.copy(self)
+        other._given, other.headless, other._problem = head, False, head_problem(head, self.backbone)
+        return other
+
+    def require_head(self, backbone: Backbone) -> None:
+        """As of [`Adapter`], without reading the file again."""
+        if self._problem:
+            raise AdapterError(f"{self.info.where}: {self._problem}")
 
 
 def to_adapter(loaded: LoadedAdapter, backbone: Backbone) -> Adapter:
@@ -90,6 +138,61 @@ def to_adapter(loaded: LoadedAdapter, backbone: Backbone) -> Adapter:
     kind = PooledHead if loaded.pooled_head else Head
     head = None if loaded.head_weight is None else kind(loaded.head_weight, loaded.head_bias)
     return Adapter(loaded.info, factors, others, head, layers)
+
+
+@contextlib.contextmanager
+def marked_as_changed(backbone: Backbone) -> Iterator[None]:
+    """While `backbone` wears an adapter no other one is read for it."""
+    outer = backbone in _CHANGED
+    _CHANGED.add(backbone)
+    try:
+        yield
+    finally:
+        if not outer:
+            _CHANGED.discard(backbone)
+
+
+class ChangeSum:
+    """The sum of adapters' weight changes, in memory that does not grow with their number.
+
+    Of each module it holds factors up to the rank where the change itself, (out, in), is no larger, and that from
+    there on.
+    """
+
+    def __init__(self):
+        self.others: dict[str, torch.Tensor] = {}
+        self._factors: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._dense: dict[str, torch.Tensor] = {}
+
+    @property
+    def modules(self) -> list[str]:
+        return sorted(self._factors)
+
+    def add(self, adapter: Adapter) -> None:
+        for module, (b, a) in adapter.factors.items():
+            parts = self._factors.setdefault(module, [])
+            parts.append((b, a))
+            if len(parts) > 1 and sum(b.shape[1] for b, _ in parts) > min(len(b), a.shape[1]):
+                self._dense[module] = self.delta(module)
+                parts.clear()
+        for name, change in adapter.others.items():
+            self.others[name] = self.others[name] + change if name in self.others else change
+
+    def factors(self, module: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(B, A) of the sum, or None where the change itself is held."""
+        return None if module in self._dense else self._concatenated(module)
+
+    def delta(self, module: str) -> torch.Tensor:
+        """The sum itself, (out, in)."""
+        dense = self._dense.get(module)
+        if not self._factors[module]:
+            return dense
+        b, a = self._concatenated(module)
+        return b @ a if dense is None else dense + b @ a
+
+    def _concatenated(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+        parts = self._factors[module]
+        return torch.cat([b for b, _ in parts], 1), torch.cat([a for _, a in parts])
 
 
 @contextlib.contextmanager
@@ -135,15 +238,16 @@ def _peft_changes(loaded: LoadedAdapter, backbone: Backbone):
     # indices come from a file too
     with torch.sparse.check_sparse_tensor_invariants():
         wrapped = _wrap(loaded, backbone)
-        layers, answer = tuner_layers(wrapped.get_base_model()), wrapped(image).last_hidden_state
+        answer = wrapped(image).last_hidden_state
         try:
-            merged = _wrap(loaded, backbone).merge_and_unload()
+            merged = wrapped.merge_and_unload()
             for path in never_called(merged):
                 merged.get_submodule(path).load_state_dict(backbone.model.get_submodule(path).state_dict())
             exact = torch.linalg.norm(merged(image).last_hidden_state - answer) <= 1e-3 * torch.linalg.norm(answer)
         except (AttributeError, NotImplementedError):
             exact = False
     if not exact:
+        layers = tuner_layers(_wrap(loaded, backbone).get_base_model())
         for layer in layers.values():
             layer.base_layer = None
         return {}, {}, layers

@@ -30,7 +30,7 @@ def test_peft_loads_what_was_tuned_with_the_same_logits(tiny_pool, tiny_pool_pat
 
 @torch.no_grad()
 def test_tuned_adapters_know_their_classes(tiny_pool, toy_data):
-    for i, adapter in enumerate(tiny_pool.adapters):
+    for i, adapter in enumerate(tiny_pool):
         rows = (toy_data.labels >= i) & (toy_data.labels < i + 4)
         with tiny_pool.folded(i) as backbone:
             hidden, _ = backbone(backbone.normalize(toy_data.pixels[rows]))

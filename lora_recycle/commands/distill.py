@@ -66,9 +66,9 @@ def run(args: argparse.Namespace) -> None:
 def _with_images(pool, surrogate):
     """The adapters that have surrogate images: those that could not be inverted are told and left out."""
     inverted = {entry["adapter"]["sha256"] for entry in surrogate.manifest["shards"]}
-    kept = [i for i, adapter in enumerate(pool.adapters) if adapter.info.sha256 in inverted]
+    kept = [i for i, info in enumerate(pool.infos) if info.sha256 in inverted]
     reason = f"{surrogate.folder} holds no images of it"
-    without = [(adapter.info.where, reason) for adapter in pool.adapters if adapter.info.sha256 not in inverted]
+    without = [(info.where, reason) for info in pool.infos if info.sha256 not in inverted]
     if is_main_process():
         tell_skipped(without, len(kept))
     return pool.subset(kept)

@@ -107,7 +107,7 @@ class Merge(Composition):
         blank = {"path": Path(), "revision": None, "sha256": "", "rank": None, "alpha": None, "num_classes": None}
         name = f"{type(self).__name__} of {len(pool)} adapters"
         info = dataclasses.replace(pool[0].info, name=name, labels=None, config={}, **blank)
-        return Adapter(info, factors, others, None, None)
+        return Adapter(info, factors, others)
 
     def networks(self, pool: AdapterPool) -> Iterator[AbstractContextManager[Backbone]]:
         yield pool.folded([self.merge(pool)])

@@ -37,7 +37,7 @@ def shuffled_heads(pool: AdapterPool, seed: int = 0) -> AdapterPool:
     Raises:
         AdapterError: fewer than two adapters have a head.
     """
-    owners = [adapter for adapter in (pool[i] for i in range(len(pool))) if adapter.head_weight is not None]
+    owners = [adapter for adapter in pool if not adapter.headless]
     if len(owners) < 2:
         raise AdapterError(f"shuffling needs at least 2 adapters with a head, this pool has {len(owners)}.")
     order = torch.randperm(len(owners), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -51,4 +51,4 @@ def _with_head(adapter: Adapter, donor: Adapter) -> Adapter:
     info = dataclasses.replace(
         adapter.info, sha256=digest, num_classes=donor.info.num_classes, labels=donor.info.labels
     )
-    return dataclasses.replace(adapter, info=info, head_weight=donor.head_weight, head_bias=donor.head_bias)
+    return dataclasses.replace(adapter, info=info, head=donor.head)

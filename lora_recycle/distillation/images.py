@@ -43,12 +43,12 @@ class SurrogateImages:
 def match_shards(pool: AdapterPool, surrogate: SurrogateDataset) -> SurrogateImages:
     """The surrogate data in the order of the pool. Raises `DataError` where an adapter has none."""
     by_hash = {entry["adapter"]["sha256"]: i for i, entry in enumerate(surrogate.manifest["shards"])}
-    missing = [adapter.info.name for adapter in pool.adapters if adapter.info.sha256 not in by_hash]
+    missing = [info.name for info in pool.infos if info.sha256 not in by_hash]
     if missing:
         raise DataError(
             f"{surrogate.folder} holds no images of the adapter {missing[0]} ({len(missing)} missing). "
             "Was it made from another pool? Run invert on this one."
         )
-    order = [by_hash[adapter.info.sha256] for adapter in pool.adapters]
+    order = [by_hash[info.sha256] for info in pool.infos]
     shards = [surrogate.shard_rows(i, verify=True) for i in order]
     return SurrogateImages(shards, [surrogate.manifest["shards"][i]["sha256"] for i in order])

@@ -236,7 +236,7 @@ class MetaLoraTrainer:
         return F.kl_div(logits.log_softmax(1), teacher.log_softmax(1), log_target=True, reduction="batchmean")
 
     def _identity(self) -> str:
-        sources = [adapter.info.sha256 for adapter in self.pool.adapters]
+        sources = [info.sha256 for info in self.pool.infos]
         parts = [self.config.to_dict(), sources, [entry["sha256"] for entry in self.surrogate.manifest["shards"]]]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

@@ -36,6 +36,10 @@ from .licenses import read_license
 from .untrusted import count
 
 
+#: Configs whose PEFT model's names and shapes are remembered, about 50 kB each.
+MAX_REMEMBERED = 64
+
+
 @dataclass(frozen=True)
 class AdapterInfo:
     """What a pulled adapter is, known without a model.
@@ -170,16 +174,26 @@ def pull_adapter(
     return _describe(folder, str(repo_or_path), folder.name)
 
 
-def load_adapter(info: AdapterInfo, model: nn.Module) -> LoadedAdapter:
+def load_adapter(
+    info: AdapterInfo, model: nn.Module, expected: dict[str, dict[str, Tensor]] | None = None
+) -> LoadedAdapter:
     """Read a pulled adapter's tensors for the headless `model`, which is not changed.
 
     Load all adapters before one is put on `model`: PEFT replaces modules in place, and their names with them.
+
+    Args:
+        info (`AdapterInfo`): from [`pull_adapter`].
+        model (`nn.Module`): the headless backbone.
+        expected (`dict`, *optional*): kept between calls for the same `model`, it saves building PEFT's model again
+            for adapters of a config that was met before, which is most of the time. Filled here, and bounded.
 
     Raises:
         AdapterError: a tensor is not finite, missing, unexpected or of another shape or kind of number than `model`
             needs; the head is neither `hidden_size` nor twice that wide; or the config would change the base model.
     """
     shapes = read_header(info.path, info.where)
+    if (info.path / WEIGHTS_FILE).stat().st_size != info.size_bytes:
+        raise _changed(info)
     head = _head_keys(info, shapes, model.config.hidden_size)
     try:
         used = without_training_only(info.config, shapes.keys() - set(head.values()))
@@ -187,11 +201,12 @@ def load_adapter(info: AdapterInfo, model: nn.Module) -> LoadedAdapter:
         peft_config = rebuild_config(info.config, names, model)
     except AdapterError as error:
         raise AdapterError(f"{info.where}: {WEIGHTS_FILE}: {error}") from error
-    expected = _check_against_model(info, peft_config, {names[key]: shapes[key] for key in names}, model)
+    live_shapes = {names[key]: shapes[key] for key in names}
+    saved = _check_against_model(info, peft_config, live_shapes, model, {} if expected is None else expected)
     tensors = _read_tensors(info)  # only now: nothing of an absurd size gets this far
     state_dict = {names[key]: tensors[key] for key in sorted(names)}
     heads = {part: tensors[key] for part, key in head.items()}
-    _check_numbers(info, state_dict | {head[part]: tensor for part, tensor in heads.items()}, expected)
+    _check_numbers(info, state_dict | {head[part]: tensor for part, tensor in heads.items()}, saved)
     info = dataclasses.replace(info, generation=4) if converted else info
     pooled = POOLED_HEAD in shapes
     return LoadedAdapter(info, peft_config, state_dict, heads.get("weight"), heads.get("bias"), pooled)
@@ -227,11 +242,15 @@ def _read_tensors(info: AdapterInfo) -> dict[str, Tensor]:
     try:
         data = (info.path / WEIGHTS_FILE).read_bytes()
         if hashlib.sha256(data).hexdigest() != info.sha256:
-            raise AdapterError(f"{where} changed since it was pulled; pull it again.")
+            raise _changed(info)
         tensors = load(data)
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{where} cannot be read ({error}).") from error
     return {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
+
+
+def _changed(info: AdapterInfo) -> AdapterError:
+    return AdapterError(f"{info.where}: {WEIGHTS_FILE} changed since it was pulled; pull it again.")
 
 
 def _head_keys(info: AdapterInfo, shapes: dict[str, tuple[int, ...]], hidden: int) -> dict[str, str]:
@@ -247,20 +266,30 @@ def _head_keys(info: AdapterInfo, shapes: dict[str, tuple[int, ...]], hidden: in
 
 
 def _check_against_model(
-    info: AdapterInfo, peft_config: PeftConfig, shapes: dict[str, tuple[int, ...]], model: nn.Module
+    info: AdapterInfo,
+    peft_config: PeftConfig,
+    shapes: dict[str, tuple[int, ...]],
+    model: nn.Module,
+    met: dict[str, dict[str, Tensor]],
 ) -> dict[str, Tensor]:
     """Build the PEFT model without memory, and compare the names and shapes it would save with the adapter's.
 
-    Returns what PEFT would save; the tensors may be without memory.
+    Returns what PEFT would save, on the meta device; `met` remembers it by config.
     """
     where = f"{info.where}: {WEIGHTS_FILE}"
     own = {PEFT_PREFIX + name for name, _ in model.named_parameters()} & shapes.keys()
     if own and info.peft_type != "LN_TUNING":  # only that type stores its tensors under the base's own names
         raise AdapterError(f"{where}: {min(own)} retrains a weight of the base model, which adapters here share.")
-    try:
-        expected = _expected_tensors(peft_config, model)
-    except Exception as error:  # noqa: BLE001 - PEFT raises anything for settings that anyone may have written
-        raise AdapterError(f"{info.where}: PEFT cannot build this adapter on the model: {error}") from error
+    config = repr(peft_config)
+    if config not in met:
+        try:
+            made = _expected_tensors(peft_config, model)
+        except Exception as error:  # noqa: BLE001 - PEFT raises anything for settings that anyone may have written
+            raise AdapterError(f"{info.where}: PEFT cannot build this adapter on the model: {error}") from error
+        if len(met) >= MAX_REMEMBERED:
+            met.clear()
+        met[config] = {key: tensor.detach().to("meta") for key, tensor in made.items()}
+    expected = met[config]
     for kind, keys in (("lacks", expected.keys() - shapes), ("holds unexpected", shapes.keys() - expected)):
         if keys:
             raise AdapterError(f"{where} {kind} {len(keys)} tensor(s): {', '.join(sorted(keys)[:3])}.")

@@ -39,8 +39,7 @@ class LoraInverter:
     def __init__(self, pool: AdapterPool, config: InversionConfig | None = None):
         self.pool, self.config = pool, config or InversionConfig()
         self.backbone = pool.backbone
-        for adapter in pool.adapters:
-            adapter.require_head(self.backbone)
+        pool.require_heads()
         self.mask_layer = _mask_layer(self.config, self.backbone)
         self.prior = build_priors(self.config.priors, self.backbone.num_prefix_tokens)
         self.reference = _reference(pool, self.config) if self.config.hard_weight > 0 else None
@@ -155,7 +154,7 @@ class LoraInverter:
         if adapter.head.prompt:  # the head is made of these, not of the adapter's bytes
             parts.append([adapter.head.prompt, adapter.info.labels])
         if self.config.hard_weight and self.config.hard_reference == "average":
-            parts.append([other.info.sha256 for other in self.pool.adapters])
+            parts.append([other.sha256 for other in self.pool.infos])
         if self.accelerator.mixed_precision != "no":
             parts.append(self.accelerator.mixed_precision)
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
@@ -180,8 +179,7 @@ def _source(adapter: Adapter) -> dict:
 
 
 def _shard_names(pool: AdapterPool) -> list[str]:
-    names = [f"{i:04d}-{adapter.info.name.replace('/', '--')}.safetensors" for i, adapter in enumerate(pool.adapters)]
-    return names
+    return [f"{i:04d}-{info.name.replace('/', '--')}.safetensors" for i, info in enumerate(pool.infos)]
 
 
 def _mask_layer(config: InversionConfig, backbone: Backbone) -> int:
@@ -201,7 +199,7 @@ def _reference(pool: AdapterPool, config: InversionConfig) -> Backbone:
     if config.hard_reference == "average":
         with pool.folded() as averaged:
             return copy.deepcopy(averaged)
-    (other,) = AdapterPool.from_pretrained([config.hard_reference], backbone=pool.backbone).adapters
+    (other,) = AdapterPool.from_pretrained([config.hard_reference], backbone=pool.backbone)
     with pool.folded([other]) as folded:
         return copy.deepcopy(folded)
 

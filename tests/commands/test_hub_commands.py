@@ -127,7 +127,7 @@ def test_the_page_does_what_it_says(someone, tmp_path, capsys):
         else:
             exec(compile(text, f"{PAGE.name}, block {i}", "exec"), names)  # noqa: S102
         if i == 2:
-            assert [a.info.revision for a in names["pool"].adapters] == [
+            assert [info.revision for info in names["pool"].infos] == [
                 someone.repo("someone/vit-lora-birds").resolve("main").sha,
                 someone.repo("someone/vit-lora-flowers").resolve("v1").sha,
             ]
@@ -135,7 +135,7 @@ def test_the_page_does_what_it_says(someone, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert json.loads(Path("birds.json").read_text())[0]["name"] == "someone/vit-lora-birds"
     manifest = json.loads(Path("surrogate", "manifest.json").read_text())
-    assert [s["adapter"]["revision"] for s in manifest["shards"]] == [a.info.revision for a in names["pool"].adapters]
+    assert [s["adapter"]["revision"] for s in manifest["shards"]] == [info.revision for info in names["pool"].infos]
     assert all(Path(folder, "adapter_model.safetensors").is_file() for folder in ("meta_lora", "average"))
     assert "1 of 3 adapters skipped:" in err and "someone/empty" in err
     assert len(names["pool"]) == 2 and "someone/empty" in out  # what the page prints of pool.skipped

@@ -22,11 +22,11 @@ CPU = torch.device("cpu")
 
 
 def dense_q0(pool):
-    return [dense_changes(adapter, CPU)[f"{Q0}.weight"] for adapter in pool.adapters]
+    return [dense_changes(adapter, CPU)[f"{Q0}.weight"] for adapter in pool]
 
 
 def only_q0(pool):
-    adapters = [planted_adapter(a.info.name, {Q0: a.factors[Q0]}) for a in pool.adapters]
+    adapters = [planted_adapter(a.info.name, {Q0: a.factors[Q0]}) for a in pool]
     return AdapterPool(pool.backbone, adapters)
 
 
@@ -99,7 +99,7 @@ def test_nothing_dropped_is_the_exact_average(mixed, method):
 
 
 def test_knots_is_ties_on_the_coordinates_of_the_svd(mixed):
-    pool = only_q0(AdapterPool(mixed.backbone, mixed.adapters[:2]))  # joint rank 7 of 32
+    pool = only_q0(AdapterPool(mixed.backbone, [mixed[0], mixed[1]]))  # joint rank 7 of 32
     tensors = dense_q0(pool)
     u, s, vh = np.linalg.svd(np.concatenate([t.numpy() for t in tensors], 1), full_matrices=False)
     u, coordinates = u[:, :7], (s[:7, None] * vh[:7]).reshape(7, 2, 32)
@@ -145,7 +145,7 @@ def test_a_merge_is_an_adapter_that_can_be_folded_and_taken_out(mixed, method):
             torch.testing.assert_close(moved, change, rtol=1e-3, atol=1e-5)
     assert same_weights(mixed.backbone, before)
     merged = method.merge(mixed)
-    assert merged.info.name == f"{type(method).__name__} of 3 adapters" and merged.head_weight is None
+    assert merged.info.name == f"{type(method).__name__} of 3 adapters" and merged.head is None
     b, a = AdapterPool(mixed.backbone, [merged]).average(rank=4)[Q0]
     u, s, vh = torch.linalg.svd(changes[f"{Q0}.weight"])
     torch.testing.assert_close(b @ a, u[:, :4] * s[:4] @ vh[:4], rtol=1e-3, atol=1e-3)
@@ -154,7 +154,7 @@ def test_a_merge_is_an_adapter_that_can_be_folded_and_taken_out(mixed, method):
 @torch.no_grad()
 @pytest.mark.parametrize("rank", ["exact", 4])
 def test_the_average_worn_beside_the_weights(mixed, rank, images):
-    mixed.adapters[1].others.clear()
+    mixed[1].others.clear()
     before, x = copied_state(mixed.backbone), mixed.backbone.normalize(images)
     bare = mixed.backbone.features(x)
     (folded,), (worn,) = Uniform().networks(mixed), Uniform(rank).networks(mixed)

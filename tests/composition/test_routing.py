@@ -144,15 +144,15 @@ def test_the_random_control_is_the_average_of_a_random_pool(mixed, images):
 
 def test_shuffled_heads_leave_no_adapter_its_own(tiny_pool):
     control, again = shuffled_heads(tiny_pool, seed=1), shuffled_heads(tiny_pool, seed=1)
-    heads = [adapter.head_weight for adapter in tiny_pool.adapters]
-    for i, adapter in enumerate(control.adapters):
+    heads = [adapter.head.weight for adapter in tiny_pool]
+    for i, adapter in enumerate(control):
         assert adapter.factors is tiny_pool[i].factors and adapter.info.name == tiny_pool[i].info.name
-        (donor,) = [j for j, head in enumerate(heads) if torch.equal(head, adapter.head_weight)]
-        assert donor != i and torch.equal(adapter.head_bias, tiny_pool[donor].head_bias)
+        (donor,) = [j for j, head in enumerate(heads) if torch.equal(head, adapter.head.weight)]
+        assert donor != i and torch.equal(adapter.head.bias, tiny_pool[donor].head.bias)
         assert adapter.info.labels == tiny_pool[donor].info.labels
         assert adapter.info.sha256 != tiny_pool[i].info.sha256
-        assert torch.equal(again[i].head_weight, adapter.head_weight)
-    taken = torch.stack([adapter.head_weight[0] for adapter in control.adapters]).unique(dim=0)
+        assert torch.equal(again[i].head.weight, adapter.head.weight)
+    taken = torch.stack([adapter.head.weight[0] for adapter in control]).unique(dim=0)
     assert len(taken) == len(tiny_pool)
 
 

@@ -88,7 +88,7 @@ def test_adapters_of_clip_and_siglip(hub, tmp_path, monkeypatch, capsys):
             else:
                 subprocess.run(["bash", "-ec", line], check=True)
     assert run == ["bash", "bash", "python", "bash"]
-    assert [adapter.num_classes for adapter in names["pool"].adapters] == [3, 2]
+    assert [adapter.num_classes for adapter in names["pool"]] == [3, 2]
     out = capsys.readouterr().out
     assert "cat, dog, fox" in out
     shards = json.loads(Path("both", "manifest.json").read_text())["shards"]

@@ -91,8 +91,8 @@ def test_the_text_tower_is_loaded_once_for_all_adapters_and_freed(pool_path, mon
 
     monkeypatch.setattr(text_heads.AutoModel, "from_pretrained", counted)
     pool = AdapterPool.from_pretrained(pool_path, class_names={"birds": ["owl", "tit"], "pets": NAMES})
-    assert [a.info.labels for a in pool.adapters] == [("owl", "tit"), tuple(NAMES)]
-    assert [a.num_classes for a in pool.adapters] == [2, 3]
+    assert [a.info.labels for a in pool] == [("owl", "tit"), tuple(NAMES)]
+    assert [a.num_classes for a in pool] == [2, 3]
     assert len(loaded) == 2 and all(reference() is None for reference in loaded)
     AdapterPool.from_pretrained(pool_path)
     assert len(loaded) == 2  # nobody needs heads
@@ -134,7 +134,7 @@ def test_adapters_that_cannot_be_inverted_are_skipped_with_their_reasons(pool_pa
         AdapterPool.from_pretrained(pool_path, class_names=given, require_heads=True)
     with pytest.warns(UserWarning, match="1 of 2 adapters are skipped:\n- birds: has no classification head"):
         pool = AdapterPool.from_pretrained(pool_path, class_names=given, require_heads=True, on_error="skip")
-    assert [a.info.name for a in pool.adapters] == ["pets"] and pool.skipped[0][0] == "birds"
+    assert [a.info.name for a in pool] == ["pets"] and pool.skipped[0][0] == "birds"
 
 
 @pytest.mark.parametrize("what", ["tower alone", "vit", "no tokenizer", "half"])

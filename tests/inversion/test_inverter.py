@@ -19,6 +19,7 @@ from lora_recycle.inversion.pixel_spaces import MultiResolution, Pixels
 from lora_recycle.pool import AdapterPool
 from lora_recycle.relations import relational_divergence
 from lora_recycle.sparsity import select_top
+from lora_recycle.weight_changes import StoredAdapter
 
 
 def quick(**changes):
@@ -50,7 +51,7 @@ def test_labels_are_balanced_and_classes_limited(tiny_pool):
 
 @torch.no_grad()
 def test_what_is_stored_is_said_of_the_stored_pixels(tiny_pool, tiny_surrogate):
-    for i, adapter in enumerate(tiny_pool.adapters):
+    for i, adapter in enumerate(tiny_pool):
         shard = tiny_surrogate.shard(i)
         assert shard.adapter["sha256"] == adapter.info.sha256 and shard.label_names == [f"n{i + c}" for c in range(4)]
         with tiny_pool.folded(i) as backbone:
@@ -145,7 +146,7 @@ def test_the_pool_is_left_as_it_was(tiny_pool):
     assert all(p.grad is None for p in tiny_pool.backbone.parameters())
 
 
-def test_finished_shards_are_kept_and_other_settings_made_again(tiny_pool, tmp_path):
+def test_finished_shards_are_kept_and_other_settings_made_again(tiny_pool, tmp_path, monkeypatch):
     pool, made = tiny_pool.subset([0, 1]), []
     surrogate = LoraInverter(pool, quick()).run(tmp_path, progress=False, on_shard=lambda name, _: made.append(name))
     files = [tmp_path / entry["file"] for entry in surrogate.manifest["shards"]]
@@ -157,6 +158,9 @@ def test_finished_shards_are_kept_and_other_settings_made_again(tiny_pool, tmp_p
     LoraInverter(pool, quick()).run(tmp_path, progress=False, on_shard=lambda name, _: made.append(name))
     assert made == [files[1].name] and files[0].stat().st_mtime_ns == times[0]
     made.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(StoredAdapter, "load", lambda self: pytest.fail("read"))
+        LoraInverter(tiny_pool.subset([0, 1]), quick()).run(tmp_path, progress=False)  # nothing is left to do
     changed = LoraInverter(pool, quick(lr=0.02))
     changed.run(tmp_path, progress=False, on_shard=lambda name, _: made.append(name))
     assert len(made) == 2 and files[0].stat().st_mtime_ns > times[0]
@@ -267,10 +271,10 @@ def test_mixed_precision_computes_in_bfloat16_and_is_another_run(tiny_pool, laun
     handle.remove()
     assert torch.bfloat16 in seen[:2] and seen[-1] == torch.float32  # stored logits stay exact
     assert shard.teacher_logits.dtype == torch.float32
-    other = inverter._identity(tiny_pool[0])
+    other = inverter._identity(tiny_pool.infos[0])
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    assert LoraInverter(tiny_pool, quick())._identity(tiny_pool[0]) != other
+    assert LoraInverter(tiny_pool, quick())._identity(tiny_pool.infos[0]) != other
 
 
 def test_fp16_is_refused(tiny_pool, launched_with_bf16, monkeypatch):
