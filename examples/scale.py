@@ -2,12 +2,12 @@
 
     python examples/scale.py --adapters 10 100 1000 --stages load average groups invert --json runs/scale.json
 
-The adapters are random LoRAs with heads of 5 classes on a random ViT (2 layers, 32 wide, 32x32 pixels; wider and deeper
-with --hidden and --layers). Every stage and number has a process of its own, which does the stage with two adapters
-first, so that what is paid once is not counted. `MB` is the peak resident memory of the stage above that of the process
-with torch, the library and the backbone loaded and warm. Seconds are those of the clock and of the processor, per
-adapter; the second are what to compare on a busy machine. `distill` stands for 5 steps (teachers included), after
-`invert`.
+The adapters are random LoRAs with heads of 5 classes on a random ViT (2 layers, 32 wide, 32x32 pixels; others with
+--hidden and --layers). Every stage and number has a process of its own, which does the stage with two adapters first,
+so that what is paid once is not counted. `MB` is the peak resident memory of the stage above that of the process then
+(torch, library and backbone loaded, `warm_mb` in the JSON). Seconds are those of the clock and of the processor, per
+adapter; the second are what to compare on a busy machine. `distill` is 5 steps with all that comes before them, and
+needs the images of `invert`.
 """
 
 import argparse
@@ -83,11 +83,10 @@ def write_adapters(folder: Path, count: int, hidden: int, layers: int) -> None:
     model = get_peft_model(classifier, lora)
     lora.base_model_name_or_path = str(folder / "backbone")
     lora.inference_mode = True
+    shapes = {key: tensor.shape for key, tensor in get_peft_model_state_dict(model).items()}
     for i in range(count):
         generator = torch.Generator().manual_seed(i)
-        tensors = {
-            k: 0.2 * torch.randn(t.shape, generator=generator) for k, t in get_peft_model_state_dict(model).items()
-        }
+        tensors = {key: 0.2 * torch.randn(shape, generator=generator) for key, shape in shapes.items()}
         path = folder / "pool" / f"{i:05d}"
         lora.save_pretrained(path)
         save_file(tensors, path / "adapter_model.safetensors")

@@ -21,10 +21,11 @@ BLOCK_ROWS = 1024
 def similarity_of_changes(adapters: Iterable[Adapter], count: int) -> torch.Tensor:
     """Cosine between weight changes, mean over the modules that both change: (T, T) of `count` = T adapters.
 
-    Each adapter is taken once, and its factors, scaled to norm 1, are laid aside in a temporary folder. The products
-    of all pairs are exact and quadratic in T, a small part of what anything else does with T adapters.
+    Each adapter is taken once, and its factors, scaled to norm 1, are laid aside in a temporary folder, which takes
+    as much disk as the adapters do (a change of full rank twice the weights that it changes). The products of all
+    pairs are exact and quadratic in T, a small part of what anything else does with T adapters.
     """
-    total, modules = torch.zeros(count, count, dtype=torch.float64), {}
+    total, modules = torch.zeros(count, count), {}
     with tempfile.TemporaryDirectory(prefix="lora-recycle-") as folder:
         for owner, adapter in enumerate(adapters):
             for module, (b, a) in adapter.factors.items():
@@ -36,7 +37,7 @@ def similarity_of_changes(adapters: Iterable[Adapter], count: int) -> torch.Tens
             present[modules[name].owners, i] = 1
             modules[name].add_products(total)
     shared = present @ present.T
-    return total.div_(shared.clamp_min_(1)).float()
+    return total.div_(shared.clamp_min_(1))
 
 
 class _Factors:
@@ -68,6 +69,7 @@ class _Factors:
                 if not dense:
                     ranks = [torch.tensor(self.ranks[part]) for part in (block, other)]
                     products = _sum_rows(_sum_rows(products, ranks[0]).T, ranks[1]).T
+                products = products.float()
                 total[one[:, None], two] += products
                 if other is not block:
                     total[two[:, None], one] += products.T
@@ -117,8 +119,8 @@ def average_linkage_groups(similarity: torch.Tensor, max_groups: int = 8) -> lis
 
     if len(similarity) < 3:
         return [list(range(len(similarity)))]
-    distance = (1 - similarity).clamp_min(0).fill_diagonal_(0)
-    tree = linkage(squareform(distance.double().numpy(), checks=False), method="average")
+    distance = (1 - similarity).clamp_min_(0).fill_diagonal_(0)
+    tree = linkage(squareform(distance.numpy(), checks=False), method="average")
     merged_at = (1 - torch.tensor(tree[:, 2])).clamp_min(1e-4)  # similarity of each merge, falling
     top = merged_at[-(max_groups + 1) :]
     ratio = top[:-1] / top[1:]

@@ -86,8 +86,9 @@ class AdapterPool:
         collections (`collection:org/slug`) and searches (`search:tag,tag`), one source or a list of them.
 
         The base model is taken from the adapters, which must agree, unless `base_model` (with `base_revision`) or
-        `backbone` is given. With `on_error="skip"` an adapter that cannot be used is left out, with a warning and an
-        entry in `pool.skipped`; so is one whose base model is another than most adapters name.
+        `backbone` is given. Every adapter is read and checked now, and read again when it is used; its file must stay
+        as it is. With `on_error="skip"` an adapter that cannot be used is left out, with a warning and an entry in
+        `pool.skipped`; so is one whose base model is another than most adapters name.
 
         Adapters of CLIP and SigLIP without a head get one from `class_names` (see [`hub.class_names.name_classes`])
         put into `prompt`. With `require_heads`, as inversion needs it, the class names of a card serve too, and an
@@ -140,7 +141,8 @@ class AdapterPool:
         member = self._members[index]
         if self._last is None or self._last[0] is not member:
             self._last = None  # before the next one takes memory
-            self._last = member, member.load()
+            with torch.inference_mode(False):  # the next one who asks may need gradients through it
+                self._last = member, member.load()
         return self._last[1]
 
     def __iter__(self) -> Iterator[Adapter]:
@@ -166,7 +168,7 @@ class AdapterPool:
         parameters, saved = dict(self.backbone.model.named_parameters()), {}
 
         def change(name: str, delta: torch.Tensor) -> None:
-            saved[name] = parameters[name].data.clone()
+            saved.setdefault(name, parameters[name].data.clone())
             parameters[name].data += delta.to(parameters[name]) / len(adapters)
 
         with marked_as_changed(self.backbone):

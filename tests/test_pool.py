@@ -252,6 +252,16 @@ def test_what_is_read_again_is_the_same(stored, tiny_pool):
         assert torch.equal(stored[i].head.weight, tiny_pool[i].head.weight)
 
 
+def test_what_is_read_in_inference_mode_serves_gradients_later(stored):
+    features = torch.zeros(1, 32, requires_grad=True)
+    for i in (0, 2):
+        with torch.inference_mode(), stored.folded(i):
+            held = stored[i]
+        held.logits(features).sum().backward()
+        assert not any(t.is_inference() for factors in held.factors.values() for t in factors)
+    assert features.grad.any()
+
+
 @pytest.mark.parametrize("how", ["other numbers", "other size", "truncated", "gone"])
 def test_a_file_that_changed_after_the_pool_was_made_is_refused(stored, how):
     path = stored.infos[1].path / "adapter_model.safetensors"
