@@ -64,7 +64,7 @@ class Adapter:
         return self.head is None
 
     def with_head(self, head: Head) -> Adapter:
-        return dataclasses.replace(self, head=head)
+        return dataclasses.replace(self, head=head, info=dataclasses.replace(self.info, prompt=head.prompt))
 
     def require_head(self, backbone: Backbone) -> None:
         """Raise `AdapterError` where there is no head, or one that reads another width than `backbone` gives it."""
@@ -105,6 +105,7 @@ class StoredAdapter:
         """The same adapter with a head that its file lacks."""
         other = copy.copy(self)
         other._given, other.headless, other._problem = head, False, head_problem(head, self.backbone)
+        other.info = dataclasses.replace(self.info, prompt=head.prompt)
         return other
 
     def require_head(self, backbone: Backbone) -> None:

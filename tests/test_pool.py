@@ -253,13 +253,13 @@ def test_what_is_read_again_is_the_same(stored, tiny_pool):
 
 
 def test_what_is_read_in_inference_mode_serves_gradients_later(stored):
-    features = torch.zeros(1, 32, requires_grad=True)
+    hidden = torch.zeros(1, 17, 32, requires_grad=True)
     for i in (0, 2):
         with torch.inference_mode(), stored.folded(i):
             held = stored[i]
-        held.logits(features).sum().backward()
+        held.logits(stored.backbone, hidden).sum().backward()
         assert not any(t.is_inference() for factors in held.factors.values() for t in factors)
-    assert features.grad.any()
+    assert hidden.grad.any()
 
 
 @pytest.mark.parametrize("how", ["other numbers", "other size", "truncated", "gone"])

@@ -60,6 +60,7 @@ class AdapterInfo:
         generation (`int`, *optional*): major version of transformers that alone gives the keys' names, 4 or 5; None
             where both do, as for most classes of CLIP and SigLIP.
         config (`dict`): parsed `adapter_config.json`.
+        prompt (`str`, *optional*): what `labels` were put into, where the head was made of them.
     """
 
     name: str
@@ -78,6 +79,7 @@ class AdapterInfo:
     labels: tuple[str, ...] | None
     generation: int | None
     config: dict[str, Any]
+    prompt: str | None = None
 
     @property
     def where(self) -> str:

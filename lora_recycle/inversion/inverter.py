@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from ..backbones import Backbone
 from ..errors import ConfigError
+from ..hub.adapters import AdapterInfo
 from ..pool import Adapter, AdapterPool
 from ..processes import mixed_precision, process_state
 from ..sparsity import num_kept, select_top
@@ -58,9 +59,10 @@ class LoraInverter:
         state, output_dir = process_state(), Path(output_dir)
         names = _shard_names(self.pool)
         mine = list(range(state.process_index, len(self.pool), state.num_processes))
+        infos = self.pool.infos
         bar = tqdm(mine, desc="invert", unit="adapter", disable=not (progress and state.is_main_process))
         for i in bar:
-            path, identity = output_dir / "shards" / names[i], self._identity(self.pool[i])
+            path, identity = output_dir / "shards" / names[i], self._identity(infos[i])
             if shard_config_id(path) != identity:
                 started = time.perf_counter()
                 shard = self.invert(i)
@@ -148,11 +150,11 @@ class LoraInverter:
                 kept.append(select_top(scores, k).to(torch.int16).cpu())
         return torch.cat(logits), torch.cat(features), torch.cat(kept) if kept else None
 
-    def _identity(self, adapter: Adapter) -> str:
+    def _identity(self, info: AdapterInfo) -> str:
         """What a shard depends on: the settings, the adapter's bytes and the backbone."""
-        parts = [self.config.to_dict(), adapter.info.sha256, self.backbone.name, self.backbone.revision]
-        if adapter.head.prompt:  # the head is made of these, not of the adapter's bytes
-            parts.append([adapter.head.prompt, adapter.info.labels])
+        parts = [self.config.to_dict(), info.sha256, self.backbone.name, self.backbone.revision]
+        if info.prompt:  # the head is made of these, not of the adapter's bytes
+            parts.append([info.prompt, info.labels])
         if self.config.hard_weight and self.config.hard_reference == "average":
             parts.append([other.sha256 for other in self.pool.infos])
         if self.accelerator.mixed_precision != "no":
@@ -174,7 +176,7 @@ def _source(adapter: Adapter) -> dict:
         **info.to_source(),
         "labels": list(info.labels) if info.labels else None,
         "num_classes": adapter.num_classes,
-        **({"prompt": adapter.head.prompt} if adapter.head.prompt else {}),
+        **({"prompt": info.prompt} if info.prompt else {}),
     }
 
 

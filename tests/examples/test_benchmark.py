@@ -121,10 +121,10 @@ def test_baseline_and_library_run_the_same_network(speed, tmp_path):
     world = speed.stages.make_world("tiny", torch.device("cpu"), torch.float32, tmp_path)
     x = torch.randn(2, 3, 32, 32)
     with world.pool.folded(0) as backbone:
-        logits = world.pool[0].logits(backbone.pool_for_head(backbone(x)[0]))
+        logits = world.pool[0].logits(backbone, backbone(x)[0])
     expected = world.teacher(pixel_values=x).logits
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
-    assert (expected - world.pool[0].logits(world.backbone.features(x))).abs().max() > 1e-3
+    assert (expected - world.pool[0].logits(world.backbone, world.backbone(x)[0])).abs().max() > 1e-3
 
 
 def test_the_plot_shows_both_stages_and_the_ideal_line(done):
