@@ -25,7 +25,7 @@ class Objective:
     """What the images of one adapter are optimised for: Eq. 1, and a term that makes them hard.
 
     Attributes:
-        backbone: with the adapter folded in.
+        backbone: with the adapter folded in, while a batch is stepped.
         adapter: whose head classifies the images.
         prior: the weighted sum of the image priors.
         reference: the network that is not to know the images, where `config.hard_weight` is positive.
