@@ -233,8 +233,7 @@ class Backbone(nn.Module):
         Returns:
             Hidden states (B, prefix + k, D) and the positions (B, k) of the patches still there (None for all).
         """
-        prefix = self.num_prefix_tokens
-        hidden = self.embed_patches(pixel_values, kept) if pixel_values.ndim == 5 else self.embed(pixel_values, kept)
+        hidden, prefix = self.tokens_entering(0, pixel_values, kept), self.num_prefix_tokens
         for i, layer in enumerate(self.layers):
             if not prune or i not in prune:
                 hidden = self._call(layer, hidden)
@@ -275,8 +274,16 @@ class Backbone(nn.Module):
 
     def features(self, pixel_values: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
         """Features of normalised images, or of their kept patches, as `forward` takes them: to (B, D)."""
-        embed = self.embed_patches if pixel_values.ndim == 5 else self.embed
-        return self.features_from(embed(pixel_values, kept))
+        return self.features_from(self.tokens_entering(0, pixel_values, kept))
+
+    def tokens_entering(
+        self, layer: int, pixel_values: torch.Tensor, kept: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The tokens that layer number `layer` gets, of images as `features` takes them: to (B, T, D)."""
+        hidden = self.embed_patches(pixel_values, kept) if pixel_values.ndim == 5 else self.embed(pixel_values, kept)
+        for before in self.layers[:layer]:
+            hidden = self._call(before, hidden)
+        return hidden
 
     def features_from(self, hidden: torch.Tensor, first: int = 0) -> torch.Tensor:
         """Features from the tokens that enter layer `first`: (B, T, D) to (B, D)."""

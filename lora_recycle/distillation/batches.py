@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from ..sparsity import take_patches
+from ..rows import RowFile
 from .config import DistillationConfig
 from .episodes import EpisodeSampler, SurrogateEpisode
 from .images import SurrogateImages
@@ -20,13 +20,14 @@ class Batch:
     """Images of a step, each once, and what the teachers say of them.
 
     Attributes:
-        pixels: uint8 (U, 3, H, W), or (U, k, 3, p, p) where only `kept` int64 (U, k) patches are forwarded.
-        parts: for each relational block, then for support and query of each episode, its rows of `pixels`.
+        inputs: uint8 images (U, 3, H, W); or patches (U, k, 3, p, p) where only those `kept`, int64 (U, k), are
+            forwarded; or float16 tokens (U, T, D) where those before `first_layer` do not change.
+        parts: for each relational block, then for support and query of each episode, its rows of `inputs`.
         teachers: float16 (b, D) for each relational block.
         logits: float32 (queries, ways) for each episode, None for an interpolated one.
     """
 
-    pixels: torch.Tensor
+    inputs: torch.Tensor
     kept: torch.Tensor | None
     parts: list[torch.Tensor]
     teachers: list[torch.Tensor]
@@ -41,7 +42,7 @@ class Batch:
                 return [changed(v) for v in value]
             return change(value) if isinstance(value, torch.Tensor) else value
 
-        names = ("pixels", "kept", "parts", "teachers", "logits")
+        names = ("inputs", "kept", "parts", "teachers", "logits")
         return dataclasses.replace(self, **{name: changed(getattr(self, name)) for name in names})
 
 
@@ -51,6 +52,7 @@ class BatchMaker:
     Args:
         patch_size: side of a patch, in pixels.
         sampler: needed where the recipe has episodes.
+        tokens: from [`store_tokens`], instead of images.
         process, num_processes: which of how many this process is; each draws batches of its own.
     """
 
@@ -61,11 +63,12 @@ class BatchMaker:
         groups: list[TeacherGroup],
         sampler: EpisodeSampler | None,
         patch_size: int,
+        tokens: RowFile | None = None,
         process: int = 0,
         num_processes: int = 1,
     ):
         self.config, self.images, self.groups, self.sampler = config, images, groups, sampler
-        self.patch_size, self.process, self.num_processes = patch_size, process, num_processes
+        self.patch_size, self.tokens, self.process, self.num_processes = patch_size, tokens, process, num_processes
 
     def __call__(self, step: int) -> Batch:
         config = self.config
@@ -83,17 +86,14 @@ class BatchMaker:
                 episodes += [getattr(self.sampler, draw)(generator) for _ in range(config.episodes)]
         index += [part.flatten() for episode in episodes for part in (episode.support, episode.query)]
         unique, rows = torch.cat(index).unique(return_inverse=True)
-        pixels, kept = self.read(unique)
+        inputs, kept = self._inputs(unique)
         parts = list(rows.split([len(part) for part in index]))
-        return Batch(pixels, kept, parts, teachers, episodes, [self._logits(episode) for episode in episodes])
+        return Batch(inputs, kept, parts, teachers, episodes, [self._logits(episode) for episode in episodes])
 
-    def read(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(U,) image numbers to what is forwarded of them: whole images and None, or kept patches and which."""
-        pixels = self.images.read("pixels", index)
-        if not (self.config.use_masks and self.images.masked):
-            return pixels, None
-        kept = self.images.read("kept_tokens", index).long()
-        return take_patches(pixels, kept, self.patch_size), kept
+    def _inputs(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.tokens is not None:
+            return self.tokens.read(index), None
+        return self.images.inputs(index, self.patch_size, self.config.use_masks)
 
     def _logits(self, episode: SurrogateEpisode) -> torch.Tensor | None:
         """What the source adapter's own head says of the queries, cut to the episode's classes."""

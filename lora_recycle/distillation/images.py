@@ -7,6 +7,7 @@ import torch
 from ..errors import DataError
 from ..pool import AdapterPool
 from ..shard_rows import ShardRows
+from ..sparsity import take_patches
 from ..surrogate import SurrogateDataset
 
 
@@ -38,6 +39,16 @@ class SurrogateImages:
         rows = (index - self.starts[owner])[order].split(owner.bincount(minlength=len(self.shards)).tolist())
         found = [shard.tensors[name].read(part) for shard, part in zip(self.shards, rows, strict=True) if len(part)]
         return torch.cat(found)[order.argsort()]
+
+    def inputs(
+        self, index: torch.Tensor, patch_size: int, use_masks: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What is forwarded of images (B,): uint8 (B, 3, H, W) and None, or kept patches (B, k, 3, p, p) and which."""
+        pixels = self.read("pixels", index)
+        if not (use_masks and self.masked):
+            return pixels, None
+        kept = self.read("kept_tokens", index).long()
+        return take_patches(pixels, kept, patch_size), kept
 
 
 def match_shards(pool: AdapterPool, surrogate: SurrogateDataset) -> SurrogateImages:

@@ -22,6 +22,7 @@ from ..pool import AdapterPool
 from ..processes import process_state
 from ..prototypes import centre_logits
 from ..relations import relational_divergence
+from ..rows import RowFile
 from ..surrogate import SurrogateDataset
 from .batches import Batch, BatchMaker, Prefetcher
 from .checkpoints import load_checkpoint, save_checkpoint
@@ -30,6 +31,7 @@ from .episodes import EpisodeSampler, SurrogateEpisode, class_identities
 from .images import SurrogateImages, match_shards
 from .student import Student
 from .teachers import TeacherGroup, choose_teachers, teach
+from .tokens import store_tokens
 
 
 #: Steps between two looks at the losses: reading them makes the host wait for the device.
@@ -70,7 +72,7 @@ class MetaLoraTrainer:
         process_state()
         self.accelerator = Accelerator()
         base = backbone_name(pool.backbone.name)
-        self.student = Student(pool.backbone, self.config.rank, base, self.config.seed)
+        self.student = Student(pool.backbone, self.config.rank, base, self.config.seed, self.config.first_layer)
         if self.config.init == "average":
             self.student.start_from_average(pool)
         #: loss of every step, by name
@@ -126,7 +128,7 @@ class MetaLoraTrainer:
         """
         config = self.config
         images = match_shards(self.pool, self.surrogate)
-        folder = Path(output_dir) / "teachers" if output_dir is not None else None
+        folder = Path(output_dir) / "stored" if output_dir is not None else None
         if folder is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="lora-recycle-")
             folder = Path(self._temporary.name)
@@ -140,8 +142,9 @@ class MetaLoraTrainer:
         if config.relational_weight and not groups:
             raise DataError("The relational loss needs at least 4 surrogate images in a group of adapters.")
         state, patch_size = self.accelerator, self.pool.backbone.patch_size
+        tokens = self._store_tokens(images, folder, progress and state.is_main_process) if config.first_layer else None
         self.make_batch = BatchMaker(
-            config, images, groups, sampler, patch_size, state.process_index, state.num_processes
+            config, images, groups, sampler, patch_size, tokens, state.process_index, state.num_processes
         )
         # dropout of the backbone's own would only add noise, and make a resumed run another one
         optimizer = torch.optim.Adam(self.student.eval().trainable(), lr=config.lr, fused=True)
@@ -175,6 +178,20 @@ class MetaLoraTrainer:
                 teach(self.pool, images, members, teachers, folder, progress)
             state.wait_for_everyone()
         return [teach(self.pool, images, members, teachers, folder, progress) for members, teachers in chosen]
+
+    def _store_tokens(self, images: SurrogateImages, folder: Path, progress: bool) -> RowFile:
+        """Tokens that enter `first_layer`, written by the main process where processes share the folder."""
+        config, state = self.config, self.accelerator
+        parts = [config.init, config.rank, config.seed, config.first_layer, config.use_masks, state.mixed_precision]
+        parts += [self.pool.backbone.name, self.pool.backbone.revision, str(self.pool.backbone.dtype)]
+        parts += [[adapter.info.sha256 for adapter in self.pool.adapters], images.checksums]
+        path = folder / f"tokens-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}.npy"
+        with state.autocast():
+            if state.is_main_process:
+                store_tokens(self.student, images, config.use_masks, path, progress)
+            if self._temporary is None:
+                state.wait_for_everyone()
+            return store_tokens(self.student, images, config.use_masks, path, progress=False)
 
     def step(self, step: int) -> dict[str, torch.Tensor]:
         """One training step, on the batch of this number; the next batch is read meanwhile.
@@ -210,7 +227,9 @@ class MetaLoraTrainer:
     def _losses(self, batch: Batch) -> dict[str, torch.Tensor]:
         """All losses of a step from one forward of all its images."""
         config = self.config
-        features = self._student(self.student.backbone.normalize(batch.pixels), batch.kept).float()
+        backbone, inputs = self.student.backbone, batch.inputs
+        inputs = backbone.normalize(inputs) if inputs.dtype == torch.uint8 else inputs.to(backbone.dtype)
+        features = self._student(inputs, batch.kept).float()
         parts = [features[rows] for rows in batch.parts]
         losses = {}
         if batch.teachers:

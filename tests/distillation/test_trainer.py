@@ -4,6 +4,7 @@ import dataclasses
 import json
 import threading
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -199,11 +200,11 @@ def test_a_batch_holds_each_image_once_with_its_own_tokens_and_teachers(tiny_poo
     groups = trainer.make_batch.groups
     index = [group.images[torch.randperm(len(group.images), generator=generator)[:16]] for group in groups]
     unique = torch.cat([*index, *(p.flatten() for e in batch.episodes for p in (e.support, e.query))]).unique()
-    assert len(batch.pixels) == len(unique) < sum(map(len, batch.parts)) and len(batch.episodes) == 4
+    assert len(batch.inputs) == len(unique) < sum(map(len, batch.parts)) and len(batch.episodes) == 4
     pixels, kept = joined(tiny_surrogate, "pixels"), joined(tiny_surrogate, "kept_tokens").long()
     for rows, chosen in zip(batch.parts, index, strict=False):
         assert torch.equal(unique[rows], chosen)
-    features = trainer.student(tiny_pool.backbone.normalize(batch.pixels), batch.kept)
+    features = trainer.student(tiny_pool.backbone.normalize(batch.inputs), batch.kept)
     whole = trainer.student(tiny_pool.backbone.normalize(pixels[unique]), kept[unique] if use_masks else None)
     torch.testing.assert_close(features, whole, rtol=1e-4, atol=1e-5)
     logits = joined(tiny_surrogate, "teacher_logits")
@@ -264,7 +265,7 @@ def test_a_bound_on_teachers_bounds_what_is_asked(tiny_pool, tiny_surrogate, tmp
 def test_teachers_are_asked_once_for_a_folder(tiny_pool, tiny_surrogate, tmp_path, monkeypatch):
     first, _ = train(tiny_pool, tiny_surrogate, recipe(), tmp_path)
     (tmp_path / "checkpoint.safetensors").unlink()
-    before = {path: path.read_bytes() for path in (tmp_path / "teachers").iterdir()}
+    before = {path: path.read_bytes() for path in (tmp_path / "stored").iterdir()}
     assert {path.suffix for path in before} == {".npy", ".json"}
     monkeypatch.setattr(teachers_module, "_ask", lambda *_: pytest.fail("asked again"))
     again, _ = train(tiny_pool, tiny_surrogate, recipe(), tmp_path)
@@ -283,8 +284,8 @@ def test_batches_read_ahead_are_the_batches_of_their_steps():
         return Batch(torch.full((2,), step), None, [], [], [], [])
 
     prefetcher = Prefetcher(make, end=6)
-    assert [prefetcher.get(step).pixels[0].item() for step in (2, 3, 4)] == [2, 3, 4]
-    assert prefetcher.get(1).pixels[0] == 1  # out of order: what was read ahead is left
+    assert [prefetcher.get(step).inputs[0].item() for step in (2, 3, 4)] == [2, 3, 4]
+    assert prefetcher.get(1).inputs[0] == 1  # out of order: what was read ahead is left
     prefetcher.close()
     assert made[:5] == [2, 3, 4, 5, 1] and len(threads) == 1 and threading.current_thread() not in threads
 
@@ -307,6 +308,29 @@ def test_single_steps_are_the_steps_of_a_run(tiny_pool, tiny_surrogate):
     assert {name: [v[name] for v in values] for name in values[0]} == run.history == trainer.history
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(trainer.student), strict=True))
     assert 0 < trainer.host_share < 1
+
+
+@pytest.mark.parametrize("use_masks", [True, False])
+def test_tokens_kept_on_disk_train_as_tokens_computed_anew(
+    tiny_pool, tiny_surrogate, tmp_path, use_masks, monkeypatch
+):
+    config = recipe(first_layer=1, use_masks=use_masks, **ALL_LOSSES)
+    student, stored = train(tiny_pool, tiny_surrogate, config, tmp_path)
+    (path,) = (tmp_path / "stored").glob("tokens-*.npy")
+    assert np.load(path).shape == (96, 9 if use_masks else 17, 32)
+    monkeypatch.setattr(MetaLoraTrainer, "_store_tokens", lambda *_: None)
+    _, computed = train(tiny_pool, tiny_surrogate, config)
+    for name, values in computed.history.items():
+        assert stored.history[name] == pytest.approx(values, rel=5e-3)
+    start, _ = train(tiny_pool, None, recipe(steps=0))
+    before, after = (dict(s.backbone.layers.named_parameters()) for s in (start, student))
+    changed = {name.split(".")[0] for name in after if not torch.equal(before[name], after[name])}
+    assert changed == {"1"} and len(student.trainable()) == len(start.trainable()) // 2
+
+
+def test_a_first_layer_that_is_not_there(tiny_pool):
+    with pytest.raises(ConfigError, match=r"first_layer must be in \[0, 2\), got 2"):
+        MetaLoraTrainer(tiny_pool, None, recipe(steps=0, first_layer=2))
 
 
 def test_surrogates_of_another_pool_are_refused(tiny_pool, tiny_surrogate):
