@@ -141,7 +141,7 @@ def measure_stage(name: str, world, args: argparse.Namespace) -> tuple[list[dict
         rows = []
         for case in cases:
             row = make_row(case, name, *costs[case.name], seconds[case.name], reached)
-            if args.profile:
+            if args.profile and not case.name.endswith(("_baseline", "_bare")):
                 repeats = min(5, max(1, round(0.2 * row["steps_per_second"])))
                 row["operations"] = top_operations(case.step, repeats, world.device)
             rows.append(row)

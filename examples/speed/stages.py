@@ -107,7 +107,7 @@ def inversion(world: World) -> Iterator[list[Case]]:
     cases = []
     with world.pool.folded(0):
         for name, prune in (("plain", {}), ("pruned_75", {last: 0.25})):
-            inverter = LoraInverter(world.pool, InversionConfig(prune=prune))
+            inverter = LoraInverter(world.pool, InversionConfig(prune=prune, stop_at=1.0))
             batch = inverter.batch(0, starts, labels, torch.Generator().manual_seed(0))
             kept = (last + 1 + 0.25 * (layers - last - 1)) / layers if prune else 1.0
             cases.append(Case(f"inversion_{name}", batch.step, count, kept))
