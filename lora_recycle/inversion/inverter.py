@@ -46,8 +46,9 @@ class LoraInverter:
         self.reference = _reference(pool, self.config) if self.config.hard_weight > 0 else None
         self.stock = _load_stock(self.config, self.backbone) if self.config.start_images else None
         self.accelerator = mixed_precision()
-        #: mean loss of each iteration of the last adapter, for curves
+        #: mean loss of each iteration of the last adapter, for curves, and its images' iterations in all
         self.losses: list[float] = []
+        self.image_iterations = 0
 
     def run(
         self, output_dir: str | Path, *, progress: bool = True, on_shard: Callable[[str, Shard], None] | None = None
@@ -67,7 +68,7 @@ class LoraInverter:
                 started = time.perf_counter()
                 shard = self.invert(i)
                 save_shard(path, shard, identity)
-                steps = len(shard) * self.config.iterations / (time.perf_counter() - started)
+                steps = self.image_iterations / (time.perf_counter() - started)
                 bar.set_postfix(accuracy=f"{shard.accuracy:.2f}", image_iterations_per_s=f"{steps:.0f}")
                 if on_shard is not None:
                     on_shard(names[i], shard)
@@ -99,7 +100,7 @@ class LoraInverter:
         pixels = (starts * 255).round().to(torch.uint8)
         iterations = self.config.iterations
         if iterations == 0:  # the starts themselves, not what the parameterisation makes of them
-            self.losses = []
+            self.losses, self.image_iterations = [], 0
             return pixels
         losses, images = torch.zeros(iterations, device=self.backbone.device), [0] * iterations
         for rows in torch.arange(len(labels)).split(self.config.batch_size):
@@ -114,6 +115,7 @@ class LoraInverter:
                     rows = rows[~finished]
                     batch.keep(~finished)
         self.losses = [total / count for total, count in zip(losses.tolist(), images, strict=True) if count]
+        self.image_iterations = sum(images)
         return pixels
 
     def batch(

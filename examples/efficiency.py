@@ -1,0 +1,153 @@
+"""What each speed-up of inversion and distillation costs in accuracy, and what it saves.
+
+    python examples/efficiency.py --data DATA --work runs/efficiency --json docs/results/efficiency.json
+
+Each line of `VARIANTS` changes one thing. The surrogate images of 6 embedded cifar_fs adapters (10 classes, 2 images a
+class) are distilled twice: from zero, where all that is gained comes from the images, and from the pool's average, as
+the default does. Accuracy: 5-way, 600 episodes, on the validation and the test classes of cifar_fs, paired with the
+reference named beside each line. Seconds are CPU seconds of one thread. DATA holds `cifar_fs/<split>.parquet`. Two
+shells share the work with `--part 0 2` and `--part 1 2`; what is finished is kept in the work folder when it is run
+again, and the JSON appears when the last variant is done.
+"""
+
+import argparse
+import json
+import os
+import re
+import time
+from pathlib import Path
+
+import torch
+from choose_recipe import judge
+
+from lora_recycle import AdapterPool, DistillationConfig, InversionConfig, LoraInverter, MetaLoraTrainer
+from lora_recycle.embedded import pool_path
+from lora_recycle.evaluation.episodes import sample_episodes
+from lora_recycle.evaluation.protocol import confidence
+from lora_recycle.images import load_labelled_images
+from lora_recycle.storage import atomic_write
+from lora_recycle.surrogate import SurrogateDataset
+
+
+ADAPTERS = [f"cifar_fs-{i:02d}" for i in (5, 8, 9, 10, 11, 12)]
+BASE_INVERT = {"images_per_class": 2, "max_classes": 10, "iterations": 30}
+BASE_DISTILL = {"steps": 60, "relational_batch": 60}
+PLAIN = {"parameterization": "pixels", "lr": 0.25, "starts": {"noise": 1}, "flip": True}
+
+#: name: (settings of inversion, settings of distillation) that differ from the base
+VARIANTS = {
+    "plain Adam, 2000 iterations": ({**PLAIN, "iterations": 2000}, {}),
+    "multi-resolution, 30 iterations": ({}, {}),
+    "plain Adam, 500 iterations": ({**PLAIN, "iterations": 500}, {}),
+    "plain Adam, 100 iterations": ({**PLAIN, "iterations": 100}, {}),
+    "plain Adam, 30 iterations": ({**PLAIN, "iterations": 30}, {}),
+    "multi-resolution, 100 iterations": ({"iterations": 100}, {}),
+    "multi-resolution, 20 iterations": ({"iterations": 20}, {}),
+    "multi-resolution, 10 iterations": ({"iterations": 10}, {}),
+    "multi-resolution, 0 iterations": ({"iterations": 0}, {}),
+    "multi-resolution, stop at 0.9": ({"stop_at": 0.9, "iterations": 40}, {}),
+    "multi-resolution, 30 iterations, bf16": ({}, {}),
+    "pruned to 25% after layer 2": ({"prune": {2: 0.25}, "keep_ratio": 1.0}, {}),
+    "pruned to 25% after layer 1": ({"prune": {1: 0.25}, "keep_ratio": 1.0}, {}),
+    "pruned to 50%, 25% after layers 1, 2": ({"prune": {1: 0.5, 2: 0.25}, "keep_ratio": 1.0}, {}),
+    "pruned to 25% after layer 1 from iteration 15": (
+        {"prune": {1: 0.25}, "prune_start": 15, "keep_ratio": 1.0},
+        {},
+    ),
+    "masked 25%": ({"keep_ratio": 0.75}, {}),
+    "masked 50%": ({"keep_ratio": 0.5}, {}),
+    "masked 75%": ({"keep_ratio": 0.25}, {}),
+    "masked 75%, pruned to 25% after layer 1": ({"prune": {1: 0.25}}, {}),
+    "meta-LoRA from layer 3 on": ({}, {"first_layer": 3}),
+}
+#: what each variant is compared with: the many iterations of the paper, or the same without its speed-up
+REFERENCES = {"plain": "plain Adam, 2000 iterations", "multi": "plain Adam, 2000 iterations"}
+BASE = "multi-resolution, 30 iterations"
+SPLITS = ("validation", "test")
+
+
+def run(name: str, pool: AdapterPool, folder: Path, sets, episodes) -> dict:
+    """Invert, distil from zero and from the average, and judge: one variant's row."""
+    invert, distill = VARIANTS[name]
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if name.endswith("bf16") else "no"
+    config = InversionConfig(**{**BASE_INVERT, **invert})
+    surrogate, seconds, image_iterations = make_images(pool, config, folder)
+    shards = [surrogate.shard(i) for i in range(surrogate.num_shards)]
+    images = sum(len(shard) for shard in shards)
+    row = {
+        "name": name,
+        "image_iterations": image_iterations,
+        "inversion_seconds": round(seconds, 1),
+        "surrogate_accuracy": sum(shard.accuracy * len(shard) for shard in shards) / images,
+    }
+    for init in ("zero", "average"):
+        trainer = MetaLoraTrainer(pool, surrogate, DistillationConfig(**{**BASE_DISTILL, **distill, "init": init}))
+        started = time.process_time()
+        student = trainer.train(progress=False)
+        row[f"{init} seconds"] = round(time.process_time() - started, 1)
+        for key, values in judge(student.backbone, sets, episodes).items():
+            row[f"{init} {key}"] = values.tolist()
+    return row
+
+
+def make_images(pool: AdapterPool, config: InversionConfig, folder: Path) -> tuple[SurrogateDataset, float, int]:
+    """The surrogate images, the seconds that they took, and their iterations in all."""
+    notes = folder / "inversion.json"
+    if not notes.is_file():
+        inverter, started, done = LoraInverter(pool, config), time.process_time(), []
+        inverter.run(folder, progress=False, on_shard=lambda name, shard: done.append(inverter.image_iterations))
+        atomic_write(notes, json.dumps([time.process_time() - started, sum(done)]).encode())
+    return SurrogateDataset.from_pretrained(folder), *json.loads(notes.read_text())
+
+
+def summary(rows: dict[str, dict]) -> list[dict]:
+    """Means with 95% intervals in place of the accuracies of single episodes, and paired differences."""
+    found = []
+    for name, row in rows.items():
+        reference = rows[REFERENCES.get(name.split()[0].split("-")[0], BASE)]
+        found.append({k: v for k, v in row.items() if not isinstance(v, list)} | {"reference": reference["name"]})
+        for key in [k for k, v in row.items() if isinstance(v, list)]:
+            found[-1][key] = confidence(torch.tensor(row[key]))
+            if key in reference:
+                found[-1][f"delta {key}"] = confidence(torch.tensor(row[key]) - torch.tensor(reference[key]))
+    return found
+
+
+def untrained(pool: AdapterPool, sets, episodes) -> dict[str, dict]:
+    """The frozen backbone and the pool's exact average on the same episodes."""
+    found = {"frozen": judge(pool.backbone, sets, episodes)}
+    with pool.folded() as averaged:
+        found["average"] = judge(averaged, sets, episodes)
+    return {n: {"name": n} | {f"average {k}": v.tolist() for k, v in r.items()} for n, r in found.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--part", nargs=2, type=int, default=(0, 1), metavar=("I", "N"), help="every N-th from I on")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    pool = AdapterPool.from_pretrained([pool_path() / name for name in ADAPTERS])
+    size, resample = pool.backbone.image_size, int(pool.backbone.processor.resample)
+    files = [args.data / "cifar_fs" / f"{split}.parquet" for split in SPLITS]
+    sets = [load_labelled_images(file, size, resample, max_per_class=60) for file in files]
+    episodes = {(d.name, k): sample_episodes(d.labels, 5, k, 15, 600, seed=1) for d in sets for k in (1, 5)}
+    args.work.mkdir(parents=True, exist_ok=True)
+    paths = {name: args.work / f"{re.sub('[^0-9a-z]+', '-', name.lower())}.json" for name in VARIANTS}
+    first, parts = args.part
+    for name, path in list(paths.items())[first::parts]:
+        if not path.exists():
+            row = run(name, pool, args.work / path.stem, sets, episodes)
+            atomic_write(path, json.dumps(row).encode())
+            means = {k: round(sum(v) / len(v), 2) if isinstance(v, list) else v for k, v in row.items()}
+            print(json.dumps(means), flush=True)
+    if all(path.exists() for path in paths.values()):
+        rows = {name: json.loads(path.read_text()) for name, path in paths.items()}
+        rows = {**untrained(pool, sets, episodes), **rows}
+        atomic_write(args.json, json.dumps(summary(rows), indent=1).encode())
+
+
+if __name__ == "__main__":
+    main()
