@@ -46,14 +46,14 @@ class Objective:
         pixel_values = self.backbone.normalize(images)
         with self.accelerator.autocast():
             hidden, _ = self.backbone(pixel_values, prune=prune)
-        hidden = hidden.float()
-        logits = self.adapter.logits(self.backbone, hidden)
-        loss = F.cross_entropy(logits, labels) + self.prior(images, hidden)
+        hidden = hidden.to(self.backbone.dtype)  # float32 again after autocast
+        logits = self.adapter.logits(self.backbone, hidden).float()
+        loss = F.cross_entropy(logits, labels) + self.prior(images, hidden.float())
         if self.reference is not None:
             with self.accelerator.autocast():
                 other = self.reference.features(pixel_values)
-            teacher = self.backbone.pool(hidden)
-            loss = loss - self.config.hard_weight * relational_divergence(other, teacher)
+            teacher = self.backbone.pool(hidden).float()
+            loss = loss - self.config.hard_weight * relational_divergence(other.float(), teacher)
         return loss, logits
 
 

@@ -281,3 +281,12 @@ def test_fp16_is_refused(tiny_pool, launched_with_bf16, monkeypatch):
     monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
     with pytest.raises(ConfigError, match="mixed_precision"):
         LoraInverter(tiny_pool, InversionConfig())
+
+
+@pytest.mark.parametrize("hard_weight", [0.0, 1.0])
+def test_a_backbone_in_bfloat16_is_inverted(tiny_pool_path, hard_weight):
+    pool = AdapterPool.from_pretrained(tiny_pool_path, dtype=torch.bfloat16)
+    settings = {"priors": {"tv": 0.1, "patch_entropy": 0.1}, "hard_weight": hard_weight, "keep_ratio": 0.5}
+    shard = LoraInverter(pool, quick(**settings)).invert(2)
+    assert shard.teacher_logits.dtype == torch.float32 and shard.teacher_logits.isfinite().all()
+    assert shard.teacher_features.dtype == torch.float16 and shard.kept_tokens.shape[1] == 8
