@@ -2,14 +2,16 @@
 
     python examples/write_tables.py
 
-Reads `docs/results/*.json`, as `lora-recycle evaluate --json`, `examples/choose_recipe.py` and `examples/benchmark.py`
-write them, and replaces what stands between `<!-- NAME -->` and `<!-- /NAME -->` in README.md and docs/*.md.
+Reads `docs/results/*.json`, as `lora-recycle evaluate --json` and the scripts choose_recipe.py, benchmark.py and
+efficiency.py write them, and replaces what stands between `<!-- NAME -->` and `<!-- /NAME -->` in README.md
+and docs/*.md.
 """
 
 import json
 import re
 from pathlib import Path
 
+from speed import price
 from speed.report import markdown
 
 
@@ -87,6 +89,10 @@ def main() -> None:
         "pool": pool_table(),
         "speed": speed_tables(),
     }
+    if (RESULTS / "efficiency.json").exists():
+        rows = json.loads((RESULTS / "efficiency.json").read_text())
+        tables["efficiency"] = price.table(rows)
+        (RESULTS / "efficiency.svg").write_text(price.curves(rows))
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         text = path.read_text()
         for name, table in tables.items():
