@@ -25,6 +25,16 @@ def centre_logits(
 
     Euclidean: minus the distance, not squared (Eq. 3 of LoRA Recycle). Cosine: the cosine similarity.
     """
+    return prepared_logits(features, prepare_centres(centres, metric), metric, temperature)
+
+
+def prepare_centres(centres: torch.Tensor, metric: str) -> torch.Tensor:
+    """What of `centre_logits` does not change from query to query: the centres, for cosine of unit length."""
+    return centres if metric == "euclidean" else F.normalize(centres, dim=-1)
+
+
+def prepared_logits(features: torch.Tensor, prepared: torch.Tensor, metric: str, temperature: float) -> torch.Tensor:
+    """`centre_logits` with centres from `prepare_centres`."""
     if metric == "euclidean":
-        return -torch.cdist(features, centres) / temperature
-    return F.normalize(features, dim=-1) @ F.normalize(centres, dim=-1).T / temperature
+        return -torch.cdist(features, prepared) / temperature
+    return F.normalize(features, dim=-1) @ prepared.mT / temperature

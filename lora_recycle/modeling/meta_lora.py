@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from peft import get_peft_model, set_peft_model_state_dict
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils import ModelOutput
 
@@ -24,12 +23,12 @@ from ..hub.adapters import load_adapter, pull_adapter
 from ..hub.cards import PICTURE_FILE
 from ..hub.files import SIDECAR_FILE
 from ..images import to_picture
-from ..prototypes import class_centres, class_sums
-from ..storage import atomic_save_tensors, atomic_write
+from ..storage import atomic_write
 from ..version import __version__
-from .heads import ClassCentreHead
+from .heads import make_head
 from .publishing import push_adapter_folder
 from .sidecar import TASK_FILE, read_picture, read_sidecar, task_file
+from .task import FewShotTask, load_task, save_task
 
 
 @dataclasses.dataclass
@@ -42,23 +41,25 @@ class FewShotOutput(ModelOutput):
 
 
 class MetaLoRAForFewShotClassification(nn.Module):
-    """A frozen ViT that wears a meta-LoRA and classifies by class centres of the support images.
+    """A frozen ViT that wears a meta-LoRA and classifies by a few-shot head, class centres by default.
 
     Args:
         backbone ([`Backbone`]): its linear layers are wrapped by PEFT in place.
         peft_model: the PEFT model around `backbone.model`.
-        settings (`dict`, *optional*): the sidecar: head, metric, temperature, sources, results.
+        settings (`dict`, *optional*): the sidecar: head, metric, temperature, head parameters, sources, results.
+
+    Raises:
+        ConfigError: there is no head of the name in `settings`, or it does not take the parameters there.
     """
 
     def __init__(self, backbone: Backbone, peft_model, settings: dict[str, Any] | None = None):
         super().__init__()
         self.backbone, self.peft_model, self.settings = backbone, peft_model, dict(settings or {})
-        self.head = ClassCentreHead(self.settings.get("metric", "cosine"), self.settings.get("temperature", 0.1))
+        self.head = make_head(self.settings.get("head", "class_centres"), self.settings)
         #: PNG of some of the surrogate images that it learned from, where they are at hand
         self.picture: bytes | None = None
-        self.label_names: list[Any] = []
-        self._sums: torch.Tensor | None = None
-        self._counts: torch.Tensor | None = None
+        #: replaced as a whole by `fit` and `add_classes`, so that a prediction in another thread sees one task
+        self._task: FewShotTask | None = None
         self.eval()
 
     @classmethod
@@ -66,6 +67,7 @@ class MetaLoRAForFewShotClassification(nn.Module):
         cls,
         repo_or_path: str | Path,
         *,
+        head: str | None = None,
         revision: str | None = None,
         token: str | None = None,
         cache_dir: str | Path | None = None,
@@ -78,11 +80,17 @@ class MetaLoRAForFewShotClassification(nn.Module):
         """Load a meta-LoRA from a folder or a repo id; `demo` is the embedded one.
 
         The base model is the one that the adapter names unless `base_model` is given. A fitted task that was saved
-        with it comes back fitted.
+        with it comes back fitted, unless `head` needs other statistics of the support images, which a warning tells.
+
+        Args:
+            head (`str`, *optional*): one of `modeling.heads.HEADS` by name; by default the one it was saved with.
 
         Raises:
             AdapterError: files are missing or damaged, or do not fit the base model.
+            ConfigError: there is no head of this name.
         """
+        if head is not None:
+            make_head(head, {})  # an unknown name is told before anything is fetched
         hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         info = pull_adapter(resolve_meta_lora(repo_or_path), revision=revision, **hub)
         if base_model is None and info.base_model is None:
@@ -96,8 +104,9 @@ class MetaLoRAForFewShotClassification(nn.Module):
         peft_model = get_peft_model(backbone.model, loaded.peft_config)
         set_peft_model_state_dict(peft_model, loaded.state_dict)
         peft_model.to(device=backbone.device, dtype=backbone.dtype)
-        model = cls(backbone, peft_model, read_sidecar(info.path / SIDECAR_FILE))
-        model._load_task(task_file(info, model.settings, hub))
+        settings = read_sidecar(info.path / SIDECAR_FILE, head)
+        model = cls(backbone, peft_model, settings if head is None else {**settings, "head": head})
+        model._task = load_task(task_file(info, model.settings, hub), model.head)
         model.picture = read_picture(info.path / PICTURE_FILE)
         return model
 
@@ -109,6 +118,11 @@ class MetaLoRAForFewShotClassification(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.backbone.device
+
+    @property
+    def label_names(self) -> list[Any]:
+        """The classes of the fitted task, in the order of the columns of `predict_proba`; empty before `fit`."""
+        return [] if self._task is None else list(self._task.label_names)
 
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Normalised images (B, 3, H, W) to embeddings (B, D)."""
@@ -126,7 +140,7 @@ class MetaLoRAForFewShotClassification(nn.Module):
         Args:
             support_pixel_values: (S, 3, H, W), normalised.
             support_labels: int64 (S,), values 0 to ways - 1, each present.
-            query_pixel_values: (Q, 3, H, W).
+            query_pixel_values: (Q, 3, H, W). A transductive head takes them as one set.
             query_labels: int64 (Q,); with them the output has a loss.
 
         Raises:
@@ -136,10 +150,10 @@ class MetaLoRAForFewShotClassification(nn.Module):
         ways = int(support_labels.max()) + 1
         features = self.features(torch.cat([support_pixel_values, query_pixel_values]))
         support, query = features.split([len(support_pixel_values), len(query_pixel_values)])
-        prototypes = class_centres(support, support_labels, ways)
-        logits = self.head.logits(query, prototypes)
+        statistics = self.head.statistics(support, support_labels, ways)
+        logits = self.head.logits(query, self.head.prepare(statistics))
         loss = None if query_labels is None else F.cross_entropy(logits.float(), query_labels.to(self.device))
-        return FewShotOutput(loss=loss, logits=logits, prototypes=prototypes)
+        return FewShotOutput(loss=loss, logits=logits, prototypes=self.head.centres(statistics))
 
     def preprocess(self, images) -> torch.Tensor:
         """What the backbone takes: PIL images, arrays, file names, or uint8 tensors (N, 3, H, W) to (N, 3, S, S).
@@ -171,52 +185,55 @@ class MetaLoRAForFewShotClassification(nn.Module):
         """
         if len(set(_as_list(labels))) < 2:
             raise DataError("A support set needs at least two classes, or there is nothing to tell apart.")
-        features, labels = self._labelled(images, labels)
-        self.label_names, self._sums, self._counts = [], None, None
-        self._add(features, labels)
+        self._task = FewShotTask.fitted(*self._labelled(images, labels), self.head)
         return self
 
     def add_classes(self, images, labels: Sequence[Any]) -> MetaLoRAForFewShotClassification:
         """Add classes to a fitted task, or images to its classes, without seeing the earlier images again."""
-        self._require_fitted()
-        self._add(*self._labelled(images, labels))
+        task = self._fitted()
+        self._task = FewShotTask.fitted(*self._labelled(images, labels), self.head, task)
         return self
 
     def predict_proba(self, images) -> torch.Tensor:
-        """Class probabilities, columns in the order of `label_names`: (N, classes), float32 on the CPU."""
-        self._require_fitted()
-        with torch.inference_mode():
-            return self.head.logits(self.embed(images), self.prototypes).float().softmax(-1).cpu()
+        """Class probabilities, columns in the order of `label_names`: (N, classes), float32 on the CPU.
+
+        A transductive head (`model.head.transductive`) takes the N images as one query set: the answer for an image
+        depends on the others, so images that belong together should come in one call.
+        """
+        return self._probabilities(self._fitted(), images)
 
     def predict(self, images) -> list[Any]:
-        """The label of each image, as it was given to `fit`."""
-        return [self.label_names[i] for i in self.predict_proba(images).argmax(-1).tolist()]
+        """The label of each image, as it was given to `fit`. Transductive heads as in `predict_proba`."""
+        task = self._fitted()
+        return [task.label_names[i] for i in self._probabilities(task, images).argmax(-1).tolist()]
+
+    @torch.inference_mode()
+    def _probabilities(self, task: FewShotTask, images) -> torch.Tensor:
+        return task.logits(self.embed(images), self.head).float().softmax(-1).cpu()
 
     @property
     def prototypes(self) -> torch.Tensor:
         """Class centres of the fitted task: (classes, D)."""
-        self._require_fitted()
-        return self._sums / self._counts[:, None]
+        return self.head.centres(self._fitted().statistics)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write a plain PEFT adapter with our sidecar, and the fitted task where there is one."""
-        folder = Path(save_directory)
+        folder, task = Path(save_directory), self._task
         config = self.peft_model.peft_config["default"]
         config.base_model_name_or_path = backbone_name(config.base_model_name_or_path)
         config.target_modules = sorted(config.target_modules)  # PEFT writes a set in any order
         self.peft_model.save_pretrained(folder, safe_serialization=True)
         settings = {
-            "head": "class_centres",
-            "metric": self.head.metric,
-            "temperature": self.head.temperature,
+            "head": self.head.name,
+            "metric": self.settings.get("metric", "cosine"),
+            "temperature": self.settings.get("temperature", 0.1),
             "image_processor": self.backbone.processor_settings(),
             "lora_recycle_version": __version__,
-            "num_classes": len(self.label_names) or None,
+            "num_classes": None if task is None else len(task.label_names),
         }
         atomic_write(folder / SIDECAR_FILE, json.dumps({**self.settings, **settings}, indent=1).encode())
-        if self._sums is not None:
-            tensors = {"sums": self._sums.cpu().contiguous(), "counts": self._counts.cpu().contiguous()}
-            atomic_save_tensors(folder / TASK_FILE, tensors, json.dumps({"label_names": self.label_names}))
+        if task is not None:
+            save_task(folder / TASK_FILE, task)
         else:
             (folder / TASK_FILE).unlink(missing_ok=True)
         if self.picture is not None:
@@ -255,29 +272,10 @@ class MetaLoRAForFewShotClassification(nn.Module):
             raise DataError(f"{len(features)} images, but {len(labels)} labels: each image needs one.")
         return features.float(), labels
 
-    def _add(self, features: torch.Tensor, labels: list[Any]) -> None:
-        names = self.label_names + sorted(set(labels) - set(self.label_names), key=lambda v: (str(type(v)), v))
-        index = torch.tensor([names.index(label) for label in labels], device=features.device)
-        sums, counts = class_sums(features, index, len(names))
-        if self._sums is not None:
-            sums[: len(self._sums)] += self._sums
-            counts[: len(self._counts)] += self._counts
-        self.label_names, self._sums, self._counts = names, sums, counts
-
-    def _require_fitted(self) -> None:
-        if self._sums is None:
+    def _fitted(self) -> FewShotTask:
+        if self._task is None:
             raise DataError("This model has no task yet. Call fit(images, labels) first.")
-
-    def _load_task(self, path: Path) -> None:
-        if not path.is_file():
-            return
-        try:
-            with safe_open(path, "pt") as file:
-                self.label_names = json.loads(file.metadata()["header"])["label_names"]
-                self._sums = file.get_tensor("sums").to(self.device)
-                self._counts = file.get_tensor("counts").to(self.device)
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise AdapterError(f"{path}: the fitted task cannot be read ({error!r}). Delete the file.") from error
+        return self._task
 
 
 def _check_support(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
