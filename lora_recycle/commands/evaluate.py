@@ -27,9 +27,12 @@ examples:
   lora-recycle evaluate meta_lora --data test.parquet --pool pool --json results.json
   lora-recycle evaluate someone/meta-lora --data cifar10 --split test --ways 10 --shots 1 5 20
   lora-recycle evaluate demo --data photos --no-pool          quicker: only frozen and meta-lora
+  lora-recycle evaluate demo --data photos --head lda transductive_em     other few-shot heads as well
 
 methods: frozen (class centres on the bare backbone), frozen-centred, and meta-lora; with a pool also average
-(of all weight changes), ensemble (all adapters, one forward each) and random (a control).
+(of all weight changes), ensemble (all adapters, one forward each) and random (a control). With --head also frozen
+and meta-lora with cosine_centres, euclidean_centres, lda, logistic_regression, transductive_laplacian,
+transductive_transport or transductive_em; the transductive ones see all queries of an episode at once.
 """
 
 
@@ -60,6 +63,7 @@ def add_parser(subparsers, **options) -> argparse.ArgumentParser:
     pools = parser.add_mutually_exclusive_group()
     pools.add_argument("--pool", nargs="+", metavar="POOL", help=f"adapters to compare with: {POOL_HELP}")
     pools.add_argument("--no-pool", action="store_true", help="leave out the methods that need a pool")
+    parser.add_argument("--head", nargs="+", default=[], metavar="NAME", help="few-shot heads to judge as well")
     parser.add_argument("--json", metavar="FILE", help="write the rows to this file as well")
     add_on_error_argument(parser)
     add_base_model_argument(parser)
@@ -86,6 +90,7 @@ def run(args: argparse.Namespace) -> None:
         data,
         model,
         pool=_load_pool(args, model),
+        heads=args.head,
         ways=args.ways,
         shots=args.shots,
         queries=args.queries,

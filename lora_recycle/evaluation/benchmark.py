@@ -10,10 +10,11 @@ from tqdm.auto import tqdm
 
 from ..backbones import Backbone, extract_features
 from ..images import LabelledImages
+from ..modeling.heads import FewShotHead, make_head
 from ..modeling.meta_lora import MetaLoRAForFewShotClassification
 from ..pool import AdapterPool
 from .episodes import EpisodeSet, sample_episodes
-from .protocol import ensemble_accuracy, prototype_accuracy, summarise
+from .protocol import ensemble_accuracy, head_accuracy, prototype_accuracy, summarise
 
 
 @dataclasses.dataclass
@@ -31,6 +32,7 @@ def evaluate(
     *,
     backbone: Backbone | None = None,
     pool: AdapterPool | None = None,
+    heads: Sequence[str] = (),
     ways: int = 5,
     shots: Sequence[int] = (1, 5),
     queries: int = 15,
@@ -48,10 +50,15 @@ def evaluate(
         model: the meta-LoRA; without it only the other methods are judged.
         backbone: the bare backbone; the pool's by default, else the model's base is loaded again.
         pool: adapters for `average`, `ensemble` (one forward each) and `random`.
+        heads: names of few-shot heads to judge too, on the frozen backbone and on the meta-LoRA (rows such as
+            `meta-lora + lda`). The other rows are class centres. Queries of an episode are one set to a transductive
+            head, which knows more than the other methods: compare it with its own kind.
 
     Raises:
+        ConfigError: there is no head of a name.
         DataError: too few classes or images for an episode.
     """
+    chosen = [make_head(name, model.settings if model else {}) for name in heads]
     names = data.label_names
     drawn = {k: sample_episodes(data.labels, ways, k, queries, episodes, seed, names, data.name) for k in shots}
     passes = 1 + (model is not None) + (len(pool) + 2 if pool else 0)
@@ -62,10 +69,13 @@ def evaluate(
     frozen = judge.features(backbone)
     judge.score("frozen", frozen)
     judge.score("frozen-centred", frozen, centred=True)
+    judge.score_heads("frozen", frozen, chosen)
     if pool is not None:
         judge.score_pool(pool, seed)
     if model is not None:
-        judge.score("meta-lora", judge.features(model.backbone), metric=model.head.metric)
+        features = judge.features(model.backbone)
+        judge.score("meta-lora", features, metric=model.settings.get("metric", "cosine"))
+        judge.score_heads("meta-lora", features, chosen)
     bar.close()
     rows, notes = [], []
     for k in shots:
@@ -92,6 +102,11 @@ class _Judge:
     def score(self, method: str, features: torch.Tensor, **options) -> None:
         for k, drawn in self.episodes.items():
             self.accuracies[k, method] = prototype_accuracy(features, drawn, **options)
+
+    def score_heads(self, method: str, features: torch.Tensor, heads: Sequence[FewShotHead]) -> None:
+        for head in heads:
+            for k, drawn in self.episodes.items():
+                self.accuracies[k, f"{method} + {head.name}"] = head_accuracy(features, drawn, head)
 
     def score_pool(self, pool: AdapterPool, seed: int) -> None:
         """The pool's exact average, the mean of its adapters' similarities, and the average of random adapters."""
