@@ -2,13 +2,15 @@
 
     python examples/write_tables.py
 
-Reads `docs/results/*.json`, as `lora-recycle evaluate --json` and `examples/choose_recipe.py` write them, and replaces
-what stands between `<!-- NAME -->` and `<!-- /NAME -->` in README.md and docs/*.md.
+Reads `docs/results/*.json`, as `lora-recycle evaluate --json`, `examples/choose_recipe.py` and `examples/benchmark.py`
+write them, and replaces what stands between `<!-- NAME -->` and `<!-- /NAME -->` in README.md and docs/*.md.
 """
 
 import json
 import re
 from pathlib import Path
+
+from speed.report import markdown
 
 
 ROOT = Path(__file__).parent.parent
@@ -68,6 +70,12 @@ def pool_table() -> str:
     return "\n".join(lines)
 
 
+def speed_tables() -> str:
+    """Every run of the benchmark, `speed.json` and `speed-*.json`."""
+    runs = sorted(RESULTS.glob("speed*.json"))
+    return "\n\n".join(markdown(json.loads(path.read_text())) for path in runs)
+
+
 def main() -> None:
     home = ["cifar_fs", "mini_imagenet", "vgg_flower", "omniglot_small"]
     tables = {
@@ -77,6 +85,7 @@ def main() -> None:
         "demo": evaluation_table(["demo_digits"]),
         "choice": choice_table() if (RESULTS / "choice.json").exists() else "",
         "pool": pool_table(),
+        "speed": speed_tables(),
     }
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         text = path.read_text()

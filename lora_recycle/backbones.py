@@ -13,13 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModel, PreTrainedModel, SiglipVisionModel
 
 from .embedded import resolve_backbone
 from .errors import AdapterError, DataError
 from .hub.snapshots import resolve_commit
-from .sparsity import ATTENTION_NAME, ClsAttention, keep_tokens, num_kept, record_cls_attention, select_top
+from .last_layer import cls_layer
+from .sparsity import (
+    ATTENTION_NAME,
+    ClsAttention,
+    keep_tokens,
+    num_kept,
+    record_cls_attention,
+    select_top,
+    take_patches,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +110,7 @@ class Backbone(nn.Module):
         try:
             commit = None if Path(path).is_dir() else resolve_commit(path, **hub)
             hub["revision"] = commit or revision  # all parts of one commit
+            hub["trust_remote_code"] = False  # left out, transformers asks whether to run it
             config = AutoConfig.from_pretrained(path, **hub)
             model_class = _TOWERS.get(config.model_type, AutoModel)
             extra = {"add_pooling_layer": False} if config.model_type in ("vit", "deit") else {}
@@ -167,19 +178,42 @@ class Backbone(nn.Module):
         }
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
-        """Images in [0, 1], or uint8, to the backbone's own pixel values: (B, 3, H, W)."""
+        """Images in [0, 1], or uint8, to the backbone's own pixel values: (B, 3, H, W), or patches (B, k, 3, p, p)."""
         if images.dtype == torch.uint8:
             images = images.to(self.device).to(self.mean.dtype) / 255
         return (images - self.mean) / self.std
 
-    def embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Tokens before the first layer: (B, 3, H, W) to (B, prefix + P, D)."""
+    def embed(self, pixel_values: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
+        """Tokens before the first layer, all or those of the kept patches: (B, 3, H, W) to (B, prefix + P or k, D)."""
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, self.image_size, self.image_size):
             raise DataError(
                 f"{self.name} takes images of shape (B, 3, {self.image_size}, {self.image_size}), "
                 f"got {tuple(pixel_values.shape)}. Pass images through its image processor first."
             )
+        if kept is not None and isinstance(self._patch_projection, nn.Conv2d):  # no adapter wraps it
+            return self.embed_patches(take_patches(pixel_values, kept, self.patch_size), kept)
         hidden = self.model.embeddings(pixel_values.to(self.dtype))
+        hidden = self.model.get_submodule(self.family.pre_norm)(hidden) if self.family.pre_norm else hidden
+        return hidden if kept is None else keep_tokens(hidden, kept, self.num_prefix_tokens)
+
+    @property
+    def _patch_projection(self) -> nn.Module:
+        embeddings = self.model.embeddings
+        names = ("patch_embedding", "patch_embeddings.projection")  # CLIP and SigLIP; ViT and DINOv2
+        return next(module for name, module in embeddings.named_modules() if name in names)
+
+    def embed_patches(self, patches: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        """Tokens of some patches, the others never embedded: (B, k, 3, p, p), int64 (B, k) to (B, prefix + k, D).
+
+        Embeddings are linear in the pixels: what they make of an empty image (positions, the tokens before the
+        patches), plus the projection of each patch.
+        """
+        empty = self.model.embeddings(self.mean.new_zeros(1, 3, self.image_size, self.image_size, dtype=self.dtype))
+        weight = self._patch_projection.weight.flatten(1)
+        tokens = keep_tokens(empty.expand(len(kept), -1, -1), kept, self.num_prefix_tokens)
+        patches = F.linear(patches.flatten(2).to(weight.dtype), weight)
+        prefix, rest = tokens.split([self.num_prefix_tokens, kept.shape[1]], dim=1)
+        hidden = torch.cat([prefix, rest + patches], dim=1)
         return self.model.get_submodule(self.family.pre_norm)(hidden) if self.family.pre_norm else hidden
 
     def forward(
@@ -191,7 +225,7 @@ class Backbone(nn.Module):
         """Tokens after the last layer, before the final norm.
 
         Args:
-            pixel_values: (B, 3, H, W), normalised.
+            pixel_values: (B, 3, H, W), normalised; with `kept` also the kept patches alone, (B, k, 3, p, p).
             kept: int64 (B, k), the patches that are forwarded; all by default.
             prune: layer index to keep ratio (of all patches): after that layer only the patches with the highest CLS
                 attention go on (without CLS, with the highest attention of all patches).
@@ -199,9 +233,7 @@ class Backbone(nn.Module):
         Returns:
             Hidden states (B, prefix + k, D) and the positions (B, k) of the patches still there (None for all).
         """
-        hidden, prefix = self.embed(pixel_values), self.num_prefix_tokens
-        if kept is not None:
-            hidden = keep_tokens(hidden, kept, prefix)
+        hidden, prefix = self.tokens_entering(0, pixel_values, kept), self.num_prefix_tokens
         for i, layer in enumerate(self.layers):
             if not prune or i not in prune:
                 hidden = self._call(layer, hidden)
@@ -241,8 +273,24 @@ class Backbone(nn.Module):
         return patches if self.family.head_input == "patches" else torch.cat([hidden[:, 0], patches], -1)
 
     def features(self, pixel_values: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
-        """Features of normalised images: (B, 3, H, W) to (B, D)."""
-        return self.pool(self.forward(pixel_values, kept)[0])
+        """Features of normalised images, or of their kept patches, as `forward` takes them: to (B, D)."""
+        return self.features_from(self.tokens_entering(0, pixel_values, kept))
+
+    def tokens_entering(
+        self, layer: int, pixel_values: torch.Tensor, kept: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The tokens that layer number `layer` gets, of images as `features` takes them: to (B, T, D)."""
+        hidden = self.embed_patches(pixel_values, kept) if pixel_values.ndim == 5 else self.embed(pixel_values, kept)
+        for before in self.layers[:layer]:
+            hidden = self._call(before, hidden)
+        return hidden
+
+    def features_from(self, hidden: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """Features from the tokens that enter layer `first`: (B, T, D) to (B, D)."""
+        *layers, last = self.layers[first:]
+        for layer in layers:
+            hidden = self._call(layer, hidden)
+        return self.pool(self._call(last, hidden) if self.family.pooler else cls_layer(last, hidden))
 
 
 @torch.inference_mode()

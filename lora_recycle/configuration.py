@@ -82,6 +82,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
+def _key(key: Any, hint: type, where: str) -> Any:
+    """A key of a mapping: JSON and the command line make a string of a number."""
+    try:
+        return hint(key)
+    except ValueError:
+        raise ConfigError(f"{where}: expected {hint.__name__} as key, got {key!r}.") from None
+
+
 def _coerce(value: Any, hint: Any, where: str) -> Any:
     """Accept what YAML and the command line give for `hint`; raise `ConfigError` otherwise."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -92,7 +100,7 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_coerce(v, arguments[0], where) for v in value)
     if origin is dict and isinstance(value, dict):
-        return {str(k): _coerce(v, arguments[1], where) for k, v in value.items()}
+        return {_key(k, arguments[0], where): _coerce(v, arguments[1], where) for k, v in value.items()}
     if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             return float(value)  # YAML reads 1e-3 as a string

@@ -35,11 +35,17 @@ def cosine_similarity(features: torch.Tensor) -> torch.Tensor:
     return unit @ unit.T
 
 
-def compress(features: torch.Tensor, dim: int = 1024, seed: int = 0) -> torch.Tensor:
-    """Fewer columns with nearly the same inner products (truncated SVD): (N, D) to (N, min(D, dim))."""
-    if features.shape[1] <= dim or len(features) <= dim:
-        return features
+def principal_directions(features: torch.Tensor, dim: int = 1024, seed: int = 0) -> torch.Tensor | None:
+    """Directions on which `features` keep nearly the same inner products with fewer columns (truncated SVD).
+
+    Args:
+        features: (N, C), all rows or a sample of them.
+
+    Returns:
+        (C, dim), or None where C columns or N rows are not more than `dim`: nothing to gain.
+    """
+    if min(features.shape) <= dim:
+        return None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        _, _, v = torch.svd_lowrank(features.float(), q=dim, niter=2)
-    return features.float() @ v
+        return torch.svd_lowrank(features.float(), q=dim, niter=2)[2]

@@ -74,3 +74,10 @@ def keep_tokens(hidden: torch.Tensor, kept: torch.Tensor, num_prefix: int) -> to
     """Prefix tokens and the kept patches: (B, num_prefix + P, D), (B, k) to (B, num_prefix + k, D)."""
     index = (kept + num_prefix)[..., None].expand(-1, -1, hidden.shape[-1])
     return torch.cat([hidden[:, :num_prefix], hidden.gather(1, index)], dim=1)
+
+
+def take_patches(images: torch.Tensor, kept: torch.Tensor, size: int) -> torch.Tensor:
+    """The kept patches of images: (B, C, H, W), (B, k) to (B, k, C, size, size)."""
+    grid = images.unfold(2, size, size).unfold(3, size, size)  # a view: (B, C, rows, columns, size, size)
+    columns = grid.shape[3]
+    return grid.permute(0, 2, 3, 1, 4, 5)[torch.arange(len(images))[:, None], kept // columns, kept % columns]

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write what is to become `path`: it does so at the end, and not at all where the writing fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -25,7 +26,7 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 def atomic_write(path: Path, data: bytes) -> None:
     """Write a file that is either whole or absent."""
-    with _replacing(path) as partial:
+    with replacing(path) as partial:
         partial.write_bytes(data)
 
 
@@ -34,7 +35,7 @@ def atomic_save_tensors(path: Path, tensors: dict[str, torch.Tensor], header: st
 
     One entry: safetensors writes several in random order, and the same content must give the same bytes.
     """
-    with _replacing(path) as partial:
+    with replacing(path) as partial:
         save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"header": header})
 
 

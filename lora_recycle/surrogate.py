@@ -21,22 +21,24 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .errors import DataError
-from .hub.cards import PICTURE_FILE, TABLE_FILE, surrogate_card
+from .errors import AdapterError, DataError
+from .hub.cards import TABLE_FILE, is_repo_id, surrogate_card
+from .hub.files import PICTURE_FILE
 from .hub.pictures import picture_grid
-from .hub.publish import push_files
+from .hub.publish import push_files, without_local_paths
+from .hub.snapshots import fetch
+from .hub.untrusted import MAX_FILE_BYTES, MAX_TEXT_BYTES, parse_json, read_text
+from .shard_checks import check_manifest
+from .shard_rows import TENSORS, ShardRows, open_shard
 from .storage import atomic_save_tensors, atomic_write, file_sha256
 
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 64 * 1024**2
+#: All that is downloaded of a data set's repo, and the most bytes that each file may have.
+REPO_FILES = {MANIFEST: MAX_MANIFEST_BYTES, "shards/*.safetensors": MAX_FILE_BYTES, "README.md": MAX_TEXT_BYTES}
 IMAGES_ON_CARD = 24
-_REQUIRED = {
-    "pixels": (torch.uint8, 4),
-    "labels": (torch.int64, 1),
-    "teacher_logits": (torch.float32, 2),
-    "teacher_features": (torch.float16, 2),
-}
 
 
 @dataclasses.dataclass
@@ -72,42 +74,15 @@ class Shard:
 
 def save_shard(path: Path, shard: Shard, config_id: str) -> None:
     """Write one shard atomically; its header names the adapter and the configuration it was made with."""
-    tensors = {name: getattr(shard, name) for name in _REQUIRED}
-    if shard.kept_tokens is not None:
-        tensors["kept_tokens"] = shard.kept_tokens
+    tensors = {name: getattr(shard, name) for name in TENSORS if getattr(shard, name) is not None}
     header = json.dumps({"adapter": shard.adapter, "config_id": config_id}, sort_keys=True)
     atomic_save_tensors(path, tensors, header)
 
 
 def load_shard(path: Path) -> Shard:
     """Read one shard. Raises `DataError` where it is missing, damaged or of another form."""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            names = set(file.keys())
-            missing = sorted(set(_REQUIRED) - names)
-            if missing or "header" not in metadata:
-                raise DataError(f"{path}: not a surrogate shard, {(missing or ['its header'])[0]} is missing.")
-            for name, (_, ndim) in _REQUIRED.items():
-                if len(file.get_slice(name).get_shape()) != ndim:
-                    raise DataError(f"{path}: tensor {name} must have {ndim} dimensions.")
-            tensors = {name: file.get_tensor(name) for name in names if name in _REQUIRED or name == "kept_tokens"}
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{path}: the shard is missing or damaged ({error}). Run invert again.") from error
-    for name, (dtype, _) in _REQUIRED.items():
-        if tensors[name].dtype != dtype or len(tensors[name]) != len(tensors["pixels"]):
-            raise DataError(f"{path}: tensor {name} has the wrong type or number of rows.")
-    try:
-        adapter = json.loads(metadata["header"])["adapter"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: the header names no adapter ({error!r}). Run invert again.") from error
-    shard = Shard(adapter, **tensors)
-    classes = shard.teacher_logits.shape[1]
-    if len(shard) and not 0 <= int(shard.labels.min()) <= int(shard.labels.max()) < classes:
-        raise DataError(f"{path}: labels must lie in 0 to {classes - 1}, got {int(shard.labels.max())}.")
-    if shard.kept_tokens is not None and (shard.kept_tokens.dtype, shard.kept_tokens.ndim) != (torch.int16, 2):
-        raise DataError(f"{path}: kept_tokens must be int16 of 2 dimensions.")
-    return shard
+    rows = open_shard(path)
+    return Shard(rows.adapter, **{name: file.read_range(0, len(rows)) for name, file in rows.tensors.items()})
 
 
 def shard_config_id(path: Path) -> str | None:
@@ -135,39 +110,32 @@ class SurrogateDataset:
         repo_or_path: str | Path,
         *,
         revision: str | None = None,
-        token: str | None = None,
+        token: str | bool | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
+        progress: bool = True,
     ) -> SurrogateDataset:
-        """Open a surrogate folder, or a data set repo on the Hub. Raises `DataError` where there is none."""
-        folder = Path(repo_or_path)
-        if not folder.is_dir():
-            from huggingface_hub import snapshot_download
+        """Open a surrogate folder, or a data set repo on the Hub, all of whose shards are then fetched side by side.
 
+        Raises:
+            DataError: there is none, it cannot be fetched whole, or its manifest is damaged.
+        """
+        folder = Path(repo_or_path)
+        hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        if not folder.is_dir():
             try:
-                folder = Path(
-                    snapshot_download(
-                        str(repo_or_path),
-                        repo_type="dataset",
-                        revision=revision,
-                        token=token,
-                        cache_dir=cache_dir,
-                        local_files_only=local_files_only,
-                        allow_patterns=[MANIFEST, "shards/*.safetensors", "README.md"],
-                    )
-                )
-            except Exception as error:  # the client raises a dozen types, all meaning that it is not to be had
-                reason = str(error).strip().splitlines()[0]
-                raise DataError(f"{repo_or_path}: no such surrogate folder or data set repo ({reason}).") from error
+                folder = fetch(str(repo_or_path), REPO_FILES, revision, **hub, repo_type="dataset", progress=progress)
+            except AdapterError as error:
+                raise DataError(str(error)) from error
         try:
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            manifest = parse_json(read_text(folder / MANIFEST, MAX_MANIFEST_BYTES))
             if manifest["format_version"] > FORMAT_VERSION:
                 raise DataError(f"{folder}: written by a newer version of lora_recycle. Upgrade it.")
-            files = [entry["file"] for entry in manifest["shards"]]
-        except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise DataError(f"{folder}: no readable {MANIFEST} ({error!r}). Is the inversion finished?") from error
-        if any(Path(f).is_absolute() or ".." in Path(f).parts for f in files):
-            raise DataError(f"{folder}: {MANIFEST} names a file outside the folder.")
+            check_manifest(manifest)
+        except DataError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{folder}: no readable {MANIFEST} ({error}). Is the inversion finished?") from error
         return cls(folder, manifest)
 
     def __len__(self) -> int:
@@ -180,11 +148,18 @@ class SurrogateDataset:
 
     def shard(self, index: int, verify: bool = False) -> Shard:
         """One adapter's images; `verify` compares the file with the manifest's checksum."""
+        return load_shard(self._path(index, verify))
+
+    def shard_rows(self, index: int, verify: bool = False) -> ShardRows:
+        """The same, left on disk: its rows are read when they are asked for."""
+        return open_shard(self._path(index, verify))
+
+    def _path(self, index: int, verify: bool) -> Path:
         entry = self.manifest["shards"][index]
         path = self.folder / entry["file"]
         if verify and (not path.is_file() or file_sha256(path) != entry["sha256"]):
             raise DataError(f"{path}: missing, or not the file that {MANIFEST} describes. Run invert again.")
-        return load_shard(path)
+        return path
 
     def sample(self, count: int) -> tuple[torch.Tensor, list[str], torch.Tensor | None]:
         """About `count` images spread over the adapters and their classes, as pages and cards show them.
@@ -229,10 +204,13 @@ class SurrogateDataset:
         """
         for i in range(self.num_shards):
             self.shard(i, verify=True)
-        names = [MANIFEST, *(entry["file"] for entry in self.manifest["shards"])]
-        files: dict[str, Path | bytes] = {name: self.folder / name for name in names}
+        manifest = without_local_paths(self.manifest)
+        if not is_repo_id((self.manifest.get("backbone") or {}).get("name")):
+            manifest["backbone"] = {}  # a folder of this machine
+        files: dict[str, Path | bytes] = {e["file"]: self.folder / e["file"] for e in self.manifest["shards"]}
+        files[MANIFEST] = json.dumps(manifest, indent=1).encode()
         files[PICTURE_FILE] = self.picture()
-        files["README.md"] = surrogate_card(repo_id, self.manifest, picture=True).encode()
+        files["README.md"] = surrogate_card(repo_id, manifest, picture=True).encode()
         with tempfile.TemporaryDirectory() as folder:
             files[TABLE_FILE] = Path(folder) / "train.parquet"
             self.to_dataset().to_parquet(files[TABLE_FILE])

@@ -5,18 +5,22 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import weakref
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from peft import get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from .adapter_heads import Head, PooledHead, head_problem
 from .backbones import Backbone
 from .errors import AdapterError
-from .hub.adapters import AdapterInfo, LoadedAdapter
+from .hub.adapters import AdapterInfo, LoadedAdapter, load_adapter
 
+
+#: Backbones that an adapter is folded into just now; what another adapter changes cannot be told from them.
+_CHANGED: weakref.WeakSet[Backbone] = weakref.WeakSet()
 
 #: Initialisations that leave the base weights alone, so that the delta is scale * B A and nothing else.
 _PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva", None)
@@ -35,23 +39,79 @@ class Adapter:
     info: AdapterInfo
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
     others: dict[str, torch.Tensor]
-    head_weight: torch.Tensor | None
-    head_bias: torch.Tensor | None
+    head: Head | None = None
     layers: dict[str, nn.Module] = dataclasses.field(default_factory=dict)
 
     @property
     def num_classes(self) -> int:
-        return 0 if self.head_weight is None else len(self.head_weight)
+        return 0 if self.head is None else len(self.head.weight)
 
     def label(self, index: int) -> str:
         return self.info.labels[index] if self.info.labels else f"class {index}"
 
-    def logits(self, head_features: torch.Tensor) -> torch.Tensor:
-        """(B, `head_size`) to (B, C) through the adapter's own head."""
-        if self.head_weight is None:
+    def load(self) -> Adapter:
+        """Itself: an adapter that is in memory already takes the place of a [`StoredAdapter`]."""
+        return self
+
+    def logits(self, backbone: Backbone, hidden: torch.Tensor) -> torch.Tensor:
+        """(B, T, D), the tokens that `backbone` wearing this adapter gives, to (B, C) through the adapter's head."""
+        if self.head is None:
             raise AdapterError(f"{self.info.name}: has no classification head, so it cannot say what an image shows.")
-        weight, bias = self.head_weight.to(head_features), self.head_bias
-        return F.linear(head_features, weight, None if bias is None else bias.to(head_features))
+        return self.head.logits(backbone, hidden)
+
+    @property
+    def headless(self) -> bool:
+        return self.head is None
+
+    def with_head(self, head: Head) -> Adapter:
+        return dataclasses.replace(self, head=head, info=dataclasses.replace(self.info, prompt=head.prompt))
+
+    def require_head(self, backbone: Backbone) -> None:
+        """Raise `AdapterError` where there is no head, or one that reads another width than `backbone` gives it."""
+        if problem := head_problem(self.head, backbone):
+            raise AdapterError(f"{self.info.where}: {problem}")
+
+
+class StoredAdapter:
+    """An adapter whose tensors stay in their file until they are asked for. It is checked in full when made.
+
+    Args:
+        info ([`AdapterInfo`]): from [`pull_adapter`].
+        backbone ([`Backbone`]): what the adapter is read for.
+        expected (`dict`): shared by the adapters of one backbone, see [`load_adapter`].
+
+    Raises:
+        AdapterError: the adapter is damaged or does not fit the backbone.
+    """
+
+    def __init__(self, info: AdapterInfo, backbone: Backbone, expected: dict):
+        self.info, self.backbone, self.expected = info, backbone, expected
+        self._given: Head | None = None
+        adapter = self.load()
+        self.info = adapter.info  # now with the generation that the model's names showed
+        self.headless, self._problem = adapter.headless, head_problem(adapter.head, backbone)
+
+    def load(self) -> Adapter:
+        """Read the tensors. Raises `AdapterError` where the file changed, or the backbone wears an adapter now."""
+        if self.backbone in _CHANGED:
+            raise AdapterError(
+                f"{self.info.where}: cannot be read while an adapter is folded into {self.backbone.name}. Take it "
+                "from the pool before, or fold it itself."
+            )
+        adapter = to_adapter(load_adapter(self.info, self.backbone.model, self.expected), self.backbone)
+        return adapter if self._given is None else adapter.with_head(self._given)
+
+    def with_head(self, head: Head) -> StoredAdapter:
+        """The same adapter with a head that its file lacks."""
+        other = copy.copy(self)
+        other._given, other.headless, other._problem = head, False, head_problem(head, self.backbone)
+        other.info = dataclasses.replace(self.info, prompt=head.prompt)
+        return other
+
+    def require_head(self, backbone: Backbone) -> None:
+        """As of [`Adapter`], without reading the file again."""
+        if self._problem:
+            raise AdapterError(f"{self.info.where}: {self._problem}")
 
 
 def to_adapter(loaded: LoadedAdapter, backbone: Backbone) -> Adapter:
@@ -63,7 +123,7 @@ def to_adapter(loaded: LoadedAdapter, backbone: Backbone) -> Adapter:
     config = loaded.peft_config
     plain = (
         loaded.info.peft_type == "LORA"
-        and not getattr(config, "use_dora", False)
+        and not any(getattr(config, setting, None) for setting in ("use_dora", "use_bdlora"))
         and getattr(config, "init_lora_weights", True) in _PLAIN_INITS
         and all(k.endswith((".lora_A.weight", ".lora_B.weight")) and t.ndim == 2 for k, t in loaded.state_dict.items())
     )
@@ -76,7 +136,64 @@ def to_adapter(loaded: LoadedAdapter, backbone: Backbone) -> Adapter:
     bounds = [torch.linalg.norm(b) * torch.linalg.norm(a) for b, a in factors.values()]
     if not all(value.isfinite().all() for value in [*bounds, *others.values()]):
         raise AdapterError(f"{loaded.info.where}: its weight changes are not finite.")
-    return Adapter(loaded.info, factors, others, loaded.head_weight, loaded.head_bias, layers)
+    kind = PooledHead if loaded.pooled_head else Head
+    head = None if loaded.head_weight is None else kind(loaded.head_weight, loaded.head_bias)
+    return Adapter(loaded.info, factors, others, head, layers)
+
+
+@contextlib.contextmanager
+def marked_as_changed(backbone: Backbone) -> Iterator[None]:
+    """While `backbone` wears an adapter no other one is read for it."""
+    outer = backbone in _CHANGED
+    _CHANGED.add(backbone)
+    try:
+        yield
+    finally:
+        if not outer:
+            _CHANGED.discard(backbone)
+
+
+class ChangeSum:
+    """The sum of adapters' weight changes, in memory that does not grow with their number.
+
+    Of each module it holds factors up to the rank where the change itself, (out, in), is no larger, and that from
+    there on.
+    """
+
+    def __init__(self):
+        self.others: dict[str, torch.Tensor] = {}
+        self._factors: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._dense: dict[str, torch.Tensor] = {}
+
+    @property
+    def modules(self) -> list[str]:
+        return sorted(self._factors)
+
+    def add(self, adapter: Adapter) -> None:
+        for module, (b, a) in adapter.factors.items():
+            parts = self._factors.setdefault(module, [])
+            parts.append((b, a))
+            if len(parts) > 1 and sum(b.shape[1] for b, _ in parts) > min(len(b), a.shape[1]):
+                self._dense[module] = self.delta(module)
+                parts.clear()
+        for name, change in adapter.others.items():
+            self.others[name] = self.others[name] + change if name in self.others else change
+
+    def factors(self, module: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(B, A) of the sum, or None where the change itself is held."""
+        return None if module in self._dense else self._concatenated(module)
+
+    def delta(self, module: str) -> torch.Tensor:
+        """The sum itself, (out, in)."""
+        dense = self._dense.get(module)
+        if not self._factors[module]:
+            return dense
+        b, a = self._concatenated(module)
+        return b @ a if dense is None else dense + b @ a
+
+    def _concatenated(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+        parts = self._factors[module]
+        return torch.cat([b for b, _ in parts], 1), torch.cat([a for _, a in parts])
 
 
 @contextlib.contextmanager
@@ -95,13 +212,13 @@ def wear_layers(model: nn.Module, layers: dict[str, nn.Module]) -> Iterator[None
             layers[path].base_layer = None  # the backbone's memory is not the adapter's to keep
 
 
-def _never_called(model: nn.Module) -> set[str]:
+def never_called(model: nn.Module) -> set[str]:
     """Modules whose weights their parent reads itself, so that an adapter on them has no effect in PEFT."""
     return {f"{path}.out_proj" for path, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
 
 
 def _lora_factors(loaded: LoadedAdapter, backbone: Backbone):
-    config, factors, idle = loaded.peft_config, {}, _never_called(backbone.model)
+    config, factors, idle = loaded.peft_config, {}, never_called(backbone.model)
     for key, a in loaded.state_dict.items():
         if not key.endswith(".lora_A.weight"):
             continue
@@ -122,15 +239,16 @@ def _peft_changes(loaded: LoadedAdapter, backbone: Backbone):
     # indices come from a file too
     with torch.sparse.check_sparse_tensor_invariants():
         wrapped = _wrap(loaded, backbone)
-        layers, answer = _tuner_layers(wrapped), wrapped(image).last_hidden_state
+        answer = wrapped(image).last_hidden_state
         try:
-            merged = _wrap(loaded, backbone).merge_and_unload()
-            for path in _never_called(merged):
+            merged = wrapped.merge_and_unload()
+            for path in never_called(merged):
                 merged.get_submodule(path).load_state_dict(backbone.model.get_submodule(path).state_dict())
             exact = torch.linalg.norm(merged(image).last_hidden_state - answer) <= 1e-3 * torch.linalg.norm(answer)
         except (AttributeError, NotImplementedError):
             exact = False
     if not exact:
+        layers = tuner_layers(_wrap(loaded, backbone).get_base_model())
         for layer in layers.values():
             layer.base_layer = None
         return {}, {}, layers
@@ -151,14 +269,14 @@ def _wrap(loaded: LoadedAdapter, backbone: Backbone) -> nn.Module:
     wrapped = get_peft_model(copy.deepcopy(backbone.model).float().cpu(), copy.deepcopy(loaded.peft_config))
     set_peft_model_state_dict(wrapped, loaded.state_dict)
     if loaded.info.peft_type == "POLY":
-        for layer in _tuner_layers(wrapped).values():
+        for layer in tuner_layers(wrapped.get_base_model()).values():
             layer.register_forward_pre_hook(_first_task, with_kwargs=True)
     return wrapped.eval().requires_grad_(False)
 
 
-def _tuner_layers(wrapped: nn.Module) -> dict[str, nn.Module]:
-    modules = wrapped.get_base_model().named_modules()
-    return {path: module for path, module in modules if isinstance(module, BaseTunerLayer)}
+def tuner_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """PEFT's layers inside a model, by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
 def _first_task(layer: nn.Module, args: tuple, kwargs: dict):

@@ -87,7 +87,7 @@ def planted_adapter(name: str, factors: dict[str, tuple[torch.Tensor, torch.Tens
         generation=5,
         config={},
     )
-    return Adapter(info, factors, {}, None, None)
+    return Adapter(info, factors, {})
 
 
 def random_factors(shapes: dict[str, tuple[int, int, int]], seed: int, scale: float = 0.1):

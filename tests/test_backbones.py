@@ -1,9 +1,12 @@
 """The view gives what transformers' own models give, for each family."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from helpers_tiny import SIZES, random_pixels, shake, tiny_backbone, tiny_processor
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import (
     CLIPConfig,
@@ -12,6 +15,7 @@ from transformers import (
     DeiTForImageClassification,
     Dinov2Config,
     Dinov2ForImageClassification,
+    Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersForImageClassification,
     ResNetConfig,
@@ -28,6 +32,7 @@ from transformers import (
 
 from lora_recycle.backbones import Backbone, extract_features
 from lora_recycle.errors import AdapterError, DataError
+from lora_recycle.sparsity import keep_tokens, take_patches
 
 
 TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
@@ -60,7 +65,7 @@ FAMILIES = {
 def build(family):
     kind, config, base, prefix = FAMILIES[family]
     torch.manual_seed(0)
-    model = shake(kind(config))
+    model = shake(kind(copy.deepcopy(config)))  # models keep it, and their choice of attention in it
     return model, getattr(model, base), prefix
 
 
@@ -80,30 +85,80 @@ def test_features_and_logits_are_those_of_transformers(family):
     torch.testing.assert_close(model.classifier(view.pool_for_head(hidden)), logits, rtol=1e-4, atol=1e-5)
 
 
+def view_of(family):
+    _, base, prefix = build(family)
+    return Backbone(base, tiny_processor(), family), prefix
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
-def test_pruning_drops_patches_and_keeps_the_prefix(family):
-    _, base, prefix = build(family)
-    view = Backbone(base, tiny_processor(), family)
-    x = torch.randn(2, 3, 32, 32)
-    hidden, kept = view(x, prune={0: 0.25})
-    assert hidden.shape == (2, prefix + 4, 32) and kept.shape == (2, 4)
-    with view.record_attention(0) as attention:
-        view(x)
-    assert torch.equal(kept, attention.row[:, prefix:].topk(4).indices.sort().values)
-    assert (view.features(x) - view.pool(hidden)).abs().max() > 1e-4
+def test_the_recorded_attention_is_that_of_eager_attention(family):
+    """The row of CLS, mean over heads (Eq. 5); without CLS the mean over heads and over all tokens that look."""
+    (view, _), x = view_of(family), torch.randn(2, 3, 32, 32)
+    eager = build(family)[1]
+    eager.set_attn_implementation("eager")
+    for layer, attentions in enumerate(eager(x, output_attentions=True).attentions):
+        with view.record_attention(layer) as attention:
+            view(x)
+        expected = attentions.mean((1, 2)) if family == "siglip" else attentions[:, :, 0].mean(1)
+        torch.testing.assert_close(attention.row, expected)
 
 
 @torch.no_grad()
-def test_without_cls_the_attention_of_all_tokens_counts():
-    _, base, _ = build("siglip")
-    view, x = Backbone(base, tiny_processor(), "siglip"), torch.randn(2, 3, 32, 32)
-    with view.record_attention(1) as attention:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_pruned_is_the_plain_forward(family):
+    (view, _), x = view_of(family), torch.randn(2, 3, 32, 32)
+    plain, _ = view(x)
+    for prune in ({}, {0: 1.0}, {0: 1.0, 1: 1.0}):
+        hidden, kept = view(x, prune=prune)
+        assert torch.equal(hidden, plain) and kept is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_left_runs_on_as_those_tokens_alone(family):
+    (view, prefix), x = view_of(family), torch.randn(2, 3, 32, 32)
+    with view.record_attention(0) as attention:
         view(x)
-    eager = build("siglip")[1]
-    eager.set_attn_implementation("eager")
-    expected = eager(x, output_attentions=True).attentions[1].mean((1, 2))
-    torch.testing.assert_close(attention.row, expected)
+    expected = attention.row[:, prefix:].topk(4).indices.sort().values
+    hidden, kept = view(x, prune={0: 0.25})
+    assert torch.equal(kept, expected) and hidden.shape == (2, prefix + 4, 32)
+    first, second = view.layers
+    rows = [
+        torch.cat([t[:prefix], t[prefix:][k]]) for t, k in zip(_out(first(view.embed(x), None)), kept, strict=True)
+    ]
+    torch.testing.assert_close(hidden, _out(second(torch.stack(rows), None)), rtol=1e-4, atol=1e-5)
+    assert (view.features(x) - view.pool(hidden)).abs().max() > 1e-4
+    everything = torch.arange(16).expand(2, -1)
+    torch.testing.assert_close(view.features(x, everything), view.features(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_reach_exactly_the_patches_that_are_left(family):
+    view, prefix = view_of(family)
+    x = torch.randn(2, 3, 32, 32, requires_grad=True)
+    outputs = []
+    handle = view.layers[0].register_forward_hook(lambda *hooked: outputs.append(_out(hooked[-1])))
+    hidden, kept = view(x, prune={0: 0.25})
+    handle.remove()
+    outputs[0].retain_grad()
+    view.pool(hidden).square().sum().backward()
+    left = torch.zeros(2, 16, dtype=torch.bool).scatter(1, kept, True)
+    assert torch.equal((outputs[0].grad[:, prefix:] != 0).any(-1), left)  # after the pruning layer: those alone
+    assert (patches_of(x.grad) > 0).all()  # before it: all, the dropped ones were keys and values there
+
+    x.grad = None
+    view.features(x, kept).square().sum().backward()
+    assert torch.equal(patches_of(x.grad) > 0, left)  # never embedded: their own pixels alone
+
+
+def patches_of(images):
+    """(B, 3, 32, 32) to (B, 16): sum of the absolute values in each patch of 8 pixels."""
+    return images.abs().sum(1).unfold(1, 8, 8).unfold(2, 8, 8).sum((-1, -2)).flatten(1)
+
+
+def _out(output):
+    return output[0] if isinstance(output, tuple) else output
 
 
 @torch.no_grad()
@@ -164,3 +219,38 @@ def test_features_of_many_images_do_not_depend_on_the_batch():
         extract_features(view, pixels, 3, kept), view.features(view.normalize(pixels), kept), rtol=1e-4, atol=1e-5
     )
     assert extract_features(view, pixels[:0]).shape == (0, 32)
+
+
+def test_the_last_layer_for_cls_alone_has_the_same_gradients():
+    for family in ("vit", "registers", "clip"):  # the three ways in which layers are built
+        view = Backbone(build(family)[1], tiny_processor(), family)
+        x = torch.randn(2, 3, 32, 32, requires_grad=True)
+        (whole,) = torch.autograd.grad(view.pool(view(x)[0]).square().sum(), x)
+        (cls_only,) = torch.autograd.grad(view.features(x).square().sum(), x)
+        torch.testing.assert_close(cls_only, whole, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kept_patches_are_embedded_as_in_the_whole_image(family):
+    _, base, prefix = build(family)
+    view = Backbone(base, tiny_processor(), family)
+    x, kept = torch.randn(3, 3, 32, 32), torch.stack([torch.randperm(16)[:5].sort().values for _ in range(3)])
+    expected = keep_tokens(view.embed(x), kept, prefix)
+    torch.testing.assert_close(view.embed(x, kept), expected, rtol=1e-5, atol=1e-5)
+    patches = take_patches(x, kept, 8)
+    torch.testing.assert_close(view.features(patches, kept), view.features(x, kept))
+    # the projection wears an adapter: its change counts too
+    get_peft_model(base, LoraConfig(target_modules=["projection", "patch_embedding"], init_lora_weights=False))
+    torch.testing.assert_close(view.embed(x, kept), keep_tokens(view.embed(x), kept, prefix))
+    assert (view.embed(x, kept) - expected).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_positions_of_another_image_size_are_those_of_the_whole_image():
+    torch.manual_seed(0)
+    model = shake(Dinov2Model(Dinov2Config(**SIZES)))
+    model.config.image_size = 48  # DINOv2 interpolates its 4 x 4 positions to 6 x 6
+    view, x = Backbone(model, tiny_processor(), "dinov2"), torch.randn(2, 3, 48, 48)
+    kept = torch.tensor([[0, 17, 35], [3, 20, 21]])
+    torch.testing.assert_close(view.embed(x, kept), keep_tokens(view.embed(x), kept, 1), rtol=1e-5, atol=1e-5)

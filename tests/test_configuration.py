@@ -1,5 +1,7 @@
 """Recipes are checked where they are made, and errors give the numbers."""
 
+import json
+
 import pytest
 
 from lora_recycle.configuration import read_yaml
@@ -72,6 +74,13 @@ def test_wrong_types(config, values, message):
         (DistillationConfig, {"schedule": "linear"}, "schedule must be one of cosine, cyclic, got 'linear'"),
         (InversionConfig, {"keep_ratio": 1.5}, r"keep_ratio must be in \(0, 1\], got 1.5"),
         (InversionConfig, {"keep_ratio": float("nan")}, r"keep_ratio must be in \(0, 1\], got nan"),
+        (InversionConfig, {"prune": {"two": 0.5}}, "InversionConfig.prune: expected int as key, got 'two'"),
+        (InversionConfig, {"prune": {-1: 0.5}}, "prune: layers count from 0, got -1"),
+        (InversionConfig, {"prune": {3: 1.0}}, "prune: shares lie between 0 and 1 and fall from layer to layer, got"),
+        (InversionConfig, {"prune": {3: 0.0}}, "prune: shares lie between 0 and 1 and fall"),
+        (InversionConfig, {"prune": {3: 0.25, 1: 0.25}}, "prune: shares lie between 0 and 1 and fall"),
+        (InversionConfig, {"prune_start": -1}, "prune_start must not be negative, got -1"),
+        (InversionConfig, {"stop_at": 0.0}, r"stop_at must be in \(0, 1\], got 0.0"),
         (InversionConfig, {"max_classes": 1}, "max_classes: 2 or more, not 1"),
         (InversionConfig, {"iterations": -1}, "iterations must not be negative, got -1"),
         (InversionConfig, {"priors": {"nope": 1.0}}, "priors: 'nope' is unknown, choose from tv, patch_entropy"),
@@ -87,6 +96,13 @@ def test_wrong_types(config, values, message):
 def test_values_out_of_range(config, values, message):
     with pytest.raises(ConfigError, match=message):
         config(**values)
+
+
+def test_layers_are_numbers_wherever_they_come_from():
+    config = InversionConfig(prune={"4": "0.25", 2: 0.5})  # the command line and JSON write numbers as text
+    assert config.prune == {4: 0.25, 2: 0.5} and config.mask_ratio == 0.25
+    assert InversionConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert InversionConfig(prune={2: 0.5}, keep_ratio=1.0).mask_ratio == 1.0 and InversionConfig().mask_ratio == 1.0
 
 
 def test_no_steps_needs_no_loss():

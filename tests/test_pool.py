@@ -1,13 +1,18 @@
-"""Folding, averaging and grouping, each against the same thing done with dense matrices."""
+"""Reading, folding, averaging and grouping, each against the same thing done with dense matrices."""
+
+import shutil
+import weakref
 
 import pytest
 import torch
-from helpers_adapters import CONFIGS, edit_config, save_adapter
+from helpers_adapters import CONFIGS, edit_config, edit_tensors, save_adapter
 from helpers_tiny import copied_state, planted_adapter, random_factors, same_weights, tiny_backbone, tiny_processor
 
 from lora_recycle.backbones import Backbone
 from lora_recycle.errors import AdapterError
+from lora_recycle.hub import adapters as hub_adapters
 from lora_recycle.pool import AdapterPool, truncate
+from lora_recycle.weight_changes import ChangeSum, StoredAdapter
 
 
 Q0, FC1 = "layers.0.attention.q_proj", "layers.1.mlp.fc1"
@@ -22,6 +27,13 @@ def mixed():
     return AdapterPool(backbone, adapters)
 
 
+@pytest.fixture
+def stored(tmp_path, tiny_pool_path):
+    """The tiny pool once more, from files of its own."""
+    shutil.copytree(tiny_pool_path, tmp_path / "pool")
+    return AdapterPool.from_pretrained(tmp_path / "pool")
+
+
 def dense(adapter, module, shape):
     b, a = adapter.factors.get(module, (torch.zeros(shape[0], 1), torch.zeros(1, shape[1])))
     return b @ a
@@ -29,7 +41,7 @@ def dense(adapter, module, shape):
 
 def dense_mean(pool, module):
     shape = pool.backbone.model.get_submodule(module).weight.shape
-    return torch.stack([dense(adapter, module, shape) for adapter in pool.adapters]).mean(0)
+    return torch.stack([dense(adapter, module, shape) for adapter in pool]).mean(0)
 
 
 @torch.no_grad()
@@ -42,7 +54,7 @@ def test_a_folded_adapter_gives_the_logits_of_its_peft_model(tmp_path, kind):
     bare = pool.backbone.features(x)
     with pool.folded(0) as backbone:
         hidden, _ = backbone(x)
-        torch.testing.assert_close(pool[0].logits(backbone.pool_for_head(hidden)), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(pool[0].logits(backbone, hidden), expected, rtol=1e-4, atol=1e-4)
         assert (backbone.features(x) - bare).abs().max() > 1e-2
 
 
@@ -56,7 +68,7 @@ def test_trained_biases_of_a_lora_are_not_lost(tmp_path):
     expected = model(pixel_values=x).logits
     pool = AdapterPool.from_pretrained(tmp_path, backbone=Backbone(twin, tiny_processor(), "twin"))
     with pool.folded(0) as backbone:
-        logits = pool[0].logits(backbone.pool_for_head(backbone(x)[0]))
+        logits = pool[0].logits(backbone, backbone(x)[0])
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -130,8 +142,8 @@ def test_truncation_is_the_dense_one(inner):
 
 def test_similarity_is_that_of_the_dense_changes(mixed):
     shapes = {Q0: (32, 32), FC1: (64, 32)}
-    for i, one in enumerate(mixed.adapters):
-        for j, two in enumerate(mixed.adapters):
+    for i, one in enumerate(mixed):
+        for j, two in enumerate(mixed):
             shared = sorted(one.factors.keys() & two.factors.keys())
             pairs = [(dense(one, m, shapes[m]).flatten(), dense(two, m, shapes[m]).flatten()) for m in shared]
             cosines = [torch.cosine_similarity(x, y, dim=0).item() for x, y in pairs]
@@ -155,7 +167,7 @@ def test_groups_separate_planted_clusters():
 
 def test_a_randomised_pool_keeps_norms_and_nothing_else(mixed):
     control, again = mixed.randomized(3), mixed.randomized(3)
-    for adapter, random, same in zip(mixed.adapters, control.adapters, again.adapters, strict=True):
+    for adapter, random, same in zip(mixed, control, again, strict=True):
         assert random.factors.keys() == adapter.factors.keys()
         for module, (b, a) in adapter.factors.items():
             new_b, new_a = random.factors[module]
@@ -190,4 +202,134 @@ def test_an_empty_pool_is_refused():
 def test_an_adapter_without_a_head_has_no_logits(mixed):
     assert mixed[0].num_classes == 0
     with pytest.raises(AdapterError, match="a0: has no classification head"):
-        mixed[0].logits(torch.zeros(1, 32))
+        mixed[0].logits(mixed.backbone, torch.zeros(1, 17, 32))
+
+
+def test_heads_that_do_not_fit_are_skipped_where_heads_are_required(tiny_pool_path, tmp_path):
+    shutil.copytree(tiny_pool_path / "adapter-0", tmp_path / "good")
+    shutil.copytree(tiny_pool_path / "adapter-1", tmp_path / "wide")
+    head = "base_model.model.classifier.weight"
+    edit_tensors(tmp_path / "wide", lambda tensors: tensors | {head: torch.zeros(4, 64)})
+    assert len(AdapterPool.from_pretrained(tmp_path)) == 2  # for an average heads do not matter
+    with pytest.raises(AdapterError, match="^wide: its head reads 64 features, .* gives 32"):
+        AdapterPool.from_pretrained(tmp_path, require_heads=True)
+    with pytest.warns(UserWarning, match="1 of 2 adapters are skipped:\n- wide: its head reads 64"):
+        pool = AdapterPool.from_pretrained(tmp_path, require_heads=True, on_error="skip")
+    assert [info.name for info in pool.infos] == ["good"] and pool.skipped[0][0] == "wide"
+
+
+def test_a_pool_of_files_reads_one_adapter_at_a_time(stored, monkeypatch):
+    read, heads, most, load = [], [], 0, StoredAdapter.load
+
+    def loading(self):
+        nonlocal most
+        adapter = load(self)
+        heads.append(weakref.ref(adapter.head.weight))
+        most = max(most, sum(head() is not None for head in heads))
+        read.append(self.info.name)
+        return adapter
+
+    monkeypatch.setattr(StoredAdapter, "load", loading)
+    names = [f"adapter-{i}" for i in range(4)]
+    passes = (
+        lambda: [info.name for info in stored.infos],
+        lambda: [adapter.info.name for adapter in stored],
+        stored.groups,
+        lambda: stored.folded().__enter__(),
+        lambda: stored.average(2),
+    )
+    for count, use in enumerate(passes):
+        use()
+        assert read == names * count
+    assert most <= 2  # a loop still has the one before while the next is read
+    assert [stored[3].info.name for _ in range(3)] == ["adapter-3"] * 3 and len(read) == 16
+
+
+def test_what_is_read_again_is_the_same(stored, tiny_pool):
+    for i in (3, 0, 2, 1, 0):
+        for module, (b, a) in stored[i].factors.items():
+            assert torch.equal(b, tiny_pool[i].factors[module][0]) and torch.equal(a, tiny_pool[i].factors[module][1])
+        assert torch.equal(stored[i].head.weight, tiny_pool[i].head.weight)
+
+
+def test_what_is_read_in_inference_mode_serves_gradients_later(stored):
+    hidden = torch.zeros(1, 17, 32, requires_grad=True)
+    for i in (0, 2):
+        with torch.inference_mode(), stored.folded(i):
+            held = stored[i]
+        held.logits(stored.backbone, hidden).sum().backward()
+        assert not any(t.is_inference() for factors in held.factors.values() for t in factors)
+    assert hidden.grad.any()
+
+
+@pytest.mark.parametrize("how", ["other numbers", "other size", "truncated", "gone"])
+def test_a_file_that_changed_after_the_pool_was_made_is_refused(stored, how):
+    path = stored.infos[1].path / "adapter_model.safetensors"
+    if how == "other size":
+        edit_tensors(path.parent, lambda tensors: {key: tensor[:1] for key, tensor in tensors.items()})
+    elif how == "gone":
+        path.unlink()
+    else:
+        data = path.read_bytes()
+        path.write_bytes(data[:-4] if how == "truncated" else data[:-4] + b"1234")
+    reason = {"truncated": "is truncated or damaged", "gone": "is missing"}.get(how, "changed since it was pulled")
+    for use in (lambda: stored[1], stored.groups, stored.average):
+        with pytest.raises(AdapterError, match=f"adapter-1: adapter_model.safetensors {reason}"):
+            use()
+    assert stored[2].num_classes == 4
+
+
+def test_no_adapter_is_read_while_another_is_folded(stored):
+    with stored.folded(0):
+        assert stored[0].num_classes == 4
+        with pytest.raises(AdapterError, match="adapter-1: cannot be read while an adapter is folded into"):
+            stored[1]
+    assert stored[1].num_classes == 4
+
+
+def test_adapters_of_one_config_are_compared_with_one_model_of_peft(tmp_path, monkeypatch):
+    for i in range(3):
+        _, twin = save_adapter(tmp_path / f"a{i}")
+    save_adapter(tmp_path / "b", CONFIGS["rslora"])
+    built, get_peft_model = [], hub_adapters.get_peft_model
+    monkeypatch.setattr(hub_adapters, "get_peft_model", lambda *a, **k: built.append(1) or get_peft_model(*a, **k))
+    pool = AdapterPool.from_pretrained(tmp_path, backbone=Backbone(twin, tiny_processor(), "t"))
+    assert len(list(pool)) == 4 and len(built) == 2
+    edit_tensors(tmp_path / "a2", lambda tensors: {key: tensor[:1] for key, tensor in tensors.items()})
+    with pytest.raises(AdapterError, match=r"a2: .* must be \(4, 32\), got \(1, 32\)"):
+        AdapterPool.from_pretrained(tmp_path, backbone=pool.backbone)
+
+
+@pytest.mark.parametrize("rank", [None, 6])
+def test_the_average_of_more_ranks_than_the_weights_have(rank):
+    shapes = {Q0: (32, 3, 32), FC1: (64, 5, 32)}
+    pool = AdapterPool(tiny_backbone(), [planted_adapter(f"a{i}", random_factors(shapes, seed=i)) for i in range(25)])
+    for module, (b, a) in pool.average(rank).items():
+        u, s, vh = torch.linalg.svd(dense_mean(pool, module), full_matrices=False)
+        k = rank or len(s)
+        torch.testing.assert_close(b @ a, u[:, :k] * s[:k] @ vh[:k], rtol=1e-4, atol=1e-5)
+    before = copied_state(pool.backbone.model)
+    with pool.folded() as backbone:
+        change = backbone.model.get_submodule(FC1).weight - before[f"{FC1}.weight"]
+        torch.testing.assert_close(change, dense_mean(pool, FC1), rtol=1e-4, atol=1e-5)
+    assert same_weights(pool.backbone.model, before)
+
+
+def test_a_sum_holds_no_more_than_the_change_itself():
+    total, expected = ChangeSum(), torch.zeros(64, 32)
+    for i in range(40):
+        factors = random_factors({FC1: (64, 3, 32)}, seed=i)
+        total.add(planted_adapter(f"a{i}", factors))
+        expected += factors[FC1][0] @ factors[FC1][1]
+        assert sum(b.shape[1] for b, _ in total._factors[FC1]) <= 32
+    torch.testing.assert_close(total.delta(FC1), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_randomised_pool_of_files_is_drawn_again_the_same(stored):
+    control = stored.randomized(3)
+    drawn = [adapter.factors for adapter in control]
+    assert [info.name for info in control.infos] == [info.name for info in stored.infos]
+    for i in (2, 0, 3):
+        assert all(torch.equal(control[i].factors[m][0], b) for m, (b, _) in drawn[i].items())
+    held = AdapterPool(stored.backbone, list(stored)).randomized(3)  # the same from memory
+    assert all(torch.equal(held[3].factors[m][1], a) for m, (_, a) in drawn[3].items())

@@ -14,11 +14,6 @@ def eager_rows(x):
     return torch.stack([a[:, :, 0].mean(1) for a in model(x, output_attentions=True).attentions])
 
 
-def patches_of(images):
-    """(B, 3, 32, 32) to (B, 16): sum of the absolute values in each patch of 8 pixels."""
-    return images.abs().sum(1).unfold(1, 8, 8).unfold(2, 8, 8).sum((-1, -2)).flatten(1)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("layer", [0, 1])
 def test_the_recorded_row_is_that_of_eager_attention(layer):
@@ -44,22 +39,6 @@ def test_keep_tokens_by_hand():
 
 
 @torch.no_grad()
-def test_a_kept_set_is_those_tokens_alone():
-    view, x = tiny_backbone(), torch.randn(2, 3, 32, 32)
-    kept = torch.tensor([[0, 3, 9], [4, 5, 15]])
-    model = tiny_vit()
-    tokens = model.embeddings(x)
-    rows = [torch.cat([t[:1], t[1:][k]]) for t, k in zip(tokens, kept, strict=True)]
-    hidden = torch.stack(rows)
-    for layer in model.layers:
-        output = layer(hidden, None)
-        hidden = output[0] if isinstance(output, tuple) else output
-    torch.testing.assert_close(view.features(x, kept), model.layernorm(hidden)[:, 0], rtol=1e-4, atol=1e-5)
-    everything = torch.arange(16).expand(2, -1)
-    torch.testing.assert_close(view.features(x, everything), view.features(x), rtol=1e-5, atol=1e-6)
-
-
-@torch.no_grad()
 def test_pruning_keeps_the_patches_that_cls_looks_at():
     view, x = tiny_backbone(), torch.randn(3, 3, 32, 32)
     _, kept = view(x, prune={0: 0.5})
@@ -79,24 +58,9 @@ def test_pruning_a_kept_set_gives_positions_in_the_image():
 
 
 @torch.no_grad()
-def test_nothing_pruned_is_the_plain_forward():
+def test_shares_fall_from_layer_to_layer():
     view, x = tiny_backbone(), torch.randn(2, 3, 32, 32)
-    plain, _ = view(x)
-    for prune in ({}, {0: 1.0}, {0: 1.0, 1: 1.0}):
-        hidden, kept = view(x, prune=prune)
-        assert torch.equal(hidden, plain) and kept is None
-
-
-def test_gradients_reach_exactly_the_kept_patches():
-    view, x = tiny_backbone(), torch.randn(2, 3, 32, 32, requires_grad=True)
-    kept = torch.tensor([[0, 3, 9], [4, 5, 15]])
-    view.features(x, kept).square().sum().backward()
-    reached = patches_of(x.grad) > 0
-    assert torch.equal(reached, torch.zeros(2, 16, dtype=torch.bool).scatter(1, kept, True))
-
-
-def test_gradients_reach_all_patches_where_they_are_dropped_later():
-    view, x = tiny_backbone(), torch.randn(2, 3, 32, 32, requires_grad=True)
-    hidden, _ = view(x, prune={0: 0.25})
-    view.pool(hidden).square().sum().backward()
-    assert (patches_of(x.grad) > 0).all()
+    _, half = view(x, prune={0: 0.5})
+    hidden, quarter = view(x, prune={0: 0.5, 1: 0.25})
+    assert hidden.shape[1] == 5 and quarter.shape == (2, 4)  # shares of all patches, not of those still there
+    assert all(set(q) <= set(h) for q, h in zip(quarter.tolist(), half.tolist(), strict=True))

@@ -124,6 +124,26 @@ def test_a_manifest_cannot_point_outside(tmp_path, file):
         SurrogateDataset.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(shards=[]), "lists no shards"),
+        (lambda m: m.update(shards={"a": 1}), "lists no shards"),
+        (lambda m: m.update(config="x"), "config must be a JSON object"),
+        (lambda m: m["shards"].append(3), "entry must be a JSON object"),
+        (lambda m: m["shards"][0].update(num_images="6"), "num_images of a shard is '6'"),
+        (lambda m: m["shards"][0].pop("accuracy"), "accuracy of a shard is None"),
+        (lambda m: m["shards"][0].update(adapter="x"), "names no adapter"),
+        (lambda m: m["shards"][0].update(file="manifest.json"), "no shard: 'manifest.json'"),
+    ],
+)
+def test_a_manifest_of_another_form_is_refused(tmp_path, change, message):
+    make_folder(tmp_path)
+    edit_manifest(tmp_path, change)
+    with pytest.raises(DataError, match=f"no readable manifest.json .*{message}"):
+        SurrogateDataset.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff\xfe", b'{"format_version": 1}'])
 def test_a_damaged_manifest_is_refused(tmp_path, content):
     make_folder(tmp_path)
@@ -140,7 +160,7 @@ def test_a_newer_format_asks_for_an_upgrade(tmp_path):
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(DataError, match="no such surrogate folder or data set repo"):
+    with pytest.raises(DataError, match="no such folder or repo"):
         SurrogateDataset.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(DataError, match="Is the inversion finished"):
         SurrogateDataset.from_pretrained(tmp_path)
@@ -152,6 +172,18 @@ def test_a_folder_that_is_not_there(tmp_path):
         ({"pixels": torch.zeros(6, 3, 8, 8)}, "tensor pixels has the wrong type"),
         ({"labels": torch.zeros(5, dtype=torch.int64)}, "tensor labels has the wrong type or number of rows"),
         ({"teacher_logits": torch.zeros(6)}, "tensor teacher_logits must have 2 dimensions"),
+        ({"teacher_logits": torch.full((6, 3), float("nan"))}, "tensor teacher_logits holds NaN or infinity"),
+        ({"teacher_features": torch.full((6, 5), float("inf")).half()}, "tensor teacher_features holds NaN"),
+        ({"pixels": torch.zeros(6, 1, 8, 8, dtype=torch.uint8)}, "pixels must have 3 channels, got 1"),
+        ({"labels": torch.full((6,), 3)}, "labels must lie in 0 to 2, got 3"),
+        (
+            {"kept_tokens": torch.zeros(5, 2, dtype=torch.int16)},
+            "tensor kept_tokens has the wrong type or number of rows",
+        ),
+        ({"kept_tokens": torch.full((6, 2), -1, dtype=torch.int16)}, "kept_tokens must not be negative"),
+        ({"adapter": {"name": "x"}}, "it names no adapter with its checksum"),
+        ({"adapter": {"name": "x", "sha256": "y", "labels": [{}, 1, 2]}}, "labels of an adapter must be names"),
+        ({"adapter": {"name": "x", "sha256": "y", "labels": ["a"]}}, "1 labels for 3 classes"),
     ],
 )
 def test_tensors_of_another_form_are_refused(tmp_path, changes, message):

@@ -24,17 +24,17 @@ def test_peft_loads_what_was_tuned_with_the_same_logits(tiny_pool, tiny_pool_pat
         base = ViTForImageClassification.from_pretrained(tiny_backbone_path, num_labels=4)
         expected = PeftModel.from_pretrained(base, tiny_pool_path / f"adapter-{i}").eval()(pixel_values=x).logits
         with tiny_pool.folded(i) as backbone:
-            logits = tiny_pool[i].logits(backbone.pool_for_head(backbone(x)[0]))
+            logits = tiny_pool[i].logits(backbone, backbone(x)[0])
         torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
 
 
 @torch.no_grad()
 def test_tuned_adapters_know_their_classes(tiny_pool, toy_data):
-    for i, adapter in enumerate(tiny_pool.adapters):
+    for i, adapter in enumerate(tiny_pool):
         rows = (toy_data.labels >= i) & (toy_data.labels < i + 4)
         with tiny_pool.folded(i) as backbone:
             hidden, _ = backbone(backbone.normalize(toy_data.pixels[rows]))
-        said = adapter.logits(backbone.pool_for_head(hidden)).argmax(1)
+        said = adapter.logits(backbone, hidden).argmax(1)
         assert (said == toy_data.labels[rows] - i).float().mean() > 0.8
 
 

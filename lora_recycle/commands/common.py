@@ -59,6 +59,17 @@ def add_device_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", metavar="D", help="where to compute, as torch names it: cpu, cuda, cuda:1, mps")
 
 
+def add_class_names_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--class-names",
+        metavar="NAMES",
+        help="class names of adapters without a head: cat,dog for all of them, a .txt file with one in each line, "
+        "or a .yaml or .json file with a list, or with a list for each adapter",
+    )
+
+
+#: What names a meta-LoRA, for the help.
+META_LORA_HELP = "folder or repo id (org/name@revision) of a meta-LoRA, or demo for the shipped one"
 #: The strings that name adapters, for the help.
 POOL_HELP = (
     "folders of adapters, adapters, repo ids (org/name@revision), .txt files with one of them in each line, "
@@ -78,10 +89,8 @@ def sources(names: Sequence[str]) -> list[str | Path]:
     return [pool_path() if name == "demo" else name for name in names]
 
 
-def load_pool(args: argparse.Namespace, dtype: str | None = None):
+def load_pool(args: argparse.Namespace, **options):
     """The [`AdapterPool`] that the pool arguments describe. Skipped adapters are told on stderr."""
-    import torch
-
     from ..pool import AdapterPool
 
     pool = AdapterPool.from_pretrained(
@@ -90,8 +99,8 @@ def load_pool(args: argparse.Namespace, dtype: str | None = None):
         base_revision=args.base_revision,
         on_error=args.on_error,
         device=checked_device(args.device),
-        dtype=getattr(torch, dtype) if dtype else None,
         progress=not args.quiet,
+        **options,
     )
     if is_main_process():
         tell_skipped(pool.skipped, len(pool))

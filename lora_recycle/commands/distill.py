@@ -9,7 +9,7 @@ from pathlib import Path
 from ..distillation.config import DistillationConfig
 from ..errors import ConfigError
 from .arguments import add_config_arguments, build_config
-from .common import add_pool_arguments, hint, is_main_process, load_pool, table
+from .common import add_pool_arguments, hint, is_main_process, load_pool, table, tell_skipped
 
 
 EPILOG = """\
@@ -27,7 +27,9 @@ def add_parser(subparsers, **options) -> argparse.ArgumentParser:
     summary = "distil surrogate images and their adapters into one meta-LoRA"
     parser = subparsers.add_parser("distill", help=summary, description=summary, epilog=EPILOG, **options)
     add_pool_arguments(parser)
-    parser.add_argument("--surrogate", metavar="DIR", help="surrogate data of these adapters, a folder or repo id")
+    parser.add_argument(
+        "--surrogate", metavar="DATA", help="surrogate data of these adapters, a folder or repo id (org/name@revision)"
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder that the meta-LoRA goes to")
     add_config_arguments(parser, DistillationConfig)
     return parser
@@ -38,11 +40,18 @@ def run(args: argparse.Namespace) -> None:
     if args.surrogate is None and config.steps > 0:
         raise ConfigError("distill needs --surrogate DIR (what invert wrote); only --steps 0 goes without.")
     from ..distillation.trainer import MetaLoraTrainer
+    from ..hub.sources import one_id
     from ..modeling.saving import save_meta_lora, wrap_student
     from ..surrogate import SurrogateDataset
 
-    surrogate = SurrogateDataset.from_pretrained(args.surrogate) if args.surrogate else None
-    trainer = MetaLoraTrainer(load_pool(args), surrogate, config)
+    surrogate = None
+    if args.surrogate:
+        name, revision = one_id(args.surrogate)
+        surrogate = SurrogateDataset.from_pretrained(name, revision=revision, progress=not args.quiet)
+    pool = load_pool(args)
+    if surrogate and args.on_error == "skip":
+        pool = _with_images(pool, surrogate)
+    trainer = MetaLoraTrainer(pool, surrogate, config)
     trainer.train(Path(args.output) / "work", progress=not args.quiet)
     if not is_main_process():
         return
@@ -52,3 +61,14 @@ def run(args: argparse.Namespace) -> None:
         table(("loss", "first step", "last step"), rows) if rows else f"{args.output}: the initialisation, untrained"
     )
     hint(f"lora-recycle evaluate {shlex.quote(args.output)} --data PATH --pool {shlex.join(args.pool)}")
+
+
+def _with_images(pool, surrogate):
+    """The adapters that have surrogate images: those that could not be inverted are told and left out."""
+    inverted = {entry["adapter"]["sha256"] for entry in surrogate.manifest["shards"]}
+    kept = [i for i, info in enumerate(pool.infos) if info.sha256 in inverted]
+    reason = f"{surrogate.folder} holds no images of it"
+    without = [(info.where, reason) for info in pool.infos if info.sha256 not in inverted]
+    if is_main_process():
+        tell_skipped(without, len(kept))
+    return pool.subset(kept)

@@ -10,6 +10,7 @@ from pathlib import Path
 from ..embedded import backbone_name
 from ..errors import ConfigError
 from .common import (
+    META_LORA_HELP,
     POOL_HELP,
     add_base_model_argument,
     add_device_argument,
@@ -27,19 +28,24 @@ examples:
   lora-recycle evaluate meta_lora --data test.parquet --pool pool --json results.json
   lora-recycle evaluate someone/meta-lora --data cifar10 --split test --ways 10 --shots 1 5 20
   lora-recycle evaluate demo --data photos --no-pool          quicker: only frozen and meta-lora
+  lora-recycle evaluate demo --data photos --methods average ties nearest-group
   lora-recycle evaluate demo --data photos --head lda transductive_em     other few-shot heads as well
 
-methods: frozen (class centres on the bare backbone), frozen-centred, and meta-lora; with a pool also average
-(of all weight changes), ensemble (all adapters, one forward each) and random (a control). With --head also frozen
-and meta-lora with cosine_centres, euclidean_centres, lda, logistic_regression, transductive_laplacian,
-transductive_transport or transductive_em; the transductive ones see all queries of an episode at once.
+methods: frozen (class centres on the bare backbone) and meta-lora, always; frozen-centred, frozen-euclidean. With a
+pool, none of them tuned: average (of all weight changes), average-rank-16, ensemble (all adapters, one forward each),
+random (a control), magnitude, dare, ties, knots (merges), group-sum, nearest-group (groups of like adapters), arrow
+(routes tokens to adapters). docs/methods.md says which to use when.
+
+heads, each on frozen and on meta-lora: cosine_centres, euclidean_centres, lda, logistic_regression,
+transductive_laplacian, transductive_transport, transductive_em; the transductive ones see all queries of an episode at
+once. docs/concepts.md says what they assume.
 """
 
 
 def add_parser(subparsers, **options) -> argparse.ArgumentParser:
     summary = "judge a meta-LoRA and its rivals on real images"
     parser = subparsers.add_parser("evaluate", help=summary, description=summary, epilog=EPILOG, **options)
-    parser.add_argument("model", metavar="MODEL", help="folder or repo id of a meta-LoRA, or demo for the shipped one")
+    parser.add_argument("model", metavar="MODEL", help=META_LORA_HELP)
     parser.add_argument(
         "--data",
         required=True,
@@ -60,6 +66,12 @@ def add_parser(subparsers, **options) -> argparse.ArgumentParser:
     parser.add_argument(
         "--shots", type=int, nargs="+", default=[1, 5], metavar="N", help="support images (default: 1 5)"
     )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="M",
+        help="what to judge, or all (default: frozen-centred and, with a pool, average, ensemble, random)",
+    )
     pools = parser.add_mutually_exclusive_group()
     pools.add_argument("--pool", nargs="+", metavar="POOL", help=f"adapters to compare with: {POOL_HELP}")
     pools.add_argument("--no-pool", action="store_true", help="leave out the methods that need a pool")
@@ -74,15 +86,17 @@ def add_parser(subparsers, **options) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     if args.max_per_class is not None and args.max_per_class < 1:
         raise ConfigError(f"--max-per-class must be at least 1, got {args.max_per_class}")
-    from ..evaluation.benchmark import evaluate
+    from ..evaluation.benchmark import ALL_METHODS, evaluate
     from ..evaluation.protocol import format_table
+    from ..hub.sources import one_id
     from ..images import load_labelled_images
     from ..modeling.meta_lora import MetaLoRAForFewShotClassification
     from ..storage import atomic_write
 
     device = checked_device(args.device)
+    name, revision = one_id(args.model)
     model = MetaLoRAForFewShotClassification.from_pretrained(
-        args.model, base_model=args.base_model, base_revision=args.base_revision, device=device
+        name, revision=revision, base_model=args.base_model, base_revision=args.base_revision, device=device
     )
     size, resample = model.backbone.image_size, int(model.backbone.processor.resample)
     data = load_labelled_images(args.data, size, resample, args.max_per_class, args.split, args.seed)
@@ -90,6 +104,7 @@ def run(args: argparse.Namespace) -> None:
         data,
         model,
         pool=_load_pool(args, model),
+        methods=ALL_METHODS if args.methods == ["all"] else args.methods,
         heads=args.head,
         ways=args.ways,
         shots=args.shots,

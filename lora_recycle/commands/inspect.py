@@ -8,7 +8,7 @@ import re
 import shlex
 from pathlib import Path
 
-from .common import POOL_HELP, add_on_error_argument, hint, sources, table, tell_skipped
+from .common import POOL_HELP, add_class_names_argument, add_on_error_argument, hint, sources, table, tell_skipped
 
 
 EPILOG = """\
@@ -30,11 +30,13 @@ def add_parser(subparsers, **options) -> argparse.ArgumentParser:
     parser = subparsers.add_parser("inspect", help=summary, description=summary, epilog=EPILOG, **options)
     parser.add_argument("what", nargs="+", metavar="WHAT", help=f"surrogate folders, and {POOL_HELP}")
     add_on_error_argument(parser)
+    add_class_names_argument(parser)
     parser.add_argument("--json", action="store_true", help="print everything that is known as JSON")
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
+    from ..hub.class_names import name_classes
     from ..hub.sources import BadAdapters, pull_adapters
     from ..surrogate import MANIFEST, SurrogateDataset
 
@@ -43,6 +45,7 @@ def run(args: argparse.Namespace) -> None:
     surrogates = [SurrogateDataset.from_pretrained(folder) for folder in folders]
     bad = BadAdapters(args.on_error)
     infos = pull_adapters([name for name in named if name not in folders], bad, progress=not args.quiet)
+    infos = name_classes(infos, args.class_names, [name for name, _ in bad.skipped])
     if args.json:
         everything = [{"kind": "adapter", **info.to_dict()} for info in infos]
         everything += [{"kind": "skipped", "name": name, "reason": reason} for name, reason in bad.skipped]

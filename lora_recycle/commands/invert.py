@@ -7,7 +7,7 @@ import shlex
 
 from ..inversion.config import InversionConfig
 from .arguments import add_config_arguments, build_config
-from .common import add_pool_arguments, hint, is_main_process, load_pool, table
+from .common import add_class_names_argument, add_pool_arguments, hint, is_main_process, load_pool, table
 
 
 EPILOG = """\
@@ -17,6 +17,7 @@ examples:
   lora-recycle invert someone/vit-lora-birds@v1 pool --output surrogate --keep-ratio 0.5
   lora-recycle invert ids.txt collection:someone/vit-loras --on-error skip --output surrogate
   lora-recycle invert pool --output surrogate --starts images=1 --start-images my_photos
+  lora-recycle invert someone/clip-lora --class-names cat,dog,fox --output surrogate
   accelerate launch --num_processes 4 -m lora_recycle invert pool --output surrogate
 
 Finished shards of the same settings are kept when the command is run again.
@@ -27,6 +28,8 @@ def add_parser(subparsers, **options) -> argparse.ArgumentParser:
     summary = "make surrogate images from adapters"
     parser = subparsers.add_parser("invert", help=summary, description=summary, epilog=EPILOG, **options)
     add_pool_arguments(parser)
+    add_class_names_argument(parser)
+    parser.add_argument("--prompt", metavar="TEXT", help="what class names are put into (default: 'a photo of a {}.')")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder that the surrogate data goes to")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="number type of the backbone (default: float32)"
@@ -37,9 +40,19 @@ def add_parser(subparsers, **options) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     config = build_config(args, InversionConfig)
-    from ..inversion.inverter import LoraInverter
+    import torch
 
-    surrogate = LoraInverter(load_pool(args, args.dtype), config).run(args.output, progress=not args.quiet)
+    from ..inversion.inverter import LoraInverter
+    from ..text_heads import PROMPT
+
+    pool = load_pool(
+        args,
+        class_names=args.class_names,
+        prompt=PROMPT if args.prompt is None else args.prompt,
+        require_heads=True,
+        dtype=getattr(torch, args.dtype) if args.dtype else None,
+    )
+    surrogate = LoraInverter(pool, config).run(args.output, progress=not args.quiet)
     if not is_main_process():
         return
     shards = surrogate.manifest["shards"]

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from ..errors import DataError
-from .common import add_base_model_argument, add_device_argument, checked_device, hint, table
+from .common import META_LORA_HELP, add_base_model_argument, add_device_argument, checked_device, hint, table
 
 
 EPILOG = """\
@@ -25,7 +25,7 @@ and belong to the classes shown, transductive_laplacian, transductive_transport,
 def add_parser(subparsers, **options) -> argparse.ArgumentParser:
     summary = "classify images after one look at a few examples of each class"
     parser = subparsers.add_parser("predict", help=summary, description=summary, epilog=EPILOG, **options)
-    parser.add_argument("model", metavar="MODEL", help="folder or repo id of a meta-LoRA, or demo for the shipped one")
+    parser.add_argument("model", metavar="MODEL", help=META_LORA_HELP)
     parser.add_argument(
         "--support", metavar="FOLDER", help="folder with one folder of examples for each class (or a parquet file)"
     )
@@ -38,12 +38,15 @@ def add_parser(subparsers, **options) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
+    from ..hub.sources import one_id
     from ..images import load_labelled_images
     from ..modeling.meta_lora import MetaLoRAForFewShotClassification
 
     paths = _expand(args.images)
+    name, revision = one_id(args.model)
     model = MetaLoRAForFewShotClassification.from_pretrained(
-        args.model,
+        name,
+        revision=revision,
         head=args.head,
         base_model=args.base_model,
         base_revision=args.base_revision,

@@ -145,7 +145,7 @@ def _invert(
 
 def _train(trainer: MetaLoraTrainer, work: Path, progress: bool) -> None:
     """Train, going on from the demo's checkpoint of the same settings and throwing away one of other settings."""
-    parts = [trainer.config.to_dict(), [a.info.sha256 for a in trainer.pool.adapters]]
+    parts = [trainer.config.to_dict(), [info.sha256 for info in trainer.pool.infos]]
     parts.append([entry["sha256"] for entry in trainer.surrogate.manifest["shards"]])
     identity = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     marker = work / _MARKER

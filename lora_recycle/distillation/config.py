@@ -14,6 +14,10 @@ class DistillationConfig(RecipeConfig):
     steps: int = field(300, "optimiser steps; 0 leaves the initialisation, which with `average` is the exact average")
     rank: int = field(16, "rank of the meta-LoRA, on all linear layers")
     init: str = field("average", "average: the exact mean of the pool, cut to the rank; zero", ("average", "zero"))
+    first_layer: int = field(
+        0,
+        "layers before it keep the initialisation; what enters it is computed once and kept on disk",
+    )
     lr: float = field(1e-3, "peak step size of Adam")
     schedule: str = field(
         "cosine",
@@ -26,8 +30,11 @@ class DistillationConfig(RecipeConfig):
     groups: str = field(
         "auto",
         "auto: adapters grouped by the similarity of their weights, each image taught by its own group; "
-        "one: every image taught by all adapters",
+        "one: a single group of all",
         ("auto", "one"),
+    )
+    max_teachers: int = field(
+        32, "most adapters that teach a group, spread evenly over it: they bound the forwards of an image"
     )
     kl_weight: float = field(0.0, "weight of single-source episodes: KL to the adapter's own head")
     interpolation_weight: float = field(0.0, "weight of interpolated episodes: cross-entropy, mixed classes")
@@ -43,9 +50,9 @@ class DistillationConfig(RecipeConfig):
 
     def check(self) -> None:
         require_choices(self)
-        for name in ("steps", "relational_weight", "kl_weight", "interpolation_weight"):
+        for name in ("steps", "first_layer", "relational_weight", "kl_weight", "interpolation_weight"):
             self.require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("rank", "episodes", "shots", "queries", "checkpoint_every"):
+        for name in ("rank", "max_teachers", "episodes", "shots", "queries", "checkpoint_every"):
             self.require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         self.require(self.ways >= 2, f"ways must be at least 2, got {self.ways}")
         self.require(self.relational_batch >= 4, f"relational_batch must be at least 4, got {self.relational_batch}")

@@ -7,7 +7,8 @@ import dataclasses
 import torch
 
 from ..errors import DataError
-from ..surrogate import Shard
+from ..shard_rows import ShardRows
+from .images import SurrogateImages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,25 +25,34 @@ class SurrogateEpisode:
     classes: torch.Tensor | None = None
 
 
-def class_identities(shards: list[Shard], predictions: torch.Tensor | None = None) -> dict[tuple[int, int], int]:
+def class_identities(
+    shards: list[ShardRows], votes: dict[tuple[int, int, int], int] | None = None
+) -> dict[tuple[int, int], int]:
     """Give every (shard, class) the number of the thing it shows, equal for two adapters that know the same class.
 
     Two classes are the same if their label names are (ignoring case and separators), or, where one of the adapters
-    has no names, if each adapter takes most of the other's images of the class for its own class.
+    has no names, if each adapter takes most of the other's images of the class for its own class. Time is linear in
+    classes x teachers of a group: names are looked up, and only teachers have votes.
 
     Args:
-        predictions: int (T, N), what each adapter's head says of all images, for adapters without names.
+        votes: (teacher, shard, class) to the teacher's own class, from [`teach`], for adapters without names.
     """
-    offsets, number = _offsets(shards), 0
     identity: dict[tuple[int, int], int] = {}
     known: dict[str, int] = {}
+    seen_as: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for (t, s, c), d in sorted((votes or {}).items()):
+        if t < s:
+            seen_as.setdefault((s, c), []).append((t, d))
+    number = 0
     for s, shard in enumerate(shards):
         names = shard.adapter.get("labels")
         for c in shard.labels.unique().tolist():
             name = "".join(ch for ch in names[c].lower() if ch.isalnum()) if names else None
             match = known.get(name) if name else None
-            if match is None and predictions is not None:
-                match = _agreeing(s, c, shards, offsets, predictions, identity, named=name is not None)
+            if match is None:
+                candidates = [key for key in seen_as.get((s, c), ()) if votes.get((s, *key)) == c and key in identity]
+                nameless = [key for key in candidates if not (name and shards[key[0]].adapter.get("labels"))]
+                match = identity[nameless[0]] if nameless else None
             if match is None:
                 match, number = number, number + 1
             identity[s, c] = match
@@ -51,46 +61,25 @@ def class_identities(shards: list[Shard], predictions: torch.Tensor | None = Non
     return identity
 
 
-def _agreeing(s, c, shards, offsets, predictions, identity, named: bool) -> int | None:
-    """An earlier class that adapter `s` and its owner both take for class `c`; None where names decide."""
-    mine = torch.nonzero(shards[s].labels == c).flatten() + offsets[s]
-    for (t, d), number in identity.items():
-        if t == s or (named and shards[t].adapter.get("labels")):
-            continue
-        theirs = torch.nonzero(shards[t].labels == d).flatten() + offsets[t]
-        here = (predictions[t, mine] == d).float().mean()
-        there = (predictions[s, theirs] == c).float().mean()
-        if min(here, there) > 0.5:
-            return number
-    return None
-
-
-def _offsets(shards: list[Shard]) -> list[int]:
-    offsets = [0]
-    for shard in shards:
-        offsets.append(offsets[-1] + len(shard))
-    return offsets
-
-
 class EpisodeSampler:
     """Draws episodes of both kinds.
 
     Args:
-        shards: surrogate images of the adapters, concatenated in this order.
+        images: the surrogate images of the adapters.
         identities: from [`class_identities`].
 
     Raises:
         DataError: too few classes hold enough images.
     """
 
-    def __init__(self, shards: list[Shard], identities: dict, ways: int, shots: int, queries: int):
+    def __init__(self, images: SurrogateImages, identities: dict, ways: int, shots: int, queries: int):
         self.ways, self.shots, self.queries, self.identities = ways, shots, queries, identities
-        offsets, needed = _offsets(shards), shots + 1
+        needed = shots + 1
         self.images: dict[tuple[int, int], torch.Tensor] = {}
-        for s, shard in enumerate(shards):
-            for c in shard.labels.unique().tolist():
-                index = torch.nonzero(shard.labels == c).flatten() + offsets[s]
-                if len(index) >= needed:
+        for s, shard in enumerate(images.shards):
+            numbers, labels = images.of_shard(s), shard.labels
+            for c in labels.unique().tolist():
+                if (index := numbers[labels == c]).numel() >= needed:
                     self.images[s, c] = index
         by_shard: dict[int, list[int]] = {}
         for s, c in self.images:

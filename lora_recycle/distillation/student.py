@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
+from collections.abc import Iterator
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from ..backbones import Backbone
+from ..errors import ConfigError
 from ..pool import AdapterPool
 
 
@@ -27,11 +32,17 @@ class Student(nn.Module):
         rank (`int`): of the LoRA, on all linear layers; its scale is 1.
         base_name (`str`): what the saved adapter gives as its base model.
         seed (`int`): of the LoRA's random factors.
+        first_layer (`int`): the LoRA of the layers before it keeps its initialisation.
+
+    Raises:
+        ConfigError: there is no layer `first_layer`.
     """
 
-    def __init__(self, backbone: Backbone, rank: int, base_name: str, seed: int = 0):
+    def __init__(self, backbone: Backbone, rank: int, base_name: str, seed: int = 0, first_layer: int = 0):
         super().__init__()
-        self.backbone = copy.deepcopy(backbone)
+        self.backbone, self.first_layer = copy.deepcopy(backbone), first_layer
+        if first_layer >= len(backbone.layers):
+            raise ConfigError(f"first_layer must be in [0, {len(backbone.layers)}), got {first_layer}")
         limit = min(min(self.backbone.model.get_submodule(m).weight.shape) for m in linear_layers(backbone))
         self.rank = min(rank, limit)
         config = LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=linear_layers(backbone))
@@ -41,10 +52,32 @@ class Student(nn.Module):
             torch.manual_seed(seed)
             self.peft_model: PeftModel = get_peft_model(self.backbone.model, config)
         config.base_model_name_or_path = base_name
+        self.backbone.layers[:first_layer].requires_grad_(False)
+        self._lora_layers = [m for m in self.backbone.model.modules() if isinstance(m, LoraLayer)]
 
-    def forward(self, pixel_values: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
-        """Features: (B, 3, H, W) and, optionally, kept patches (B, k) to (B, D)."""
-        return self.backbone.features(pixel_values, kept)
+    def forward(self, inputs: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
+        """Features (B, D) of images (B, 3, H, W), of their kept patches alone (B, k, 3, p, p), or of the tokens that
+        enter `first_layer` (B, T, D), from `tokens`."""
+        with self._plain_layers():
+            if inputs.ndim == 3:
+                return self.backbone.features_from(inputs, self.first_layer)
+            return self.backbone.features(inputs, kept)
+
+    @torch.inference_mode()
+    def tokens(self, inputs: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
+        """What enters `first_layer`, which does not change while the layers from there on learn."""
+        return self.backbone.tokens_entering(self.first_layer, inputs, kept)
+
+    @contextlib.contextmanager
+    def _plain_layers(self) -> Iterator[None]:
+        """PEFT's layers without their checks and their product with a scale of 1, a tenth of a small model's step."""
+        for layer in self._lora_layers:
+            layer.forward = functools.partial(_plain_forward, layer)
+        try:
+            yield
+        finally:
+            for layer in self._lora_layers:
+                del layer.forward
 
     @torch.no_grad()
     def start_from_average(self, pool: AdapterPool) -> None:
@@ -63,3 +96,9 @@ class Student(nn.Module):
 
     def trainable(self) -> list[nn.Parameter]:
         return [p for p in self.parameters() if p.requires_grad]
+
+
+def _plain_forward(layer: LoraLayer, x: torch.Tensor) -> torch.Tensor:
+    """W x + B A x, in the dtype of W x."""
+    result, a = layer.base_layer(x), layer.lora_A["default"]
+    return (result + layer.lora_B["default"](a(x.to(a.weight.dtype)))).to(result.dtype)

@@ -1,72 +1,134 @@
-"""What the teachers say of the surrogate images, computed once before training."""
+"""What the teachers say of the surrogate images, computed once before training and kept on disk."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from ..errors import DataError
 from ..pool import AdapterPool
-from ..relations import compress
-from ..surrogate import Shard, SurrogateDataset
+from ..relations import principal_directions
+from ..rows import RowFile, open_rows, write_rows
+from ..storage import atomic_write
+from .images import SurrogateImages
+
+
+#: Images from which the directions of a compression are learnt, and images that are in memory at a time.
+_SAMPLE, _CHUNK = 4096, 256
 
 
 @dataclasses.dataclass
 class TeacherGroup:
     """Surrogate images that the same adapters teach.
 
-    `images` (N,) indexes the concatenated surrogate data; `features` float16 (N, D) have as inner products the mean
-    cosine similarity over the group's adapters.
+    `images` (N,) are image numbers; `features` float16 (N, D), on disk, have as inner products the mean cosine
+    similarity over the teachers. `votes` maps (teacher, shard, class) to the class of its own head that the teacher
+    sees in more than half of these images.
     """
 
-    adapters: list[int]
+    teachers: list[int]
     images: torch.Tensor
-    features: torch.Tensor
+    features: RowFile
+    votes: dict[tuple[int, int, int], int]
 
 
-def match_shards(pool: AdapterPool, surrogate: SurrogateDataset) -> list[Shard]:
-    """The surrogate data's shards in the order of the pool. Raises `DataError` where an adapter has none."""
-    by_hash = {entry["adapter"]["sha256"]: i for i, entry in enumerate(surrogate.manifest["shards"])}
-    missing = [adapter.info.name for adapter in pool.adapters if adapter.info.sha256 not in by_hash]
-    if missing:
-        raise DataError(
-            f"{surrogate.folder} holds no images of the adapter {missing[0]} ({len(missing)} missing). "
-            "Was it made from another pool? Run invert on this one."
-        )
-    return [surrogate.shard(by_hash[adapter.info.sha256], verify=True) for adapter in pool.adapters]
+def choose_teachers(members: list[int], most: int) -> list[int]:
+    """At most `most` of a group's adapters, spread evenly over it.
+
+    The same for all images of the group: the means of different teachers could not be compared.
+    """
+    if len(members) <= most:
+        return members
+    return [members[i] for i in torch.linspace(0, len(members) - 1, most).round().long().tolist()]
+
+
+def teach(
+    pool: AdapterPool,
+    images: SurrogateImages,
+    members: list[int],
+    teachers: list[int],
+    folder: Path,
+    progress: bool = True,
+    batch_size: int = 128,
+) -> TeacherGroup:
+    """The teachers' view of the images of a group of adapters (`members`), kept in `folder`.
+
+    Time is linear in images x teachers; memory does not depend on the number of images. What a run that was killed
+    left is used again where backbone, teachers and images are the same.
+    """
+    rows = torch.cat([images.of_shard(i) for i in members])
+    path = folder / f"{_identity(pool, images, members, teachers)}.npy"
+    votes = path.with_suffix(".json")
+    if not votes.is_file():
+        _ask(pool, images, members, rows, teachers, path, progress, batch_size)
+    found = {(t, s, c): d for t, s, c, d in json.loads(votes.read_text())}
+    return TeacherGroup(teachers, rows, open_rows(path), found)
 
 
 @torch.inference_mode()
-def teach(
-    pool: AdapterPool, shards: list[Shard], groups: list[list[int]], progress: bool = True, batch_size: int = 128
-) -> tuple[list[TeacherGroup], torch.Tensor]:
-    """Every adapter's view of its group's images.
+def _ask(pool, images: SurrogateImages, members, rows, teachers, path: Path, progress: bool, batch_size: int) -> None:
+    """Forward all images through all teachers; features go to the disk teacher by teacher, then image by image."""
+    blocks, votes, folder = [], [], path.with_suffix(".blocks")
+    shape = (len(rows), pool.backbone.hidden_size)
+    try:
+        for i in tqdm(teachers, desc="teachers", unit="adapter", disable=not progress):
+            said = torch.full((len(rows),), -1) if pool[i].head is not None else None
+            views = _views(pool, images, rows, i, said, len(teachers), batch_size)
+            blocks.append(write_rows(folder / f"{i}.npy", np.float16, shape, views))
+            votes += [] if said is None else [[i, *vote] for vote in _majorities(images, members, said)]
+        _join(blocks, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    atomic_write(path.with_suffix(".json"), json.dumps(votes).encode())  # the last: it says that both are there
 
-    Returns the groups, and int16 (T, N) what each adapter's head says of all images (-1 outside of its group).
-    """
-    counts = torch.tensor([len(shard) for shard in shards])
-    starts = counts.cumsum(0) - counts
-    predictions = torch.full((len(pool), int(counts.sum())), -1, dtype=torch.int16)
-    backbone, found = pool.backbone, []
-    bar = tqdm(total=len(pool), desc="teachers", unit="adapter", disable=not progress)
-    for members in groups:
-        images = torch.cat([torch.arange(int(counts[i])) + starts[i] for i in members])
-        pixels = torch.cat([shards[i].pixels for i in members])
-        blocks = []
-        for i in members:
-            block = []
-            with pool.folded(i):
-                for start in range(0, len(pixels), batch_size):
-                    hidden, _ = backbone(backbone.normalize(pixels[start : start + batch_size]))
-                    block.append(F.normalize(backbone.pool(hidden).float(), dim=-1).cpu())
-                    if pool[i].head_weight is not None:
-                        said = pool[i].logits(backbone.pool_for_head(hidden)).argmax(1)
-                        predictions[i, images[start : start + batch_size]] = said.to(torch.int16).cpu()
-            blocks.append((torch.cat(block) / len(members) ** 0.5).half())
-            bar.update()
-        found.append(TeacherGroup(members, images, compress(torch.cat(blocks, 1)).half()))
-    bar.close()
-    return found, predictions
+
+def _views(pool, images, rows, teacher: int, said, of: int, batch_size: int) -> Iterator[torch.Tensor]:
+    """One teacher's unit features by the root of the number of teachers, batch by batch; its classes go to `said`."""
+    with pool.folded(teacher) as backbone:
+        for start in range(0, len(rows), batch_size):
+            pixels = images.read("pixels", rows[start : start + batch_size])
+            hidden, _ = backbone(backbone.normalize(pixels))
+            if said is not None:
+                logits = pool[teacher].logits(backbone, hidden)
+                said[start : start + batch_size] = logits.argmax(1).cpu()
+            yield (F.normalize(backbone.pool(hidden).float(), dim=-1).cpu() / of**0.5).half()
+
+
+def _join(blocks: list[RowFile], path: Path) -> None:
+    """Concatenate the teachers' features, (N, D) each, to (N, T x D), compressed where that is much."""
+    count, width = len(blocks[0]), sum(block.shape[1] for block in blocks)
+    sample = torch.linspace(0, count - 1, min(count, _SAMPLE)).round().long()
+    directions = principal_directions(torch.cat([block.read(sample) for block in blocks], 1))
+    chunks = (
+        torch.cat([block.read_range(start, start + _CHUNK) for block in blocks], 1)
+        for start in range(0, count, _CHUNK)
+    )
+    if directions is not None:
+        width, chunks = directions.shape[1], ((chunk.float() @ directions).half() for chunk in chunks)
+    write_rows(path, np.float16, (count, width), chunks)
+
+
+def _majorities(images: SurrogateImages, members: list[int], said: torch.Tensor) -> list[list[int]]:
+    """[shard, class, said class] wherever more than half of a class's images were said to show one class."""
+    found = []
+    for shard, here in zip(members, said.split([len(images.shards[i]) for i in members]), strict=True):
+        labels = images.shards[shard].labels
+        for c in labels.unique().tolist():
+            values, counts = here[labels == c].unique(return_counts=True)
+            if counts.max() * 2 > counts.sum():
+                found.append([shard, c, int(values[counts.argmax()])])
+    return found
+
+
+def _identity(pool: AdapterPool, images: SurrogateImages, members: list[int], teachers: list[int]) -> str:
+    parts = [pool.backbone.name, pool.backbone.revision, str(pool.backbone.dtype), members]
+    parts += [[pool[i].info.sha256 for i in teachers], [images.checksums[i] for i in members]]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

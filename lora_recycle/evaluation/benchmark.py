@@ -9,12 +9,20 @@ import torch
 from tqdm.auto import tqdm
 
 from ..backbones import Backbone, extract_features
+from ..composition import Composition, Selection, tuning_free_methods
+from ..errors import ConfigError
 from ..images import LabelledImages
 from ..modeling.heads import FewShotHead, make_head
 from ..modeling.meta_lora import MetaLoRAForFewShotClassification
 from ..pool import AdapterPool
 from .episodes import EpisodeSet, sample_episodes
-from .protocol import ensemble_accuracy, head_accuracy, prototype_accuracy, summarise
+from .protocol import ensemble_accuracy, head_accuracy, nearest_accuracy, prototype_accuracy, summarise
+
+
+#: Class centres on the bare backbone: options of `prototype_accuracy`. All is compared with `frozen`.
+CENTRES = {"frozen": {}, "frozen-centred": {"centred": True}, "frozen-euclidean": {"metric": "euclidean"}}
+DEFAULT_METHODS = ("frozen-centred", "average", "ensemble", "random")
+ALL_METHODS = (*CENTRES, *tuning_free_methods())
 
 
 @dataclasses.dataclass
@@ -32,6 +40,7 @@ def evaluate(
     *,
     backbone: Backbone | None = None,
     pool: AdapterPool | None = None,
+    methods: Sequence[str] | None = None,
     heads: Sequence[str] = (),
     ways: int = 5,
     shots: Sequence[int] = (1, 5),
@@ -41,41 +50,44 @@ def evaluate(
     batch_size: int = 128,
     progress: bool = False,
 ) -> Evaluation:
-    """Judge the frozen backbone, the meta-LoRA and, with a pool, its average, its ensemble and a random control.
+    """Judge the frozen backbone, the meta-LoRA and, with a pool, ways to use it without tuning.
 
-    Features of every image are computed once for each method; all methods see the same episodes.
+    Features of every image are computed once for each network of a method; all methods see the same episodes.
 
     Args:
         data: images of classes that no adapter has seen.
         model: the meta-LoRA; without it only the other methods are judged.
         backbone: the bare backbone; the pool's by default, else the model's base is loaded again.
-        pool: adapters for `average`, `ensemble` (one forward each) and `random`.
+        pool: adapters for the methods of `composition.tuning_free_methods`.
+        methods: of `ALL_METHODS`; `DEFAULT_METHODS` by default, without a pool those of them that need none. `frozen`
+            and a given `model` are always judged.
         heads: names of few-shot heads to judge too, on the frozen backbone and on the meta-LoRA (rows such as
-            `meta-lora + lda`). The other rows are class centres. Queries of an episode are one set to a transductive
-            head, which knows more than the other methods: compare it with its own kind.
+            `meta-lora + lda`). The methods' own rows are class centres. Queries of an episode are one set to a
+            transductive head, which knows more than the other methods: compare it with its own kind.
 
     Raises:
-        ConfigError: there is no head of a name.
-        DataError: too few classes or images for an episode.
+        ConfigError: an unknown method or head, or a method that needs a pool where there is none.
+        DataError: too few classes or images for an episode, or too few queries for a head.
     """
-    chosen = [make_head(name, model.settings if model else {}) for name in heads]
-    names = data.label_names
+    chosen, names = _checked_methods(methods, pool), data.label_names
+    worn = [make_head(name, model.settings if model else {}) for name in heads]
     drawn = {k: sample_episodes(data.labels, ways, k, queries, episodes, seed, names, data.name) for k in shots}
-    passes = 1 + (model is not None) + (len(pool) + 2 if pool else 0)
-    bar = tqdm(total=passes, desc=f"evaluate {data.name}", unit="pass", disable=not progress)
+    bar = tqdm(total=1 + (model is not None), desc=f"evaluate {data.name}", unit="pass", disable=not progress)
     judge = _Judge(data, drawn, batch_size, bar)
     if backbone is None:
         backbone = pool.backbone if pool is not None else _bare(model)
     frozen = judge.features(backbone)
-    judge.score("frozen", frozen)
-    judge.score("frozen-centred", frozen, centred=True)
-    judge.score_heads("frozen", frozen, chosen)
-    if pool is not None:
-        judge.score_pool(pool, seed)
+    compositions = tuning_free_methods(seed)
+    for method in ["frozen", *chosen]:
+        if method in CENTRES:
+            judge.score(method, frozen, **CENTRES[method])
+        else:
+            judge.score_composition(method, compositions[method], pool)
+    judge.score_heads("frozen", frozen, worn)
     if model is not None:
         features = judge.features(model.backbone)
         judge.score("meta-lora", features, metric=model.settings.get("metric", "cosine"))
-        judge.score_heads("meta-lora", features, chosen)
+        judge.score_heads("meta-lora", features, worn)
     bar.close()
     rows, notes = [], []
     for k in shots:
@@ -108,18 +120,31 @@ class _Judge:
             for k, drawn in self.episodes.items():
                 self.accuracies[k, f"{method} + {head.name}"] = head_accuracy(features, drawn, head)
 
-    def score_pool(self, pool: AdapterPool, seed: int) -> None:
-        """The pool's exact average, the mean of its adapters' similarities, and the average of random adapters."""
-        with pool.folded() as averaged:
-            self.score("average", self.features(averaged))
-        members = []
-        for i in range(len(pool)):
-            with pool.folded(i) as network:
-                members.append(self.features(network).half())
+    def score_composition(self, method: str, composition: Composition, pool: AdapterPool) -> None:
+        """One or several networks, of which all are heard or, for each episode, the nearest to its support set."""
+        networks, members = list(composition.networks(pool)), []
+        self.bar.total += len(networks)
+        for network in networks:
+            with network as backbone:
+                features = self.features(backbone)
+            members.append(features.half() if len(networks) > 1 else features)
         for k, drawn in self.episodes.items():
-            self.accuracies[k, "ensemble"] = ensemble_accuracy(members, drawn)
-        with pool.randomized(seed).folded() as random:
-            self.score("random", self.features(random))
+            if isinstance(composition, Selection):
+                self.accuracies[k, method] = nearest_accuracy(members, drawn, composition.affinity)
+            else:
+                self.accuracies[k, method] = ensemble_accuracy(members, drawn)
+
+
+def _checked_methods(methods: Sequence[str] | None, pool: AdapterPool | None) -> list[str]:
+    if methods is None:
+        return [method for method in DEFAULT_METHODS if pool is not None or method in CENTRES]
+    unknown = [method for method in methods if method not in ALL_METHODS]
+    if unknown:
+        raise ConfigError(f"there is no method {unknown[0]!r}; there are {', '.join(ALL_METHODS)}.")
+    homeless = [method for method in methods if pool is None and method not in CENTRES]
+    if homeless:
+        raise ConfigError(f"{homeless[0]} needs a pool of adapters: pass one (--pool), or leave the method out.")
+    return list(dict.fromkeys(methods))
 
 
 def _bare(model: MetaLoRAForFewShotClassification) -> Backbone:

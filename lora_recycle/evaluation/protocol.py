@@ -6,7 +6,7 @@ Pure functions on tensors: features of all images are computed once, by whatever
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -59,6 +59,32 @@ def ensemble_accuracy(features: Iterable[torch.Tensor], episodes: EpisodeSet) ->
         DataError: no teacher, or features that are not finite.
     """
     return _accuracy(features, episodes, "cosine", centred=False)
+
+
+def nearest_accuracy(
+    features: Sequence[torch.Tensor],
+    episodes: EpisodeSet,
+    affinity: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Accuracy, in per cent, of the cosine class centres of the network that is nearest to each episode's support set.
+
+    Args:
+        features (`Sequence[torch.Tensor]`): T tensors (N, D), one for each network.
+        affinity: from support features (S, D) and labels int64 (S,) to how near the network is, a scalar; the highest
+            is the nearest.
+
+    Returns:
+        `torch.Tensor`: (E,) per-episode accuracy.
+
+    Raises:
+        DataError: features that are not finite.
+    """
+    labels = torch.arange(episodes.ways).repeat_interleave(episodes.shots)
+    near = []
+    for member in features:
+        near.append(torch.stack([affinity(member[one.support.flatten()].float(), labels) for one in episodes]))
+    accuracies = torch.stack([prototype_accuracy(member, episodes) for member in features])  # (T, E)
+    return accuracies.gather(0, torch.stack(near).argmax(0, keepdim=True))[0]
 
 
 @torch.no_grad()

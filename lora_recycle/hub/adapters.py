@@ -21,6 +21,7 @@ from ..storage import file_sha256
 from .files import (
     CONFIG_FILE,
     HEAD,
+    POOLED_HEAD,
     WEIGHTS_FILE,
     download,
     guess_generation,
@@ -30,9 +31,13 @@ from .files import (
     read_labels,
     target_names,
 )
-from .keys import PEFT_PREFIX, rebuild_config, to_backbone_keys
+from .keys import PEFT_PREFIX, rebuild_config, to_backbone_keys, without_training_only
 from .licenses import read_license
 from .untrusted import count
+
+
+#: Configs whose PEFT model's names and shapes are remembered, about 50 kB each.
+MAX_REMEMBERED = 64
 
 
 @dataclass(frozen=True)
@@ -51,9 +56,11 @@ class AdapterInfo:
         num_parameters (`int`): numbers in the file, the head's included.
         size_bytes (`int`): size of the file.
         num_classes (`int`, *optional*): rows of the head; None where the file has no head.
-        labels (`tuple[str, ...]`, *optional*): from the card, when their number is the head's.
-        generation (`int`, *optional*): major version of transformers whose names the keys look like, 4 or 5.
+        labels (`tuple[str, ...]`, *optional*): from the card, when their number is the head's or there is no head.
+        generation (`int`, *optional*): major version of transformers that alone gives the keys' names, 4 or 5; None
+            where both do, as for most classes of CLIP and SigLIP.
         config (`dict`): parsed `adapter_config.json`.
+        prompt (`str`, *optional*): what `labels` were put into, where the head was made of them.
     """
 
     name: str
@@ -72,6 +79,7 @@ class AdapterInfo:
     labels: tuple[str, ...] | None
     generation: int | None
     config: dict[str, Any]
+    prompt: str | None = None
 
     @property
     def where(self) -> str:
@@ -110,6 +118,7 @@ class LoadedAdapter:
         state_dict (`dict[str, Tensor]`): float32, keys `base_model.model.<live module>...` without an adapter name.
         head_weight (`Tensor`, *optional*): (C, D) float32; D is the hidden size, or twice that for DINOv2.
         head_bias (`Tensor`, *optional*): (C,) float32.
+        pooled_head (`bool`): whether the head reads the pooled image, not what the family's classifier reads.
     """
 
     info: AdapterInfo
@@ -117,6 +126,7 @@ class LoadedAdapter:
     state_dict: dict[str, Tensor]
     head_weight: Tensor | None
     head_bias: Tensor | None
+    pooled_head: bool = False
 
 
 def find_adapters(folder: str | Path) -> list[Path]:
@@ -166,29 +176,42 @@ def pull_adapter(
     return _describe(folder, str(repo_or_path), folder.name)
 
 
-def load_adapter(info: AdapterInfo, model: nn.Module) -> LoadedAdapter:
+def load_adapter(
+    info: AdapterInfo, model: nn.Module, expected: dict[str, dict[str, Tensor]] | None = None
+) -> LoadedAdapter:
     """Read a pulled adapter's tensors for the headless `model`, which is not changed.
 
     Load all adapters before one is put on `model`: PEFT replaces modules in place, and their names with them.
+
+    Args:
+        info (`AdapterInfo`): from [`pull_adapter`].
+        model (`nn.Module`): the headless backbone.
+        expected (`dict`, *optional*): kept between calls for the same `model`, it saves building PEFT's model again
+            for adapters of a config that was met before, which is most of the time. Filled here, and bounded.
 
     Raises:
         AdapterError: a tensor is not finite, missing, unexpected or of another shape or kind of number than `model`
             needs; the head is neither `hidden_size` nor twice that wide; or the config would change the base model.
     """
     shapes = read_header(info.path, info.where)
+    if (info.path / WEIGHTS_FILE).stat().st_size != info.size_bytes:
+        raise _changed(info)
     head = _head_keys(info, shapes, model.config.hidden_size)
     try:
-        names, converted = to_backbone_keys(shapes.keys() - set(head.values()), model)
+        used = without_training_only(info.config, shapes.keys() - set(head.values()))
+        names, converted = to_backbone_keys(used, model)
         peft_config = rebuild_config(info.config, names, model)
     except AdapterError as error:
         raise AdapterError(f"{info.where}: {WEIGHTS_FILE}: {error}") from error
-    expected = _check_against_model(info, peft_config, {names[key]: shapes[key] for key in names}, model)
+    live_shapes = {names[key]: shapes[key] for key in names}
+    saved = _check_against_model(info, peft_config, live_shapes, model, {} if expected is None else expected)
     tensors = _read_tensors(info)  # only now: nothing of an absurd size gets this far
     state_dict = {names[key]: tensors[key] for key in sorted(names)}
     heads = {part: tensors[key] for part, key in head.items()}
-    _check_numbers(info, state_dict | {head[part]: tensor for part, tensor in heads.items()}, expected)
+    _check_numbers(info, state_dict | {head[part]: tensor for part, tensor in heads.items()}, saved)
     info = dataclasses.replace(info, generation=4) if converted else info
-    return LoadedAdapter(info, peft_config, state_dict, heads.get("weight"), heads.get("bias"))
+    pooled = POOLED_HEAD in shapes
+    return LoadedAdapter(info, peft_config, state_dict, heads.get("weight"), heads.get("bias"), pooled)
 
 
 def _describe(folder: Path, name: str, revision: str | None) -> AdapterInfo:
@@ -210,7 +233,7 @@ def _describe(folder: Path, name: str, revision: str | None) -> AdapterInfo:
         size_bytes=(folder / WEIGHTS_FILE).stat().st_size,
         num_classes=num_classes,
         labels=read_labels(folder, where, num_classes),
-        generation=guess_generation(shapes),
+        generation=guess_generation(config, shapes),
         config=config,
     )
 
@@ -221,11 +244,15 @@ def _read_tensors(info: AdapterInfo) -> dict[str, Tensor]:
     try:
         data = (info.path / WEIGHTS_FILE).read_bytes()
         if hashlib.sha256(data).hexdigest() != info.sha256:
-            raise AdapterError(f"{where} changed since it was pulled; pull it again.")
+            raise _changed(info)
         tensors = load(data)
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{where} cannot be read ({error}).") from error
     return {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
+
+
+def _changed(info: AdapterInfo) -> AdapterError:
+    return AdapterError(f"{info.where}: {WEIGHTS_FILE} changed since it was pulled; pull it again.")
 
 
 def _head_keys(info: AdapterInfo, shapes: dict[str, tuple[int, ...]], hidden: int) -> dict[str, str]:
@@ -241,20 +268,30 @@ def _head_keys(info: AdapterInfo, shapes: dict[str, tuple[int, ...]], hidden: in
 
 
 def _check_against_model(
-    info: AdapterInfo, peft_config: PeftConfig, shapes: dict[str, tuple[int, ...]], model: nn.Module
+    info: AdapterInfo,
+    peft_config: PeftConfig,
+    shapes: dict[str, tuple[int, ...]],
+    model: nn.Module,
+    met: dict[str, dict[str, Tensor]],
 ) -> dict[str, Tensor]:
     """Build the PEFT model without memory, and compare the names and shapes it would save with the adapter's.
 
-    Returns what PEFT would save; the tensors may be without memory.
+    Returns what PEFT would save, on the meta device; `met` remembers it by config.
     """
     where = f"{info.where}: {WEIGHTS_FILE}"
     own = {PEFT_PREFIX + name for name, _ in model.named_parameters()} & shapes.keys()
     if own and info.peft_type != "LN_TUNING":  # only that type stores its tensors under the base's own names
         raise AdapterError(f"{where}: {min(own)} retrains a weight of the base model, which adapters here share.")
-    try:
-        expected = _expected_tensors(peft_config, model)
-    except Exception as error:  # noqa: BLE001 - PEFT raises anything for settings that anyone may have written
-        raise AdapterError(f"{info.where}: PEFT cannot build this adapter on the model: {error}") from error
+    config = repr(peft_config)
+    if config not in met:
+        try:
+            made = _expected_tensors(peft_config, model)
+        except Exception as error:  # noqa: BLE001 - PEFT raises anything for settings that anyone may have written
+            raise AdapterError(f"{info.where}: PEFT cannot build this adapter on the model: {error}") from error
+        if len(met) >= MAX_REMEMBERED:
+            met.clear()
+        met[config] = {key: tensor.detach().to("meta") for key, tensor in made.items()}
+    expected = met[config]
     for kind, keys in (("lacks", expected.keys() - shapes), ("holds unexpected", shapes.keys() - expected)):
         if keys:
             raise AdapterError(f"{where} {kind} {len(keys)} tensor(s): {', '.join(sorted(keys)[:3])}.")

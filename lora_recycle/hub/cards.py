@@ -9,18 +9,18 @@ from typing import Any
 import yaml
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
+from .files import PICTURE_FILE
 from .licenses import inherited_license
 
 
 TEMPLATES = Path(__file__).with_name("templates")
 #: Path in the repo of the table that `datasets.load_dataset` opens.
 TABLE_FILE = "data/train.parquet"
-#: Path in the repo of the grid of surrogate images.
-PICTURE_FILE = "surrogate.png"
 
 _REPO_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-#: Upper ends of the Hub's size categories.
-_SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
+#: The Hub's size categories and their upper ends.
+_SIZES = {"n<1K": 10**3, "1K<n<10K": 10**4, "10K<n<100K": 10**5, "100K<n<1M": 10**6, "1M<n<10M": 10**7}
+_SIZES |= {"10M<n<100M": 10**8, "100M<n<1B": 10**9, "1B<n<10B": 10**10}
 
 
 def is_repo_id(name: str | None) -> bool:
@@ -102,7 +102,7 @@ def surrogate_card(name: str, manifest: dict[str, Any], picture: bool = False) -
     header = DatasetCardData(
         pretty_name=name.split("/")[-1],
         task_categories=["image-classification"],
-        size_categories=[next((size for limit, size in _SIZES if count < limit), "n>10M")],
+        size_categories=[next(size for size, limit in _SIZES.items() if count < limit)],
         tags=["lora-recycle", "surrogate", "synthetic"],
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": TABLE_FILE}]}],
         **fields,

@@ -14,15 +14,31 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import AdapterError
 from .snapshots import fetch
-from .untrusted import check_settings, parse_json, read_safetensors_header, read_text
+from .untrusted import (
+    MAX_FILE_BYTES,
+    MAX_TEXT_BYTES,
+    check_settings,
+    parse_json,
+    read_safetensors_header,
+    read_text,
+)
 
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
 SIDECAR_FILE = "meta_lora_config.json"
-#: All that is ever downloaded of an adapter's repo.
-REPO_FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, SIDECAR_FILE)
+#: The grid of surrogate images beside a meta-LoRA's, or surrogate data's, card.
+PICTURE_FILE = "surrogate.png"
+MAX_PICTURE_BYTES = 10 * 1024**2
+#: All that is ever downloaded of an adapter's repo, and the most bytes that each may have.
+REPO_FILES = {
+    CONFIG_FILE: MAX_TEXT_BYTES,
+    WEIGHTS_FILE: MAX_FILE_BYTES,
+    CARD_FILE: MAX_TEXT_BYTES,
+    SIDECAR_FILE: MAX_TEXT_BYTES,
+    PICTURE_FILE: MAX_PICTURE_BYTES,
+}
 
 MAX_CLASSES = 100_000
 MAX_CARD_BYTES = 1024**2
@@ -31,13 +47,18 @@ _TEXT_ONLY = ("ADAPTION_PROMPT", "SHADOW", "TRAINABLE_TOKENS", "XLORA")
 
 # the classifier as PEFT stores it, with and without the wrapper of `modules_to_save`
 HEAD = re.compile(
-    r"base_model\.model\.(cls_classifier|classifier|head|score|fc)(\.modules_to_save(\.\w+)?)?\.(weight|bias)"
+    r"base_model\.model\.(cls_classifier|classifier|head|score|fc|pooled_classifier)(\.modules_to_save(\.\w+)?)?\.(weight|bias)"
 )
-# names that only transformers 4 gave to modules
+#: A head on the pooled image ([`Backbone.pool`]), not on what the family's own classifier reads.
+POOLED_HEAD = "base_model.model.pooled_classifier.weight"
+# names that only transformers 4, and only 5, gave to modules
 _GENERATION_4 = re.compile(
     r"\.(vit|deit)\.encoder\.layer\.|attention\.attention\.|attention\.output\.dense|intermediate\.dense"
     r"|\d\.output\.dense|\.weights_(in|out)\."
 )
+_GENERATION_5 = re.compile(r"\.model\.((vit|deit)\.)?layers\.|\.model\.encoder\.layers\.|\.attention\.[qkvo]_proj\.")
+# image towers that transformers 4 alone kept below `vision_model.`; other classes of CLIP and SigLIP still do
+_BARE_TOWERS = ("CLIPVisionModel", "SiglipVisionModel")
 
 
 def download(repo: str, revision, token, cache_dir, local_files_only: bool) -> Path:
@@ -52,7 +73,7 @@ def read_config(folder: Path, where: str) -> dict[str, Any]:
         AdapterError: it is no plain JSON object of an adapter type that can wrap an image encoder, or it names code,
             or sizes that are absurd.
     """
-    path = _checked_file(folder, CONFIG_FILE, where)
+    path = checked_file(folder, CONFIG_FILE, where)
     try:
         config = parse_json(read_text(path))
     except (ValueError, OSError) as error:
@@ -89,16 +110,18 @@ def read_header(folder: Path, where: str) -> dict[str, tuple[int, ...]]:
             f"{where}: only adapter_model.bin is there, and unpickling it could run any code. Convert it to "
             f"{WEIGHTS_FILE} where you trust it (PeftModel.save_pretrained does)."
         )
-    path = _checked_file(folder, WEIGHTS_FILE, where)
+    return read_shapes(checked_file(folder, WEIGHTS_FILE, where), f"{where}: {WEIGHTS_FILE}")
+
+
+def read_shapes(path: Path, where: str) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor of a safetensors file, from its header. Raises `AdapterError` where it is no good."""
     try:
         shapes = read_safetensors_header(path)
         # safe_open compares the tensors' places with each other and with the file's length
         with safe_open(path, framework="pt"):
             return shapes
     except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(
-            f"{where}: {WEIGHTS_FILE} is truncated or damaged, or unsafe: {error}. Fetch it again."
-        ) from error
+        raise AdapterError(f"{where} is truncated or damaged, or unsafe: {error}. Fetch it again.") from error
 
 
 def head_classes(shapes: dict[str, tuple[int, ...]], where: str) -> int | None:
@@ -131,26 +154,37 @@ def target_names(config: dict[str, Any], keys: Iterable[str]) -> tuple[str, ...]
     return tuple(sorted({str(target).rsplit(".", 1)[-1] for target in targets}))
 
 
-def guess_generation(keys: Iterable[str]) -> int:
-    """4 where a key has a name that only transformers 4 gave, else 5."""
-    return 4 if any(_GENERATION_4.search(key) for key in keys) else 5
+def guess_generation(config: dict[str, Any], keys: Iterable[str]) -> int | None:
+    """The major version of transformers, 4 or 5, that alone gave one of these names; None where both did."""
+    keys = [key for key in keys if not HEAD.fullmatch(key)]
+    if any(_GENERATION_4.search(key) for key in keys):
+        return 4
+    if any(_GENERATION_5.search(key) for key in keys):
+        return 5
+    made_for = (config.get("auto_mapping") or {}).get("base_model_class")
+    below = any(key.startswith("base_model.model.vision_model.") for key in keys)
+    return 4 if below and made_for in _BARE_TOWERS else None
 
 
 def read_labels(folder: Path, where: str, num_classes: int | None) -> tuple[str, ...] | None:
     """Class names from `id2label` or `labels` in the card's front matter.
 
-    None where there is no card, its YAML is broken, or it does not name exactly `num_classes` classes: labels are a
-    comfort, and a bad card does not make a bad adapter.
+    None where there is no card, its YAML is broken, or it does not name exactly `num_classes` classes; for an adapter
+    without a head any number of different names will do. Labels are a comfort, and a bad card does not make a bad
+    adapter.
     """
-    if num_classes is None or not (folder / CARD_FILE).exists():
+    if not (folder / CARD_FILE).exists():
         return None
-    path = _checked_file(folder, CARD_FILE, where)
+    path = checked_file(folder, CARD_FILE, where)
     try:
         metadata = ModelCard(read_text(path, MAX_CARD_BYTES), ignore_metadata_errors=True).data.to_dict()
         labels = _label_list(metadata)
     except Exception:  # noqa: BLE001 - YAML, Unicode and type errors of a file that anyone may have written
         return None
-    return tuple(labels) if labels is not None and len(labels) == num_classes else None
+    if not labels or len(labels) > MAX_CLASSES:
+        return None
+    fits = len(set(labels)) == len(labels) if num_classes is None else len(labels) == num_classes
+    return tuple(labels) if fits else None
 
 
 def _label_list(metadata: dict[str, Any]) -> list[str] | None:
@@ -163,7 +197,7 @@ def _label_list(metadata: dict[str, Any]) -> list[str] | None:
     return [str(name) for name in labels] if plain else None
 
 
-def _checked_file(folder: Path, name: str, where: str) -> Path:
+def checked_file(folder: Path, name: str, where: str) -> Path:
     """The file's path. Raises `AdapterError` where it is missing, not regular, or a link out of the repo."""
     path = folder / name
     if not path.exists():

@@ -27,10 +27,12 @@ PEFT_PREFIX = "base_model.model."
 _PATTERNS = {"rank_pattern", "alpha_pattern"}
 # parts of a config that change the shared base model, or count its layers differently
 _CHANGES_BASE = ("layer_replication", "target_parameters", "trainable_token_indices", "alora_invocation_tokens")
-_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # choices of modules that the explicit list of targets replaces, and a setting that makes PEFT import a module by name
 _CHOOSE_MODULES = ("exclude_modules", "layers_to_transform", "layers_pattern")
 _DROPPED = (*_CHOOSE_MODULES, "modules_to_save", "megatron_config", "auto_mapping", "runtime_config")
+# what a MonteCLoRA draws its noise with in training; in eval mode it is the plain LoRA that it also holds
+_TRAINING_ONLY = ("monteclora_config", ".lora_monteclora_sampler.")
 
 
 def to_backbone_keys(keys: Iterable[str], model: nn.Module) -> tuple[dict[str, str], bool]:
@@ -60,13 +62,22 @@ def to_backbone_keys(keys: Iterable[str], model: nn.Module) -> tuple[dict[str, s
         if path is None:
             reason = f"{type(model).__name__} has no such module, under today's or older names"
             if key.startswith(f"{PEFT_PREFIX}text_model."):
-                reason = "the adapter changes the text tower too, and only adapters of the image tower are read"
+                reason = (
+                    "the adapter changes the text tower too, and adapters of a pool share one text tower and differ "
+                    "in the image tower alone"
+                )
             raise AdapterError(f"{key}: {reason}. Was the adapter made for another base model?")
         renamed[key], converted = PEFT_PREFIX + path, converted or was_converted
     double, times = max(Counter(renamed.values()).items(), key=lambda item: item[1], default=("", 0))
     if times > 1:
         raise AdapterError(f"{double}: the file holds this tensor twice, under an old and a new name.")
     return renamed, converted
+
+
+def without_training_only(config: dict[str, Any], keys: Iterable[str]) -> list[str]:
+    """The keys without those of tensors that the adapter uses in training alone."""
+    setting, part = _TRAINING_ONLY
+    return [key for key in keys if not (config.get(setting) and part in key)]
 
 
 def leaf_modules(model: nn.Module) -> set[str]:
@@ -104,7 +115,8 @@ def rebuild_config(config: dict[str, Any], names: dict[str, str], model: nn.Modu
     unknown = sorted(key for key in config if key not in known and config[key])
     if unknown:
         raise AdapterError(f"the config sets {', '.join(unknown)}, which this PEFT does not know. Upgrade peft.")
-    values = {key: value for key, value in config.items() if key in known and key not in _DROPPED}
+    dropped = (*_DROPPED, _TRAINING_ONLY[0])
+    values = {key: value for key, value in config.items() if key in known and key not in dropped}
     values |= {"task_type": None, "inference_mode": True}
     try:
         values["target_modules"] = sorted(sources) or _chosen_modules(config, model)

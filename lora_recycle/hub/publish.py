@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
 from ..errors import PushError
+
+
+# absolute paths of any system, and what is relative to a home or to the current folder
+_LOCAL_PATH = re.compile(r"[/\\]|~[\w.-]*[/\\]|\.{1,2}([/\\]|$)|[A-Za-z]:[/\\]|file:")
+_CLASS_NAMES = ("labels", "label_names")
 
 
 def push_files(
@@ -70,6 +78,18 @@ def push_files(
     if create_pr and info.pr_url:
         return info.pr_url
     return str(info.repo_url) + (f"/tree/{revision}" if revision else "")
+
+
+def without_local_paths(value: Any) -> Any:
+    """A JSON value in which paths of this machine are cut to their last part. Names of classes stay as they are."""
+    if isinstance(value, dict):
+        return {k: inner if k in _CLASS_NAMES else without_local_paths(inner) for k, inner in value.items()}
+    if isinstance(value, list):
+        return [without_local_paths(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    local = _LOCAL_PATH.match(value) or (re.search(r"[/\\]", value) and os.path.exists(value))
+    return re.split(r"[/\\]+", value.rstrip("/\\"))[-1] if local else value
 
 
 def _operations(files: dict[str, Path | bytes], present: Sequence[str], replaces: Sequence[str]) -> list:

@@ -1,8 +1,8 @@
 """Files of one commit of a Hub repo, with the bytes that the Hub states. Nothing here is ever executed.
 
 What the client does itself, and what is therefore not here: it caches, locks the cache between threads and processes,
-resumes downloads, compares their sizes, and tries the requests for files and listings again (429 and 5xx, with
-Retry-After). It neither repeats the request that resolves a revision nor looks at checksums.
+resumes downloads, compares their sizes, and tries some requests again where the Hub is busy. It repeats neither the
+request that resolves a revision nor a download that was answered with 503, and does not look at checksums.
 """
 
 from __future__ import annotations
@@ -11,12 +11,22 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from huggingface_hub import HfApi, hf_hub_download, is_offline_mode, snapshot_download
+from huggingface_hub import (
+    HfApi,
+    RepoFile,
+    get_cached_repo_tree,
+    hf_hub_download,
+    is_offline_mode,
+    snapshot_download,
+)
 from huggingface_hub.errors import (
+    CachedRepoTreeNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -42,33 +52,45 @@ Answer = TypeVar("Answer")
 
 def fetch(
     repo: str,
-    files: Sequence[str],
+    files: Mapping[str, int],
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    *,
+    repo_type: str = "model",
+    progress: bool = False,
 ) -> Path:
     """Folder in the Hub's cache that is named after a commit and holds those of `files` that the commit has.
 
-    The revision is resolved once, so that all files are of one commit. Each is compared with the checksum that the
-    Hub states; one that differs is fetched once more.
+    The revision is resolved once, so that all files are of one commit. What the Hub says of their sizes is looked at
+    before the first byte is fetched. They come side by side; each is compared with the checksum that the Hub states,
+    and one that differs is fetched once more.
+
+    Args:
+        files (`Mapping[str, int]`): file name or pattern (`shards/*.safetensors`) to the most bytes of such a file.
+        repo_type (`str`, *optional*, defaults to `"model"`): or `"dataset"`.
+        progress (`bool`, *optional*, defaults to `False`): whether the client shows its bars.
 
     Raises:
-        AdapterError: with what to do, where the repo, the revision, the permission or the connection is missing, or
-            where the bytes stay wrong.
+        AdapterError: with what to do, where the repo, the revision, the permission or the connection is missing,
+            where a file is too large, or where the bytes stay wrong.
     """
     where = f"{repo}@{revision}" if revision else repo
-    options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "repo_type": repo_type}
     commit = resolve_commit(repo, revision, **options)
-    options["tqdm_class"] = _NoBar
+    options |= {} if progress else {"tqdm_class": _NoBar}
     try:
-        folder = Path(snapshot_download(repo, revision=commit, allow_patterns=list(files), **options))
+        folder = repeated(lambda: _download(repo, commit, files, options))
+        present = [p.relative_to(folder).as_posix() for pattern in files for p in folder.glob(pattern) if p.is_file()]
         asked = None if local_files_only or is_offline_mode() else HfApi(token=token)
-        wrong = _remove_damaged(folder, repo, files, asked)
+        wrong = _remove_damaged(folder, repo, repo_type, present, asked)
         if wrong and asked:
             for name in wrong:
-                hf_hub_download(repo, name, revision=folder.name, **options)
-            wrong = _remove_damaged(folder, repo, wrong, asked)
+                repeated(partial(hf_hub_download, repo, name, revision=folder.name, **options))
+            wrong = _remove_damaged(folder, repo, repo_type, wrong, asked)
+    except AdapterError:
+        raise
     except (HTTPError, OSError, ValueError) as error:
         raise AdapterError(f"{where}: {explain(error, local_files_only)}") from error
     if wrong:
@@ -85,10 +107,11 @@ def resolve_commit(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    repo_type: str = "model",
 ) -> str:
     """The commit that a branch, tag or pull request (by default the main branch) leads to now, or, without a
     connection, when it was last looked up. Raises `AdapterError` with what to do where there is none."""
-    options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "repo_type": repo_type}
     try:
         return repeated(lambda: HfApi().resolve_revision(repo, revision=revision, **options)).resolved
     except (HTTPError, RevisionResolutionError, OSError, ValueError) as error:  # ValueError: no id, or no JSON
@@ -142,9 +165,52 @@ def _reason(error: BaseException) -> str:
     return (str(error).splitlines() or [""])[0] or type(error).__name__
 
 
-def _remove_damaged(folder: Path, repo: str, files: Sequence[str], hub: HfApi | None) -> list[str]:
+def _download(repo: str, commit: str, files: Mapping[str, int], options: dict[str, Any]) -> Path:
+    """The commit's folder in the cache, with what it lacked; where the Hub is down, what the cache has."""
+    snapshot = {"repo_id": repo, "revision": commit, "allow_patterns": list(files)}
+    try:
+        sizes = _listing(repo, commit, **options)
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise
+    except HTTPError as error:  # without their sizes no files are fetched
+        try:
+            return Path(snapshot_download(**snapshot, **options | {"local_files_only": True}))
+        except LocalEntryNotFoundError:
+            raise error from None
+    _check_listing(sizes, files, f"{repo}@{commit}")
+    return Path(snapshot_download(**snapshot, **options))
+
+
+def _listing(
+    repo: str, commit: str, *, repo_type: str, token: Any, cache_dir: Any, local_files_only: bool, **_
+) -> dict[str, int]:
+    """Size of each file of a commit, as the Hub states it; empty where it may not be asked.
+
+    The client keeps the listing of a commit that it has downloaded, so that what is cached costs no request.
+    """
+    where = {"repo_id": repo, "repo_type": repo_type, "revision": commit}
+    try:
+        entries = get_cached_repo_tree(**where, cache_dir=cache_dir)
+    except CachedRepoTreeNotFoundError:
+        if local_files_only or is_offline_mode():
+            return {}
+        entries = HfApi(token=token).list_repo_tree(**where, recursive=True)
+    return {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
+
+
+def _check_listing(sizes: dict[str, int], files: Mapping[str, int], where: str) -> None:
+    """Raises `AdapterError` for a file to be fetched that is too large, or whose name leads out of the repo."""
+    for name, size in sizes.items():
+        limits = [most for pattern, most in files.items() if fnmatch(name, pattern)]
+        if limits and (".." in name.split("/") or name.startswith("/")):
+            raise AdapterError(f"{where}: {name!r} leads out of the repo; nothing was downloaded.")
+        if limits and size > max(limits):
+            raise AdapterError(f"{where}: {name} has {size} bytes, more than {max(limits)}; nothing was downloaded.")
+
+
+def _remove_damaged(folder: Path, repo: str, repo_type: str, files: Sequence[str], hub: HfApi | None) -> list[str]:
     """Remove those of `files` whose bytes have another checksum than the Hub states, so that no program uses them."""
-    stated = _stated_checksums(folder, repo, [name for name in files if (folder / name).is_file()], hub)
+    stated = _stated_checksums(folder, repo, repo_type, files, hub)
     wrong = [name for name, digits in stated.items() if digits != _checksum(folder / name, len(digits))]
     for path in (folder / name for name in wrong):
         while path.is_symlink():
@@ -154,7 +220,9 @@ def _remove_damaged(folder: Path, repo: str, files: Sequence[str], hub: HfApi | 
     return wrong
 
 
-def _stated_checksums(folder: Path, repo: str, names: list[str], hub: HfApi | None) -> dict[str, str]:
+def _stated_checksums(
+    folder: Path, repo: str, repo_type: str, names: Sequence[str], hub: HfApi | None
+) -> dict[str, str]:
     """File to SHA-256 (of LFS files) or git's SHA-1, as the Hub stated it: a blob of the cache is named after it.
 
     A cache without links (on Windows, say) does not tell, so that the Hub is asked, if it may be.
@@ -162,7 +230,7 @@ def _stated_checksums(folder: Path, repo: str, names: list[str], hub: HfApi | No
     stated = {name: Path(os.readlink(folder / name)).name for name in names if (folder / name).is_symlink()}
     unknown = [name for name in names if name not in stated]
     if unknown and hub:
-        for info in hub.get_paths_info(repo, unknown, revision=folder.name):
+        for info in hub.get_paths_info(repo, unknown, revision=folder.name, repo_type=repo_type):
             stated[info.path] = info.lfs.sha256 if info.lfs else info.blob_id
     # a mirror may use other tags than checksums
     return {name: digits for name, digits in stated.items() if re.fullmatch("[0-9a-f]{40}([0-9a-f]{24})?", digits)}

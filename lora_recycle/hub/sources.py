@@ -166,10 +166,17 @@ def _ids_of(source: str, token: Any, local_files_only: bool, in_list: str | None
         if in_list:
             raise AdapterError(f"{in_list}: names another file, {source}; a list holds adapters only.")
         return [one for line in _lines(source) for one in _ids_of(line, token, local_files_only, source)]
+    return [one_id(source)]
+
+
+def one_id(source: str) -> AdapterId:
+    """A folder, or a repo id with its revision after an `@`. Raises `AdapterError` where nothing follows the `@`."""
+    if Path(source).is_dir():
+        return AdapterId(source)
     name, at, revision = source.partition("@")  # a repo id has no @, a revision may
     if at and not revision:
         raise AdapterError(f"{source}: no revision after the @.")
-    return [AdapterId(name, revision or None)]
+    return AdapterId(name, revision or None)
 
 
 def _lines(path: str) -> list[str]:

@@ -18,6 +18,7 @@ class InversionConfig(RecipeConfig):
     images_per_class: int = field(8, "surrogate images of each class")
     max_classes: int | None = field(20, "classes of one adapter that are inverted, drawn at random where it has more")
     iterations: int = field(30, "optimisation steps of each image; 0 keeps the starts, labelled by the adapter")
+    stop_at: float = field(1.0, "probability of its class at which an image is finished early; 1 stops none")
     lr: float = field(0.05, "step size of Adam")
     batch_size: int = field(64, "images optimised together")
     parameterization: str = field(
@@ -35,21 +36,27 @@ class InversionConfig(RecipeConfig):
     hard_reference: str = field("average", "who is not to know the images: backbone, average, or a meta-LoRA's folder")
     jitter: int = field(4, "largest random shift of an image at each step, in pixels")
     flip: bool = field(False, "mirror the batch at random steps")
-    keep_ratio: float = field(1.0, "share of the patches kept by token pruning; the kept positions become the mask")
-    prune_layer: int | None = field(None, "layer after which patches are dropped; the middle one by default")
+    prune: dict[int, float] = field(
+        {}, "layers after which patches are dropped, and the shares of all patches that go on, as in 3=0.5 6=0.25"
+    )
+    prune_start: int = field(0, "iteration from which on patches are dropped")
+    keep_ratio: float | None = field(
+        None, "share of the patches in the stored masks; what `prune` leaves by default, 1 stores none"
+    )
     seed: int = field(0, "seed of the starting images, the classes drawn and the jitter")
 
     def check(self) -> None:
         require_choices(self)
         for name in ("images_per_class", "batch_size"):
             self.require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("iterations", "jitter", "hard_weight"):
+        for name in ("iterations", "jitter", "hard_weight", "prune_start"):
             self.require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
+        self.require(0 < self.stop_at <= 1, f"stop_at must be in (0, 1], got {self.stop_at}")
         self.require(self.lr > 0, f"lr must be positive, got {self.lr}")
         self.require(
             self.max_classes is None or self.max_classes >= 2, f"max_classes: 2 or more, not {self.max_classes}"
         )
-        self.require(0 < self.keep_ratio <= 1, f"keep_ratio must be in (0, 1], got {self.keep_ratio}")
+        self._check_pruning()
         for name, known in (("starts", STARTS), ("priors", PRIORS)):
             for key, weight in getattr(self, name).items():
                 self.require(key in known, f"{name}: {key!r} is unknown, choose from {', '.join(known)}")
@@ -58,3 +65,20 @@ class InversionConfig(RecipeConfig):
         self.require(
             not self.starts.get("images") or self.start_images is not None, "starts: `images` needs `start_images`"
         )
+
+    def _check_pruning(self) -> None:
+        kept = 1.0
+        for layer, ratio in sorted(self.prune.items()):
+            self.require(layer >= 0, f"prune: layers count from 0, got {layer}")
+            self.require(
+                0 < ratio < kept, f"prune: shares lie between 0 and 1 and fall from layer to layer, got {self.prune}"
+            )
+            kept = ratio
+        self.require(
+            self.keep_ratio is None or 0 < self.keep_ratio <= 1, f"keep_ratio must be in (0, 1], got {self.keep_ratio}"
+        )
+
+    @property
+    def mask_ratio(self) -> float:
+        """Share of the patches in the stored masks."""
+        return min(self.prune.values(), default=1.0) if self.keep_ratio is None else self.keep_ratio

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import get_peft_model, set_peft_model_state_dict
-from PIL import Image
 from torch import nn
 from transformers.utils import ModelOutput
 
@@ -20,12 +19,13 @@ from ..backbones import Backbone
 from ..embedded import backbone_name, resolve_meta_lora
 from ..errors import AdapterError, DataError
 from ..hub.adapters import load_adapter, pull_adapter
-from ..hub.cards import PICTURE_FILE
-from ..hub.files import SIDECAR_FILE
-from ..images import to_picture
+from ..hub.files import PICTURE_FILE, SIDECAR_FILE
 from ..storage import atomic_write
 from ..version import __version__
+from ..weight_changes import wear_layers
 from .heads import make_head
+from .merging import merge_layers
+from .preprocessing import as_batch, to_pixel_values
 from .publishing import push_adapter_folder
 from .sidecar import TASK_FILE, read_picture, read_sidecar, task_file
 from .task import FewShotTask, load_task, save_task
@@ -60,6 +60,8 @@ class MetaLoRAForFewShotClassification(nn.Module):
         self.picture: bytes | None = None
         #: replaced as a whole by `fit` and `add_classes`, so that a prediction in another thread sees one task
         self._task: FewShotTask | None = None
+        #: PEFT's layers after `merge`, by the module that each stood around
+        self._merged: dict[str, nn.Module] = {}
         self.eval()
 
     @classmethod
@@ -106,8 +108,8 @@ class MetaLoRAForFewShotClassification(nn.Module):
         peft_model.to(device=backbone.device, dtype=backbone.dtype)
         settings = read_sidecar(info.path / SIDECAR_FILE, head)
         model = cls(backbone, peft_model, settings if head is None else {**settings, "head": head})
-        model._task = load_task(task_file(info, model.settings, hub), model.head)
-        model.picture = read_picture(info.path / PICTURE_FILE)
+        model._task = load_task(task_file(info, model.settings, hub), model.head, backbone.hidden_size)
+        model.picture = read_picture(info)
         return model
 
     @classmethod
@@ -123,6 +125,18 @@ class MetaLoRAForFewShotClassification(nn.Module):
     def label_names(self) -> list[Any]:
         """The classes of the fitted task, in the order of the columns of `predict_proba`; empty before `fit`."""
         return [] if self._task is None else list(self._task.label_names)
+
+    def merge(self) -> MetaLoRAForFewShotClassification:
+        """Fold the meta-LoRA into the backbone's weights, for use: a forward then costs what the bare backbone's does.
+
+        Answers stay the same up to rounding. Fitting and saving go on as before (the adapter is kept beside the
+        weights and saved as it is), training does not. There is no way back but to load the model again.
+
+        Raises:
+            AdapterError: the adapter is of a type that is no change of weights; it stays as it was.
+        """
+        self._merged = self._merged or merge_layers(self.backbone)
+        return self
 
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Normalised images (B, 3, H, W) to embeddings (B, D)."""
@@ -160,21 +174,18 @@ class MetaLoRAForFewShotClassification(nn.Module):
 
         Floating-point tensors of the right size are taken as normalised already.
         """
-        images = _as_batch(images)
+        images = as_batch(images)
         if isinstance(images, torch.Tensor) and images.is_floating_point():
             return images
-        pictures = [to_picture(image) for image in images]
-        if not pictures:
-            raise DataError("No images were given.")
-        return self.backbone.processor(images=pictures, return_tensors="pt")["pixel_values"]
+        return to_pixel_values(images, self.backbone)
 
     @torch.inference_mode()
     def embed(self, images, batch_size: int = 64) -> torch.Tensor:
         """Images in any form that `preprocess` takes to embeddings (N, D) on the model's device."""
-        images = _as_batch(images)
-        parts = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
-        if not parts:
+        images = as_batch(images)
+        if not len(images):
             raise DataError("No images were given.")
+        parts = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
         return torch.cat([self.features(self.preprocess(part)) for part in parts])
 
     def fit(self, images, labels: Sequence[Any]) -> MetaLoRAForFewShotClassification:
@@ -222,7 +233,8 @@ class MetaLoRAForFewShotClassification(nn.Module):
         config = self.peft_model.peft_config["default"]
         config.base_model_name_or_path = backbone_name(config.base_model_name_or_path)
         config.target_modules = sorted(config.target_modules)  # PEFT writes a set in any order
-        self.peft_model.save_pretrained(folder, safe_serialization=True)
+        with wear_layers(self.backbone.model, self._merged):
+            self.peft_model.save_pretrained(folder, safe_serialization=True)
         settings = {
             "head": self.head.name,
             "metric": self.settings.get("metric", "cosine"),
@@ -288,14 +300,6 @@ def _check_support(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     if not torch.equal(present.cpu(), torch.arange(len(present))):
         raise DataError(f"Support labels must number the classes 0 to {len(present) - 1}, got {present.tolist()}.")
     return labels.long()
-
-
-def _as_batch(images):
-    """A sequence of images; one image alone becomes a sequence of one."""
-    if isinstance(images, torch.Tensor) and images.is_floating_point():
-        return images.unsqueeze(0) if images.ndim == 3 else images
-    single = isinstance(images, (Image.Image, str, Path)) or getattr(images, "ndim", 4) in (2, 3)
-    return [images] if single else images
 
 
 def _as_list(labels: Sequence[Any]) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,10 @@ from huggingface_hub import ModelCard
 
 from ..errors import AdapterError, PushError
 from ..hub.adapters import AdapterInfo, pull_adapter
-from ..hub.cards import PICTURE_FILE, is_repo_id, meta_lora_card
-from ..hub.files import CARD_FILE, CONFIG_FILE, SIDECAR_FILE, WEIGHTS_FILE
-from ..hub.publish import push_files
-from .sidecar import TASK_FILE, read_sidecar
+from ..hub.cards import is_repo_id, meta_lora_card
+from ..hub.files import CARD_FILE, CONFIG_FILE, PICTURE_FILE, SIDECAR_FILE, WEIGHTS_FILE
+from ..hub.publish import push_files, without_local_paths
+from .sidecar import TASK_FILE, read_picture, read_sidecar
 
 
 def push_adapter_folder(folder: str | Path, repo_id: str, *, commit_message: str | None = None, **options) -> str:
@@ -31,13 +32,17 @@ def push_adapter_folder(folder: str | Path, repo_id: str, *, commit_message: str
             f"and put its repo id into {CONFIG_FILE} as base_model_name_or_path."
         )
     settings, names = read_sidecar(info.path / SIDECAR_FILE), [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE]
+    settings = without_local_paths(settings)
     if settings:
         names += [SIDECAR_FILE, TASK_FILE, PICTURE_FILE]
     files: dict[str, Path | bytes] = {name: info.path / name for name in names if (info.path / name).is_file()}
     linked = [name for name in files if (info.path / name).is_symlink()]
     if linked:  # a stranger's folder could lead to any file of this machine
         raise PushError(f"{folder}: {linked[0]} is a link. Copy the folder with `cp -L` to publish it.")
+    if settings and PICTURE_FILE in files and read_picture(info) is None:
+        del files[PICTURE_FILE]  # no picture
     if settings:
+        files[SIDECAR_FILE] = json.dumps(settings, indent=1).encode()
         files[CARD_FILE] = _card(info, repo_id, settings, PICTURE_FILE in files)
     elif CARD_FILE in files:
         files[CARD_FILE] = _with_base(info)
@@ -60,7 +65,8 @@ def _with_base(info: AdapterInfo) -> bytes:
     text = (info.path / CARD_FILE).read_text(encoding="utf-8")
     card = ModelCard(text, ignore_metadata_errors=True)
     named = card.data.get("base_model")
-    if isinstance(named, str) and not is_repo_id(named):
-        card.data.base_model = info.base_model
-        text = str(card)
-    return text.encode()
+    if not isinstance(named, str) or is_repo_id(named):
+        return text.encode()
+    card.data.base_model = info.base_model
+    text = str(card)
+    return (text.replace(named, info.base_model) if "/" in named or "\\" in named else text).encode()  # PEFT's tags

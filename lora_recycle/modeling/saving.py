@@ -36,7 +36,7 @@ def save_meta_lora(model: MetaLoRAForFewShotClassification, folder: str | Path) 
 
 def _settings(trainer: MetaLoraTrainer) -> dict[str, Any]:
     return {
-        "sources": [adapter.info.to_source() for adapter in trainer.pool.adapters],
+        "sources": [info.to_source() for info in trainer.pool.infos],
         "distillation": trainer.config.to_dict(),
         "inversion": None if trainer.surrogate is None else trainer.surrogate.manifest["config"],
         "metric": trainer.config.metric,

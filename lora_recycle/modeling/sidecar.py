@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import math
+import io
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from ..errors import AdapterError, ConfigError
 from ..hub.adapters import AdapterInfo
+from ..hub.files import MAX_PICTURE_BYTES, PICTURE_FILE, checked_file
 from ..hub.snapshots import fetch
+from ..hub.untrusted import MAX_TENSOR_BYTES, parse_json, read_text
 from .heads import make_head
 
 
 TASK_FILE = "few_shot_task.safetensors"
-MAX_PICTURE_BYTES = 10 * 1024**2
-_MAX_LIST = 100  # a head's parameters are a few numbers
+# a head's parameters are a few numbers, neither so small nor so large that scores overflow
+_MAX_LIST = 100
+_LEAST, _MOST = 1e-6, 1e6
 
 
 def read_sidecar(path: Path, head: str | None = None) -> dict[str, Any]:
@@ -27,16 +31,18 @@ def read_sidecar(path: Path, head: str | None = None) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        settings = parse_json(read_text(path))
+    except (OSError, ValueError) as error:
         raise AdapterError(f"{path}: the sidecar is damaged ({error}). Delete it to use the defaults.") from error
     if not isinstance(settings, dict):
         raise AdapterError(f"{path}: the sidecar must hold a JSON object.")
-    if settings.get("metric", "cosine") not in ("cosine", "euclidean"):
-        raise AdapterError(f"{path}: unknown metric {settings['metric']!r}; this version knows cosine and euclidean.")
-    temperature = settings.get("temperature", 0.1)
-    if not isinstance(temperature, (int, float)) or not temperature > 0:
-        raise AdapterError(f"{path}: temperature must be a positive number, got {temperature!r}.")
+    metric, temperature = settings.get("metric", "cosine"), settings.get("temperature", 0.1)
+    if metric not in ("cosine", "euclidean"):
+        raise AdapterError(f"{path}: unknown metric {_short(metric)}; this version knows cosine and euclidean.")
+    if not _is_sound(temperature):
+        raise AdapterError(
+            f"{path}: temperature must be a positive number, {_LEAST} to {_MOST}, got {_short(temperature)}."
+        )
     _check_head(head or settings.get("head", "class_centres"), settings, path)
     return settings
 
@@ -49,22 +55,43 @@ def _check_head(name: str, settings: dict[str, Any], path: Path) -> None:
     for head, parameters in every.items():
         for key, value in parameters.items():
             numbers = value if isinstance(value, list) else [value]
-            if len(numbers) > _MAX_LIST or not all(_positive(number) for number in numbers):
-                raise AdapterError(f"{path}: {key} of the head {head} must be positive, got {str(value)[:80]}.")
+            if len(numbers) > _MAX_LIST or not all(_is_sound(number) for number in numbers):
+                raise AdapterError(
+                    f"{path}: {key[:80]} of the head {head[:80]} must be positive, from {_LEAST} to {_MOST}, or at "
+                    f"most {_MAX_LIST} such numbers, got {_short(value)}."
+                )
     try:
         make_head(name, settings)
     except (ConfigError, TypeError) as error:
         raise AdapterError(f"{path}: {error} Pass head=... to use another, or upgrade lora_recycle.") from error
 
 
-def _positive(value: Any) -> bool:
+def _is_sound(value: Any) -> bool:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and value > 0 and math.isfinite(value)
+    return number and _LEAST <= value <= _MOST
 
 
-def read_picture(path: Path) -> bytes | None:
-    """The PNG beside a meta-LoRA in a local folder, where it has one of reasonable size."""
-    return path.read_bytes() if path.is_file() and path.stat().st_size <= MAX_PICTURE_BYTES else None
+def _short(value: Any) -> str:
+    return f"a {type(value).__name__}" if isinstance(value, (list, dict)) else repr(value)[:80]
+
+
+def read_picture(info: AdapterInfo) -> bytes | None:
+    """The bytes of the picture beside a meta-LoRA, where they are a sound PNG of at most `MAX_PICTURE_BYTES`.
+
+    Its pixels are not decoded: it is only passed on. Raises `AdapterError` where it is a link out of the repo.
+    """
+    if not (info.path / PICTURE_FILE).exists():
+        return None
+    path = checked_file(info.path, PICTURE_FILE, info.where)
+    if path.stat().st_size > MAX_PICTURE_BYTES:
+        return None
+    data = path.read_bytes()
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
+            picture.verify()
+    except Exception:  # noqa: BLE001 - what PIL raises for a file that anyone may have written
+        return None
+    return data
 
 
 def task_file(info: AdapterInfo, settings: dict[str, Any], hub: dict[str, Any]) -> Path:
@@ -76,7 +103,7 @@ def task_file(info: AdapterInfo, settings: dict[str, Any], hub: dict[str, Any]) 
     path = info.path / TASK_FILE
     if info.revision is None or not settings.get("num_classes") or path.is_file():
         return path
-    path = fetch(info.name, [TASK_FILE], info.revision, **hub) / TASK_FILE
+    path = fetch(info.name, {TASK_FILE: MAX_TENSOR_BYTES}, info.revision, **hub) / TASK_FILE
     if not path.is_file():
         raise AdapterError(f"{info.where}: its fitted task, {TASK_FILE}, is not to be had: the repo has no such file.")
     return path

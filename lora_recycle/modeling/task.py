@@ -12,8 +12,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import AdapterError
+from ..hub.files import MAX_CLASSES
+from ..hub.untrusted import parse_json, read_safetensors_header
 from ..storage import atomic_save_tensors
-from .heads import FewShotHead
+from .heads import HEADS, FewShotHead
+
+
+#: Most scores (images x classes) that fitting a head to the embeddings of a file may take at a time: 256 MB.
+_MAX_SCORES = 2**26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,45 +62,77 @@ def save_task(path: Path, task: FewShotTask) -> None:
     atomic_save_tensors(path, tensors, json.dumps({"label_names": task.label_names}))
 
 
-def load_task(path: Path, head: FewShotHead) -> FewShotTask | None:
-    """Read a task; None where there is no file, or, with a warning, where another kind of head fitted it.
+def load_task(path: Path, head: FewShotHead, width: int) -> FewShotTask | None:
+    """Read a task on embeddings of `width` numbers, of which nothing is trusted.
+
+    Returns:
+        None where there is no file, or, with a warning, where another kind of head fitted it.
 
     Raises:
-        AdapterError: it is damaged.
+        AdapterError: the file is damaged, or does not hold plain names and such statistics as the head keeps.
     """
     if not path.is_file():
         return None
     try:
+        shapes = read_safetensors_header(path)
+        if _is_of_another_head(shapes, head):
+            warnings.warn(
+                f"{path}: the fitted task holds {', '.join(sorted(shapes))}, but the head {head.name} needs "
+                f"{', '.join(sorted(head.statistics_shapes))}. Call fit again, or load it with the head it had."
+            )
+            return None
         with safe_open(path, "pt") as file:
-            names = json.loads(file.metadata()["header"])["label_names"]
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())}
-            if set(shapes) != set(head.statistics_shapes):
-                warnings.warn(
-                    f"{path}: the fitted task holds {', '.join(sorted(shapes))}, but the head {head.name} needs "
-                    f"{', '.join(sorted(head.statistics_shapes))}. Call fit again, or load it with the head it had."
-                )
-                return None
-            _check_shapes(shapes, head, len(names))
+            names = parse_json((file.metadata() or {})["header"])["label_names"]
+            _check_names(names)
+            _check_shapes(shapes, head, len(names), width)
             statistics = {name: file.get_tensor(name) for name in shapes}
         _check_values(statistics, len(names))
-        return FewShotTask(names, statistics, head.prepare(statistics))
+        prepared = head.prepare(statistics)
+        _check_finite(prepared)  # finite numbers may be too large
+        return FewShotTask(names, statistics, prepared)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise AdapterError(f"{path}: the fitted task cannot be read ({error!r}). Delete the file.") from error
 
 
-def _check_shapes(shapes: dict[str, tuple[int, ...]], head: FewShotHead, classes: int) -> None:
+def _is_of_another_head(shapes: dict[str, tuple[int, ...]], head: FewShotHead) -> bool:
+    """Raises `ValueError` where no head keeps statistics of these names."""
+    if set(shapes) not in [set(known.statistics_shapes) for known in HEADS.values()]:
+        raise ValueError(f"no head keeps {', '.join(name[:80] for name in sorted(shapes)[:9])} and nothing else")
+    return set(shapes) != set(head.statistics_shapes)
+
+
+def _check_names(names: Any) -> None:
+    plain = isinstance(names, list) and all(isinstance(name, (str, int, float)) for name in names)
+    if not plain or not 1 <= len(names) <= MAX_CLASSES or len(set(names)) < len(names):
+        raise ValueError(f"no list of 1 to {MAX_CLASSES} different labels")
+
+
+def _check_shapes(shapes: dict[str, tuple[int, ...]], head: FewShotHead, classes: int, width: int) -> None:
     """Raises `ValueError` where tensors do not have the shapes that the head's letters say."""
-    sizes = {"C": classes}
+    sizes = {"C": classes, "D": width}
     for name, letters in head.statistics_shapes.items():
         expected = tuple(sizes.setdefault(letter, size) for letter, size in zip(letters, shapes[name], strict=False))
         if len(letters) != len(shapes[name]) or expected != shapes[name]:
-            raise ValueError(f"{name} has the shape {shapes[name]} for {classes} classes")
+            raise ValueError(f"{classes} labels on {width} features, but {name} has the shape {shapes[name]}")
+    if sizes.get("N", 0) * classes > _MAX_SCORES:
+        raise ValueError(f"{sizes['N']} images and {classes} labels, too many to fit {head.name} to")
 
 
 def _check_values(statistics: dict[str, torch.Tensor], classes: int) -> None:
     """Raises `ValueError` where numbers cannot be those of a support set."""
-    if not all(value.isfinite().all() for value in statistics.values()):
-        raise ValueError("a value is not finite")
-    labels = statistics.get("labels")
-    if labels is not None and labels.unique().tolist() != list(range(classes)):
+    for name, value in statistics.items():
+        if value.dtype != (torch.int64 if name == "labels" else torch.float32):
+            raise ValueError(f"{name} holds numbers of the type {value.dtype}")
+    _check_finite(statistics)
+    if "counts" in statistics and not (statistics["counts"] >= 1).all():
+        raise ValueError("counts are less than 1")
+    if "labels" in statistics and statistics["labels"].unique().tolist() != list(range(classes)):
         raise ValueError(f"labels do not number the {classes} classes")
+    if "features" in statistics and (statistics["features"].norm(dim=-1) > 1.01).any():
+        raise ValueError("features are longer than 1")  # a fit to them might not end well
+
+
+def _check_finite(tensors: dict[str, torch.Tensor]) -> None:
+    for name, value in tensors.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{name} is not finite")

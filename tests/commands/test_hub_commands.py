@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from helpers_adapters import edit_tensors
 from helpers_hub import CONFIG, publish
 
 from lora_recycle.commands.main import main
@@ -66,6 +67,28 @@ def test_a_bad_adapter_stops_a_command_with_one_line(someone, fails, tmp_path):
     assert "adapter_config.json has peft_type None" in line
 
 
+def test_adapters_that_cannot_be_inverted_are_told_before_the_first_image(someone, run, fails, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name, data in someone.files("someone/vit-lora-birds").items():
+        (bare / name).write_bytes(data)
+    edit_tensors(bare, lambda tensors: {k: t + 0.01 for k, t in tensors.items() if "classifier" not in k})
+    (tmp_path / "ids.txt").write_text("someone/vit-lora-birds\n./bare\nsomeone/none\n")
+    quick = ["--images-per-class", 1, "--iterations", 1, "--quiet"]
+    (tmp_path / "two.txt").write_text("someone/vit-lora-birds\n./bare\n")
+    assert "error: bare: has no classification head" in fails("invert", "two.txt", "--output", "images", *quick)
+    assert not (tmp_path / "images").exists()
+    code, out, err = run("invert", "ids.txt", "--output", "images", "--on-error", "skip", *quick)
+    assert code == 0 and len(out.splitlines()) == 2 and out.splitlines()[1].startswith("someone/vit-lora-birds")
+    assert "2 of 3 adapters skipped:" in err and "bare: has no classification head" in err
+    distill = ["distill", "two.txt", "--surrogate", "images", "--steps", 1, "--rank", 2, "--quiet"]
+    assert "holds no images of the adapter bare" in fails(*distill, "--output", "none")
+    code, _, err = run(*distill, "--output", "meta", "--on-error", "skip")
+    assert code == 0 and "1 of 2 adapters skipped:" in err and "images holds no images of it" in err
+    sources = json.loads((tmp_path / "meta" / "meta_lora_config.json").read_text())["sources"]
+    assert [source["name"] for source in sources] == ["someone/vit-lora-birds"]
+
+
 def test_evaluate_takes_adapters_of_the_hub(someone, evaluate_arguments, run, work):
     pool = ["someone/vit-lora-birds", "someone/vit-lora-flowers@v1", "someone/none"]
     code, out, err = run(*evaluate_arguments, "--pool", *pool, "--on-error", "skip", "--base-model", work / "base")
@@ -104,7 +127,7 @@ def test_the_page_does_what_it_says(someone, tmp_path, capsys):
         else:
             exec(compile(text, f"{PAGE.name}, block {i}", "exec"), names)  # noqa: S102
         if i == 2:
-            assert [a.info.revision for a in names["pool"].adapters] == [
+            assert [info.revision for info in names["pool"].infos] == [
                 someone.repo("someone/vit-lora-birds").resolve("main").sha,
                 someone.repo("someone/vit-lora-flowers").resolve("v1").sha,
             ]
@@ -112,7 +135,7 @@ def test_the_page_does_what_it_says(someone, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert json.loads(Path("birds.json").read_text())[0]["name"] == "someone/vit-lora-birds"
     manifest = json.loads(Path("surrogate", "manifest.json").read_text())
-    assert [s["adapter"]["revision"] for s in manifest["shards"]] == [a.info.revision for a in names["pool"].adapters]
+    assert [s["adapter"]["revision"] for s in manifest["shards"]] == [info.revision for info in names["pool"].infos]
     assert all(Path(folder, "adapter_model.safetensors").is_file() for folder in ("meta_lora", "average"))
     assert "1 of 3 adapters skipped:" in err and "someone/empty" in err
     assert len(names["pool"]) == 2 and "someone/empty" in out  # what the page prints of pool.skipped

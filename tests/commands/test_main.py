@@ -27,6 +27,15 @@ def test_help_of_every_verb_needs_no_torch():
     assert done.stdout.count("examples:") == 1 + len(VERBS)
 
 
+def test_importing_the_package_imports_no_library():
+    script = (
+        "import sys; before = set(sys.modules); import lora_recycle\n"
+        "print({name.split('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "{'lora_recycle'}\n"
+
+
 def test_python_m_runs_the_same_command_line():
     done = subprocess.run([sys.executable, "-m", "lora_recycle", "--version"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("lora-recycle ")

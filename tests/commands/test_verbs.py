@@ -114,6 +114,13 @@ def test_predict_by_another_head(work, run, fails):
     assert "There are class_centres, " in fails(*command, "--head", "svm")
 
 
+def test_evaluate_judges_the_methods_asked_for(evaluate_arguments, work, run, fails):
+    code, out, _ = run(*evaluate_arguments, "--methods", "ties", "frozen-euclidean", "--pool", work / "pool")
+    methods = [line.split()[0] for line in out.splitlines()[1:]]
+    assert code == 0 and methods == ["frozen", "ties", "frozen-euclidean", "meta-lora"]
+    assert "ties needs a pool" in fails(*evaluate_arguments, "--no-pool", "--methods", "ties")
+
+
 def test_predict_names_the_class_of_files_and_folders(work, run):
     images = [work / "photos" / "class 0", work / "photos" / "class 3" / "5.png"]
     code, out, _ = run("predict", work / "meta", "--support", work / "photos", *images)

@@ -54,7 +54,7 @@ def test_an_embedded_adapter_gives_the_logits_that_peft_gives(pool, digits):
     theirs = PeftModel.from_pretrained(model, path).eval()
     pixel_values = pool.backbone.normalize(digits.pixels[:4])
     with torch.no_grad(), pool.folded(0) as network:
-        ours = pool[0].logits(network.pool_for_head(network(pixel_values)[0]))
+        ours = pool[0].logits(network, network(pixel_values)[0])
         torch.testing.assert_close(ours, theirs(pixel_values).logits, atol=2e-4, rtol=1e-4)
 
 

@@ -7,7 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from lora_recycle.prototypes import centre_logits, class_centres
-from lora_recycle.relations import compress, cosine_similarity, relational_divergence, relational_divergence_to
+from lora_recycle.relations import (
+    cosine_similarity,
+    principal_directions,
+    relational_divergence,
+    relational_divergence_to,
+)
 
 
 def test_equal_similarities_have_no_divergence():
@@ -48,11 +53,12 @@ def test_concatenated_unit_features_have_the_mean_cosine():
 
 def test_compression_keeps_inner_products():
     features = torch.randn(60, 6) @ torch.randn(6, 40)
-    small = compress(features, dim=8)
-    assert small.shape == (60, 8)
+    directions = principal_directions(features, dim=8)
+    assert directions.shape == (40, 8)
+    small = features @ directions
     torch.testing.assert_close(small @ small.T, features @ features.T, rtol=1e-3, atol=1e-2)
-    assert torch.equal(small, compress(features, dim=8))
-    assert compress(features, dim=40) is features and compress(features[:5], dim=8).shape == (5, 40)
+    assert torch.equal(directions, principal_directions(features, dim=8))
+    assert principal_directions(features, dim=40) is None and principal_directions(features[:5], dim=8) is None
 
 
 def test_class_centres_and_scores_by_hand():

@@ -1,22 +1,33 @@
 """Episodes of surrogate images: one source or mixed, never the same thing twice."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from lora_recycle.distillation.episodes import EpisodeSampler, class_identities
+from lora_recycle.distillation.images import SurrogateImages
 from lora_recycle.errors import DataError
-from lora_recycle.surrogate import Shard
+
+
+@dataclasses.dataclass
+class ListedShard:
+    """What is needed of [`ShardRows`]: labels of images that nobody looks at."""
+
+    adapter: dict
+    labels: torch.Tensor
+    tensors: tuple = ()
+
+    def __len__(self):
+        return len(self.labels)
 
 
 def shard(name, labels, num_classes=3, each=4):
-    count = num_classes * each
-    return Shard(
-        {"name": name, "sha256": name, "labels": labels},
-        torch.zeros(count, 3, 8, 8, dtype=torch.uint8),
-        torch.arange(num_classes).repeat_interleave(each),
-        torch.zeros(count, num_classes),
-        torch.zeros(count, 5).half(),
-    )
+    return ListedShard({"name": name, "labels": labels}, torch.arange(num_classes).repeat_interleave(each))
+
+
+def sampler_of(shards, **sizes):
+    return EpisodeSampler(SurrogateImages(shards, []), class_identities(shards), **sizes)
 
 
 def generator(seed=0):
@@ -39,11 +50,10 @@ def test_two_classes_of_one_adapter_stay_apart():
 
 def test_without_names_the_teachers_decide():
     shards = [shard("a", None), shard("b", None)]
-    predictions = torch.zeros(2, 24, dtype=torch.int16)
-    predictions[0, :12], predictions[1, 12:] = shards[0].labels, shards[1].labels
-    predictions[0, 12:] = torch.tensor([2, 2, 2, 0] + [1] * 8)  # b's class 0 is a's class 2, mostly
-    predictions[1, :12] = torch.tensor([1] * 8 + [0, 0, 0, 2])  # and a's class 2 is b's class 0
-    identity = class_identities(shards, predictions)
+    votes = {(t, t, c): c for t in range(2) for c in range(3)}
+    votes |= {(0, 1, 0): 2, (0, 1, 1): 1, (0, 1, 2): 1}  # b's class 0 is a's class 2
+    votes |= {(1, 0, 0): 1, (1, 0, 1): 1, (1, 0, 2): 0}  # and a's class 2 is b's class 0
+    identity = class_identities(shards, votes)
     assert identity[0, 2] == identity[1, 0] and identity[0, 1] == identity[1, 1]
     assert identity[0, 0] != identity[1, 1]  # one-sided agreement is none
     assert len(set(identity.values())) == 4
@@ -51,20 +61,20 @@ def test_without_names_the_teachers_decide():
 
 def test_named_classes_are_matched_with_nameless_ones_by_agreement_only():
     shards = [shard("a", ["x", "y", "z"]), shard("b", ["u", "v", "w"]), shard("c", None)]
-    everyone = torch.arange(3).repeat_interleave(4).repeat(3).repeat(3, 1).to(torch.int16)
+    everyone = {(t, s, c): c for t in range(3) for s in range(3) for c in range(3)}
     identity = class_identities(shards, everyone)
     assert len({identity[0, c] for c in range(3)} | {identity[1, c] for c in range(3)}) == 6  # names win
     assert [identity[2, c] for c in range(3)] == [identity[0, c] for c in range(3)]
 
 
-def test_images_outside_of_a_group_agree_with_nobody():
+def test_without_votes_of_both_nobody_agrees():
     shards = [shard("a", None), shard("b", None)]
-    identity = class_identities(shards, torch.full((2, 24), -1, dtype=torch.int16))
-    assert len(set(identity.values())) == 6
+    for one_sided in ({}, {(0, 1, c): c for c in range(3)}, {(1, 0, c): c for c in range(3)}):
+        assert len(set(class_identities(shards, one_sided).values())) == 6
 
 
 def test_single_source_episodes_come_from_one_adapter():
-    sampler, sources = EpisodeSampler(ANIMALS, class_identities(ANIMALS), ways=2, shots=1, queries=2), set()
+    sampler, sources = sampler_of(ANIMALS, ways=2, shots=1, queries=2), set()
     labels = torch.cat([s.labels for s in ANIMALS])
     draw = generator()
     for _ in range(20):
@@ -80,7 +90,7 @@ def test_single_source_episodes_come_from_one_adapter():
 
 def test_interpolated_episodes_never_hold_a_thing_twice():
     identity = class_identities(ANIMALS)
-    sampler = EpisodeSampler(ANIMALS, identity, ways=4, shots=1, queries=2)
+    sampler = sampler_of(ANIMALS, ways=4, shots=1, queries=2)
     draw, mixed = generator(), 0
     for _ in range(30):
         episode = sampler.interpolated(draw)
@@ -94,23 +104,22 @@ def test_interpolated_episodes_never_hold_a_thing_twice():
 
 
 def test_fewer_images_mean_fewer_queries():
-    sampler = EpisodeSampler(ANIMALS, class_identities(ANIMALS), ways=2, shots=3, queries=15)
+    sampler = sampler_of(ANIMALS, ways=2, shots=3, queries=15)
     assert sampler.interpolated(generator()).query.shape == (2, 1)
 
 
 def test_same_generator_same_episode():
-    sampler = EpisodeSampler(ANIMALS, class_identities(ANIMALS), ways=3, shots=1, queries=2)
+    sampler = sampler_of(ANIMALS, ways=3, shots=1, queries=2)
     for draw in (sampler.interpolated, sampler.single_source):
         one, same, other = draw(generator(1)), draw(generator(1)), draw(generator(2))
         assert torch.equal(one.query, same.query) and not torch.equal(one.query, other.query)
 
 
 def test_too_few_classes_or_images():
-    identity = class_identities(ANIMALS)
     with pytest.raises(DataError, match="4 different classes of 2 images or more, fewer than the 5"):
-        EpisodeSampler(ANIMALS, identity, ways=5, shots=1, queries=2)
+        sampler_of(ANIMALS, ways=5, shots=1, queries=2)
     with pytest.raises(DataError, match="0 different classes of 5 images or more"):
-        EpisodeSampler(ANIMALS, identity, ways=2, shots=4, queries=2)
-    wide = EpisodeSampler(ANIMALS, identity, ways=4, shots=1, queries=2)
+        sampler_of(ANIMALS, ways=2, shots=4, queries=2)
+    wide = sampler_of(ANIMALS, ways=4, shots=1, queries=2)
     with pytest.raises(DataError, match="No adapter has 4 classes of 2 surrogate images or more"):
         wide.single_source(generator())

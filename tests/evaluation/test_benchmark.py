@@ -62,7 +62,7 @@ def test_same_seed_same_numbers(data, model, tiny_pool, result):
 def test_average_is_the_backbone_with_the_mean_change(data, tiny_pool, result):
     backbone = copy.deepcopy(tiny_pool.backbone)
     for name, parameter in backbone.model.named_parameters():
-        changes = [a.factors.get(name.removesuffix(".weight")) for a in tiny_pool.adapters]
+        changes = [a.factors.get(name.removesuffix(".weight")) for a in tiny_pool]
         parameter += sum((b @ a for b, a in filter(None, changes)), torch.zeros(())) / len(tiny_pool)
     drawn = sample_episodes(data.labels, 4, 2, 5, 40, 0)
     expected = prototype_accuracy(extract_features(backbone, data.pixels), drawn)

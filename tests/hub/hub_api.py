@@ -70,7 +70,8 @@ def whoami(hub, request, groups):
 
 @route("POST", "/api/validate-yaml")
 def validate_yaml(hub, request, groups):
-    errors, warnings = complaints(request.json()["content"])
+    body = request.json()
+    errors, warnings = complaints(body["content"], body["repoType"])
     told = {"errors": [{"message": one} for one in errors], "warnings": [{"message": one} for one in warnings]}
     return json_answer(told, status=400 if errors else 200)
 
@@ -126,7 +127,8 @@ def entry(repo: Repo, commit: Commit, path: str, expand: bool) -> dict:
     file = commit.files.get(path)
     told = {"type": "directory", "path": path, "size": 0, "oid": commit.sha}
     if file is not None:
-        told = {"type": "file", "path": path, "size": len(file.data), "oid": file.oid} | file.lfs_info("oid")
+        size = repo.claimed_sizes.get(path, len(file.data))
+        told = {"type": "file", "path": path, "size": size, "oid": file.oid} | file.lfs_info("oid")
     if expand:
         changed = repo.last_change(path, commit)
         told["lastCommit"] = {"id": changed.sha, "title": changed.title, "date": changed.date}

@@ -46,6 +46,7 @@ class Hub:
       also those that the real Hub refuses.
     - `files(repo_id, revision)` gives `{path: bytes}` with all that was pushed, `.gitattributes` included.
     - `repo(repo_id)` gives the `Repo` with `commits`, `refs`, `lfs`; `exists(repo_id)` tells whether it is there.
+      Its `claimed_sizes` (`{path: bytes}`) are what listings state instead of the true sizes.
     - `gate(repo_id)` and `make_private(repo_id)`: only the owner downloads, or sees, it. Others get 401 (no
       token) or 403 / 404 with `X-Error-Code` GatedRepo / RepoNotFound.
     - `page_size` (1000): items on one page of a listing. Lower it to test paging.

@@ -74,6 +74,8 @@ class Repo:
     def __init__(self, kind: str, repo_id: str, author: str, date: str):
         self.kind, self.id = kind, repo_id
         self.private, self.gated = False, False
+        #: path -> size that listings state instead of the true one
+        self.claimed_sizes: dict[str, int] = {}
         self.created = date
         self.commits: dict[str, Commit] = {}
         self.refs: dict[str, str] = {}

@@ -1,11 +1,18 @@
 """The commands of docs/hub.md, run in their order against the local Hub."""
 
+import json
 import re
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
+from helpers_clip import save_tiny_pair, wear_lora
+from helpers_hub import publish
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_paper_files import paper_tensors
+from transformers import CLIPModel
 
 from lora_recycle.commands.main import main
 
@@ -57,3 +64,36 @@ def test_publish(hub, model, tiny_surrogate, tiny_pool_path, tmp_path, monkeypat
     best, other = names["classify"]("new.jpg")
     predicted = next(line for line in out.splitlines() if line.startswith("new.jpg"))
     assert best["label"] == predicted.split()[1] == "cat" and best["score"] > other["score"]
+
+
+def test_adapters_of_clip_and_siglip(hub, tmp_path, monkeypatch, capsys):
+    base = "openai/clip-vit-base-patch16"
+    save_tiny_pair(tmp_path / "clip")
+    hub.put(base, tmp_path / "clip")
+    for seed, name in enumerate(("pets", "land")):
+        wear_lora(CLIPModel.from_pretrained(tmp_path / "clip"), tmp_path / name, base, seed)
+        publish(hub, f"someone/clip-lora-{name}", tmp_path / name, base)
+    save_file(paper_tensors(), tmp_path / "lora_0.safetensors")
+    monkeypatch.chdir(tmp_path)
+    names, run = {}, []
+    for language, code in blocks("Adapters of CLIP and SigLIP"):
+        run.append(language)
+        if language == "python":
+            exec(compile(code, f"{PAGE}: {code.splitlines()[0]}", "exec"), names)
+            continue
+        for line in code.splitlines():
+            program, *arguments = shlex.split(line)
+            if program == "lora-recycle":
+                assert main(arguments) == 0, line
+            else:
+                subprocess.run(["bash", "-ec", line], check=True)
+    assert run == ["bash", "bash", "python", "bash"]
+    assert [adapter.num_classes for adapter in names["pool"]] == [3, 2]
+    out = capsys.readouterr().out
+    assert "cat, dog, fox" in out
+    shards = json.loads(Path("both", "manifest.json").read_text())["shards"]
+    assert [shard["adapter"]["labels"] for shard in shards] == [["cat", "dog", "fox"], ["forest", "river"]]
+    assert Path("meta_clip", "adapter_model.safetensors").is_file()
+    assert json.loads(Path("surrogate_0", "manifest.json").read_text())["shards"][0]["num_images"] == 10
+    imported = load_file("adapters/lora_0/adapter_model.safetensors")
+    assert imported["base_model.model.pooled_classifier.weight"].shape == (5, 32)

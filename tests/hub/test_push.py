@@ -171,7 +171,9 @@ def test_a_model_loaded_from_a_folder_or_the_hub_is_pushed_whole(hub, model, tmp
     a, b = hub.files("org/a"), hub.files("org/b")
     assert a.keys() == b.keys() and all(a[name] == b[name] for name in a if name != "README.md")
     load("org/b").push_to_hub("me/c")
-    assert hub.files("me/c").keys() == a.keys() - {"surrogate.png"}  # pulling leaves pictures
+    c = hub.files("me/c")
+    assert c.keys() == a.keys() and all(c[name] == b[name] for name in c if name != "README.md")
+    assert "![Surrogate images](surrogate.png)" in c["README.md"].decode()
 
 
 # what goes wrong

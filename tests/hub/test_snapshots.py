@@ -9,7 +9,7 @@ from helpers_adapters import save_adapter
 from helpers_hub import CONFIG, WEIGHTS, cached, publish
 from hub_faults import Faults
 from hub_server import READER_TOKEN
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import constants, hf_hub_download, snapshot_download
 
 from lora_recycle.errors import AdapterError
 from lora_recycle.hub import snapshots
@@ -65,6 +65,41 @@ def test_only_the_files_of_an_adapter_are_fetched(hub, org_a):
     hub.put("org/a", {"adapter_model.bin": b"pickle", "code.py": "print()", "sub/adapter_config.json": "{}"})
     folder = pull_adapter("org/a").path
     assert {path.name for path in folder.iterdir()} == {CONFIG, WEIGHTS, "README.md"}
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [(WEIGHTS, 2**33 + 1), (CONFIG, 2**24), ("README.md", 2**24), ("meta_lora_config.json", 2**40)]
+    + [("surrogate.png", 2**24)],
+)
+def test_a_file_of_absurd_size_is_refused_before_a_byte_is_fetched(hub, org_a, tmp_path, name, size):
+    sha = hub.put("org/a", {"meta_lora_config.json": "{}", "surrogate.png": b"png"})
+    hub.repo("org/a").claimed_sizes[name] = size
+    for revision in (None, sha):
+        with pytest.raises(
+            AdapterError, match=f"^org/a@{sha}: {name} has {size} bytes, more than .* nothing was down"
+        ):
+            pull_adapter("org/a", revision, cache_dir=tmp_path)
+    assert hub.count("/resolve/|/cdn/") == 0 and not list(tmp_path.rglob("blobs")) + list(tmp_path.rglob("snapshots"))
+    del hub.repo("org/a").claimed_sizes[name]
+    assert pull_adapter("org/a", cache_dir=tmp_path).revision == sha
+
+
+def test_sizes_are_looked_at_where_another_program_has_listed_the_repo(hub, org_a, tmp_path):
+    hub.repo("org/a").claimed_sizes[WEIGHTS] = 2**40
+    snapshot_download("org/a", allow_patterns=["README.md"], cache_dir=tmp_path)
+    with pytest.raises(AdapterError, match=f"^org/a@{org_a}: {WEIGHTS} has {2**40} bytes"):
+        pull_adapter("org/a", cache_dir=tmp_path)
+    assert hub.count(f"{WEIGHTS}") == 0
+
+
+def test_what_is_cached_is_used_where_sizes_cannot_be_asked_for(hub, org_a, tmp_path):
+    for name in (CONFIG, WEIGHTS):
+        hf_hub_download("org/a", name, cache_dir=tmp_path)
+    hub.fail_next("GET .*/tree/", status=503, times=None)
+    assert pull_adapter("org/a", cache_dir=tmp_path).revision == org_a
+    with pytest.raises(AdapterError, match="^org/a: the Hub answers 503"):
+        pull_adapter("org/a", cache_dir=tmp_path / "empty")
 
 
 def test_a_cut_download_goes_on_or_leaves_nothing(hub, org_a, folders, tmp_path):
@@ -134,7 +169,8 @@ def test_a_busy_hub_is_asked_again_when_it_says(hub, org_a, tmp_path, monkeypatc
     hub.fail_next("GET .*/tree/", status=503)  # this and the next are the client's to repeat
     hub.fail_next(f"^GET .*{WEIGHTS}", status=429, retry_after=1)
     assert pull_adapter("org/a", cache_dir=tmp_path).revision == org_a
-    assert (waits, hub.count(INFO), hub.count("tree/"), hub.count(f"^GET .*{WEIGHTS}")) == ([7, 7, 4], 4, 2, 2)
+    # the listing: once in vain, once for the sizes, once by `snapshot_download`
+    assert (waits, hub.count(INFO), hub.count("tree/"), hub.count(f"^GET .*{WEIGHTS}")) == ([7, 7, 4], 4, 3, 2)
 
 
 def test_a_hub_that_stays_busy_is_told(hub, org_a, tmp_path, monkeypatch):

@@ -106,15 +106,15 @@ def test_a_pool_from_the_hub_is_the_pool_of_its_folders(hub, org, tiny_pool, tin
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # nothing is skipped
         pool = AdapterPool.from_hub(["org/a", tmp_path / "ids.txt", folder], device="cpu")
-    assert [adapter.info.name for adapter in pool.adapters] == ["org/a", "org/b", "org/c", "adapter-3"]
-    assert [adapter.info.revision for adapter in pool.adapters] == [*org[:3], None]
+    assert [info.name for info in pool.infos] == ["org/a", "org/b", "org/c", "adapter-3"]
+    assert [info.revision for info in pool.infos] == [*org[:3], None]
     assert (pool.backbone.name, pool.skipped) == ("org/base", [])
     assert pool.backbone.revision == hub.repo("org/base").resolve("main").sha
     pixels = torch.randn(2, 3, 32, 32)
     for i in range(4):
         with pool.folded(i) as pulled, tiny_pool.folded(i) as original, torch.no_grad():
             assert torch.equal(pulled.features(pixels), original.features(pixels))
-        assert torch.equal(pool[i].head_weight, tiny_pool[i].head_weight)
+        assert torch.equal(pool[i].head.weight, tiny_pool[i].head.weight)
     hub.requests.clear()
     again = AdapterPool.from_hub(["org/a", f"org/b@{org[1]}"], local_files_only=True)
     assert (len(again), again.backbone.revision, hub.requests) == (2, pool.backbone.revision, [])
@@ -145,7 +145,7 @@ def with_nan(path) -> bytes:
 def test_bad_adapters_are_skipped_and_told(hub, bad):
     with pytest.warns(UserWarning, match="4 of 6 adapters are skipped:\n- org/absent: no such folder or repo"):
         pool = AdapterPool.from_hub(bad, on_error="skip")
-    assert [adapter.info.name for adapter in pool.adapters] == ["org/a", "org/b"]
+    assert [info.name for info in pool.infos] == ["org/a", "org/b"]
     found = {name.split("@")[0]: reason for name, reason in pool.skipped}
     assert list(found) == ["org/absent", "org/c", "org/other", "org/d"]
     for name, part in (("c", "checksum"), ("other", "one base model"), ("d", "NaN"), ("absent", "private repo")):

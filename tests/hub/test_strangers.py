@@ -7,7 +7,7 @@ import tracemalloc
 import pytest
 import torch
 from helpers_adapters import ATTENTION, edit_config, edit_tensors, headless_twin, save_adapter, tiny_classifier
-from helpers_tiny import tiny_processor
+from helpers_tiny import save_tiny_backbone, tiny_processor
 from peft import ShiraConfig, get_peft_model
 from safetensors.torch import save_file
 
@@ -133,6 +133,19 @@ def test_a_header_that_is_too_long(stranger):
 def test_configs(stranger, change, reason):
     edit_config(stranger[0], **change)
     refused(stranger[0], CONFIG, reason)
+
+
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
+def test_code_of_the_base_model_is_never_run_nor_asked_for(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("builtins.input", lambda *question: pytest.fail("asked the user"))
+    base = save_tiny_backbone(tmp_path / "base")
+    (base / "evil.py").write_text(f"open({str(tmp_path / 'hacked')!r}, 'w').close()\nclass Evil:\n    pass\n")
+    settings = json.loads((base / name).read_text()) | {"model_type": "evil", "image_processor_type": "Evil"}
+    settings["auto_map"] = dict.fromkeys(("AutoConfig", "AutoModel", "AutoImageProcessor"), "evil.Evil")
+    (base / name).write_text(json.dumps(settings))
+    with pytest.raises(AdapterError, match="base: the backbone cannot be loaded .*custom code"):
+        Backbone.from_pretrained(base)
+    assert not (tmp_path / "hacked").exists()
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,16 @@ from accelerate.state import AcceleratorState
 from helpers_tiny import copied_state, planted_adapter, random_factors, random_pixels, same_weights
 from PIL import Image
 
+from lora_recycle.adapter_heads import Head
+from lora_recycle.backbones import Backbone
 from lora_recycle.errors import AdapterError, ConfigError
 from lora_recycle.inversion.config import InversionConfig
-from lora_recycle.inversion.inverter import LoraInverter, MultiResolution, Pixels
+from lora_recycle.inversion.inverter import LoraInverter
+from lora_recycle.inversion.pixel_spaces import MultiResolution, Pixels
 from lora_recycle.pool import AdapterPool
 from lora_recycle.relations import relational_divergence
 from lora_recycle.sparsity import select_top
+from lora_recycle.weight_changes import StoredAdapter
 
 
 def quick(**changes):
@@ -47,12 +51,12 @@ def test_labels_are_balanced_and_classes_limited(tiny_pool):
 
 @torch.no_grad()
 def test_what_is_stored_is_said_of_the_stored_pixels(tiny_pool, tiny_surrogate):
-    for i, adapter in enumerate(tiny_pool.adapters):
+    for i, adapter in enumerate(tiny_pool):
         shard = tiny_surrogate.shard(i)
         assert shard.adapter["sha256"] == adapter.info.sha256 and shard.label_names == [f"n{i + c}" for c in range(4)]
         with tiny_pool.folded(i) as backbone:
             hidden, _ = backbone(backbone.normalize(shard.pixels))
-        logits = adapter.logits(backbone.pool_for_head(hidden))
+        logits = adapter.logits(backbone, hidden)
         torch.testing.assert_close(shard.teacher_logits, logits, rtol=1e-4, atol=1e-4)
         with tiny_pool.folded(i) as backbone:
             features = backbone.features(backbone.normalize(shard.pixels))
@@ -76,6 +80,53 @@ def test_without_pruning_no_mask_is_stored(tiny_pool):
     assert LoraInverter(tiny_pool, quick(keep_ratio=1.0)).invert(0).kept_tokens is None
 
 
+def test_masks_are_of_the_last_pruning_layer_unless_they_are_not_wanted(tiny_pool):
+    shard = LoraInverter(tiny_pool, quick(prune={0: 0.25}, jitter=0)).invert(1)
+    with tiny_pool.folded(1) as backbone, backbone.record_attention(0) as attention:
+        backbone(backbone.normalize(shard.pixels))
+    assert torch.equal(shard.kept_tokens.long(), select_top(attention.row[:, 1:], 4))
+    assert LoraInverter(tiny_pool, quick(prune={0: 0.25}, keep_ratio=1.0)).invert(1).kept_tokens is None
+
+
+def test_patches_are_dropped_from_the_first_iteration_asked_for(tiny_pool, monkeypatch):
+    seen, forward = [], Backbone.forward
+
+    def watch(self, *args, prune=None, **kwargs):
+        hidden, kept = forward(self, *args, prune=prune, **kwargs)
+        seen.append(hidden.shape[1])
+        return hidden, kept
+
+    monkeypatch.setattr(Backbone, "forward", watch)
+    LoraInverter(tiny_pool, quick(iterations=4, prune={0: 0.5, 1: 0.25}, prune_start=3)).invert(0)
+    assert seen == [17, 17, 17, 5, 17]  # and all tokens when the stored pixels are described
+
+
+def test_pruning_changes_the_images(tiny_pool):
+    plain = LoraInverter(tiny_pool, quick(iterations=3)).invert(0)
+    pruned = LoraInverter(tiny_pool, quick(iterations=3, prune={0: 0.25})).invert(0)
+    late = LoraInverter(tiny_pool, quick(iterations=3, prune={0: 0.25}, prune_start=3)).invert(0)
+    assert not torch.equal(plain.pixels, pruned.pixels) and torch.equal(plain.pixels, late.pixels)
+
+
+def test_finished_images_stop_and_the_others_go_on_as_if_alone(tiny_pool):
+    common = {"images_per_class": 4, "jitter": 0, "lr": 0.1, "priors": {}, "batch_size": 7}
+
+    def pixels(iterations, stop_at=1.0):
+        return LoraInverter(tiny_pool, InversionConfig(iterations=iterations, stop_at=stop_at, **common)).invert(0)
+
+    early, late = pixels(5).pixels, pixels(15)
+    middle = pixels(10).pixels
+    assert torch.equal(pixels(15, stop_at=1e-6).pixels, early)  # all are finished at the first look
+    stopped = pixels(15, stop_at=0.6).pixels
+    after = {  # how far each image is from where it would be after so many iterations, in grey levels
+        n: (stopped.float() - other.float()).abs().amax((1, 2, 3))
+        for n, other in ((5, early), (10, middle), (15, late.pixels))
+    }
+    same = {n: gap <= 1 for n, gap in after.items()}
+    assert (same[5] | same[10] | same[15]).all()
+    assert same[5].any() and not same[5].all()
+
+
 def test_same_seed_same_bytes_whatever_the_other_adapters(tiny_pool, tmp_path):
     config = quick(keep_ratio=0.5, flip=True)
     one = shards_by_adapter(LoraInverter(tiny_pool, config).run(tmp_path / "one", progress=False))
@@ -95,7 +146,7 @@ def test_the_pool_is_left_as_it_was(tiny_pool):
     assert all(p.grad is None for p in tiny_pool.backbone.parameters())
 
 
-def test_finished_shards_are_kept_and_other_settings_made_again(tiny_pool, tmp_path):
+def test_finished_shards_are_kept_and_other_settings_made_again(tiny_pool, tmp_path, monkeypatch):
     pool, made = tiny_pool.subset([0, 1]), []
     surrogate = LoraInverter(pool, quick()).run(tmp_path, progress=False, on_shard=lambda name, _: made.append(name))
     files = [tmp_path / entry["file"] for entry in surrogate.manifest["shards"]]
@@ -107,6 +158,9 @@ def test_finished_shards_are_kept_and_other_settings_made_again(tiny_pool, tmp_p
     LoraInverter(pool, quick()).run(tmp_path, progress=False, on_shard=lambda name, _: made.append(name))
     assert made == [files[1].name] and files[0].stat().st_mtime_ns == times[0]
     made.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(StoredAdapter, "load", lambda self: pytest.fail("read"))
+        LoraInverter(tiny_pool.subset([0, 1]), quick()).run(tmp_path, progress=False)  # nothing is left to do
     changed = LoraInverter(pool, quick(lr=0.02))
     changed.run(tmp_path, progress=False, on_shard=lambda name, _: made.append(name))
     assert len(made) == 2 and files[0].stat().st_mtime_ns > times[0]
@@ -173,21 +227,21 @@ def test_priors_pull(tiny_pool):
     assert smooth.diff(dim=-1).abs().mean() < 0.9 * rough.diff(dim=-1).abs().mean()
 
 
-def test_an_adapter_without_a_head_is_named(tiny_pool):
+def test_an_adapter_without_a_head_is_named_at_once(tiny_pool):
     headless = planted_adapter("headless", random_factors({"layers.0.attention.q_proj": (32, 2, 32)}, 0))
     with pytest.raises(AdapterError, match="headless: has no classification head"):
-        LoraInverter(AdapterPool(tiny_pool.backbone, [headless]), quick()).invert(0)
+        LoraInverter(AdapterPool(tiny_pool.backbone, [tiny_pool[0], headless]), quick())
 
 
-def test_a_head_that_does_not_fit_is_named(tiny_pool):
-    wide = dataclasses.replace(tiny_pool[0], head_weight=torch.zeros(4, 64))
+def test_a_head_that_does_not_fit_is_named_at_once(tiny_pool):
+    wide = dataclasses.replace(tiny_pool[0], head=Head(torch.zeros(4, 64)))
     with pytest.raises(AdapterError, match="adapter-0: its head reads 64 features, .* gives 32"):
-        LoraInverter(AdapterPool(tiny_pool.backbone, [wide]), quick()).invert(0)
+        LoraInverter(AdapterPool(tiny_pool.backbone, [tiny_pool[1], wide]), quick())
 
 
 def test_a_layer_that_is_not_there(tiny_pool):
-    with pytest.raises(ConfigError, match=r"prune_layer must be in \[0, 2\), got 2"):
-        LoraInverter(tiny_pool, quick(prune_layer=2))
+    with pytest.raises(ConfigError, match=r"prune: .*tiny-vit has the layers 0 to 1, got 2"):
+        LoraInverter(tiny_pool, quick(prune={2: 0.5}))
 
 
 def test_parameterisations_start_at_the_image():
@@ -217,10 +271,10 @@ def test_mixed_precision_computes_in_bfloat16_and_is_another_run(tiny_pool, laun
     handle.remove()
     assert torch.bfloat16 in seen[:2] and seen[-1] == torch.float32  # stored logits stay exact
     assert shard.teacher_logits.dtype == torch.float32
-    other = inverter._identity(tiny_pool[0])
+    other = inverter._identity(tiny_pool.infos[0])
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    assert LoraInverter(tiny_pool, quick())._identity(tiny_pool[0]) != other
+    assert LoraInverter(tiny_pool, quick())._identity(tiny_pool.infos[0]) != other
 
 
 def test_fp16_is_refused(tiny_pool, launched_with_bf16, monkeypatch):

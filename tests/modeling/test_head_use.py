@@ -15,6 +15,7 @@ from lora_recycle.errors import AdapterError, ConfigError, DataError
 from lora_recycle.modeling.heads import HEADS, make_head
 from lora_recycle.modeling.meta_lora import MetaLoRAForFewShotClassification
 from lora_recycle.modeling.pipeline import FewShotImageClassificationPipeline
+from lora_recycle.modeling.task import load_task
 
 
 @pytest.fixture(scope="module")
@@ -99,13 +100,21 @@ def test_unknown_heads_are_told_before_anything_is_read(tmp_path):
     [
         ({"scatter": torch.zeros(31, 31)}, "scatter has the shape"),
         ({"scatter": torch.zeros(32)}, "scatter has the shape"),
-        ({"sums": torch.zeros(3, 32)}, "sums has the shape .* for 2 classes"),
+        ({"sums": torch.zeros(3, 32)}, "2 labels on 32 features, but sums has the shape"),
         ({"counts": torch.tensor([1.0, torch.nan])}, "not finite"),
         ({"scatter": torch.diag(torch.tensor([-10.0] + [1.0] * 31))}, "cannot be read"),  # no covariance
+        ({"sums": torch.full((2, 32), 3e38)}, "bias is not finite"),
+        ({"scatter": torch.eye(32).double()}, "scatter holds numbers of the type torch.float64"),
+        ({"features": torch.zeros(6, 31)}, "features has the shape"),
+        ({"features": torch.zeros(7, 32)}, "labels has the shape"),
+        ({"features": torch.full((6, 32), torch.nan)}, "not finite"),
+        ({"features": torch.ones(6, 32)}, "longer than 1"),
+        ({"labels": torch.tensor([0.0, 0, 0, 1, 1, 1])}, "labels holds numbers of the type torch.float32"),
+        ({"labels": torch.tensor([0, 0, 0, 0, 0, 2])}, "do not number the 2 classes"),
     ],
 )
 def test_a_damaged_task_is_refused(model, toy_data, tmp_path, change, message):
-    model = with_head(model, "lda")
+    model = with_head(model, "logistic_regression" if change.keys() & {"features", "labels"} else "lda")
     model.fit(*images(toy_data, [0, 4], 3)).save_pretrained(tmp_path)
     path = tmp_path / "few_shot_task.safetensors"
     with safe_open(path, "pt") as file:
@@ -128,6 +137,12 @@ def test_a_damaged_task_is_refused(model, toy_data, tmp_path, change, message):
         ),
         ({"head_parameters": {"transductive_em": {"balance": [1.0] * 101}}}, "balance .* must be positive"),
         ({"head_parameters": {"transductive_em": {"balance": [True]}}}, "balance .* must be positive"),
+        ({"head_parameters": {"class_centres": {"temperature": 10**400}}}, "temperature .* must be positive"),
+        ({"temperature": 10**400}, "temperature must be a positive number"),
+        (
+            {"head": "transductive_transport", "head_parameters": {"transductive_transport": {"passes": 1e6}}},
+            "passes must be at most 100",
+        ),
         ({"head": "lda", "head_parameters": {"lda": {"depth": 1}}}, "cannot be made with"),
         ({"head": "transductive_em", "head_parameters": {"transductive_em": {"scale": [1]}}}, "cannot be made with"),
     ],
@@ -139,6 +154,16 @@ def test_a_damaged_sidecar_is_refused(folder, tmp_path, settings, message):
     sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | settings))
     with pytest.raises(AdapterError, match=message):
         MetaLoRAForFewShotClassification.from_pretrained(tmp_path)
+
+
+def test_a_task_that_would_take_all_memory_to_fit_is_refused(tmp_path):
+    """A small file asks for images x classes scores."""
+    classes, head = 2**13 + 1, make_head("logistic_regression", {})
+    tensors = {"features": torch.zeros(classes, 1), "labels": torch.arange(classes)}
+    names = json.dumps({"label_names": list(range(classes))})
+    save_file(tensors, tmp_path / "task.safetensors", {"header": names})
+    with pytest.raises(AdapterError, match="8193 images and 8193 labels, too many"):
+        load_task(tmp_path / "task.safetensors", head, 1)
 
 
 def test_a_head_that_this_version_lacks_can_be_replaced(folder, tmp_path):

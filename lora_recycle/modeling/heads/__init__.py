@@ -42,13 +42,13 @@ def make_head(name: str, settings: Mapping[str, Any]) -> FewShotHead:
         ConfigError: an unknown name, or parameters that the head does not take.
     """
     if name not in HEADS:
-        raise ConfigError(f"Unknown head {name!r}. There are {', '.join(HEADS)}.")
+        raise ConfigError(f"Unknown head {name[:80]!r}. There are {', '.join(HEADS)}.")
     trained = {key: settings[key] for key in ("metric", "temperature") if key in settings}
     parameters = settings.get("head_parameters", {}).get(name, {})
     try:
         return HEADS[name].from_settings(trained, parameters)
     except (TypeError, AttributeError) as error:
-        raise ConfigError(f"The head {name} cannot be made with {parameters!r}: {error}.") from error
+        raise ConfigError(f"The head {name} cannot be made with {str(parameters)[:200]}: {error}.") from error
 
 
 __all__ = [

@@ -6,12 +6,13 @@ import math
 
 import torch
 
-from ...errors import DataError
+from ...errors import ConfigError, DataError
 from .base import Tensors, TransductiveHead, unit
 
 
 ITERATIONS = 100
 TEMPERATURE = 0.1
+_MOST_PASSES = 100
 
 
 class TransportHead(TransductiveHead):
@@ -23,13 +24,18 @@ class TransportHead(TransductiveHead):
 
     Args:
         entropy (`float`): of the plan, where the largest cost is 1.
-        passes (`int`): how often the centres move. Both defaults were chosen on validation classes
+        passes (`int`): how often the centres move, at most 100. Both defaults were chosen on validation classes
             (`examples/choose_heads.py`).
+
+    Raises:
+        ConfigError: more passes.
     """
 
     name = "transductive_transport"
 
     def __init__(self, entropy: float = 0.05, passes: int = 2):
+        if passes > _MOST_PASSES:  # a sidecar of a stranger may ask for them
+            raise ConfigError(f"passes must be at most {_MOST_PASSES}, got {passes}.")
         self.entropy, self.passes = float(entropy), int(passes)
 
     def logits(self, features: torch.Tensor, prepared: Tensors) -> torch.Tensor:

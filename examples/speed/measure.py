@@ -1,0 +1,177 @@
+"""What a step costs: seconds beside its rivals, FLOPs, memory, and the operations that it spends its time in."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import platform
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+
+@dataclasses.dataclass
+class Case:
+    """One thing to time.
+
+    Args:
+        name: of its row and its ratios.
+        step: does the whole of it once.
+        images: how many images that handles.
+        keep_ratio: share of the patch tokens that are forwarded, mean over layers.
+        host_share: share of its time in which the model waits for the host, where the library knows it.
+    """
+
+    name: str
+    step: Callable[[], Any]
+    images: int
+    keep_ratio: float | None = None
+    host_share: Callable[[], float] | None = None
+
+
+class LivePeak(TorchDispatchMode):
+    """Largest number of bytes that the tensors made meanwhile hold at once (`peak`), freed ones taken off."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and id(tensor.untyped_storage()) not in given | self._known:
+                self._follow(tensor.untyped_storage())
+        return out
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        self._known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+        def freed():
+            self._known.discard(key)
+            self.live -= size
+
+        weakref.finalize(storage, freed).atexit = False
+
+
+def _cpu_attention(query, key, value, *args, out_shape=None, **kwargs) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _cpu_attention_backward(grad_out, query, key, value, *args, out_shape=None, **kwargs) -> int:
+    return sdpa_backward_flop_count(grad_out, query, key, value)
+
+
+#: torch counts the attention of GPUs only.
+_CPU_FLOPS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
+}
+
+
+def cost(step: Callable[[], Any], device: torch.device) -> tuple[int, int]:
+    """FLOPs of one step (a multiplication and an addition are two), and the bytes that it holds at most beside what
+    was there before: from the allocator on CUDA, elsewhere by following every tensor."""
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    live = contextlib.nullcontext() if cuda else LivePeak()
+    with FlopCounterMode(display=False, custom_mapping=_CPU_FLOPS) as flops, live:
+        step()
+    peak = torch.cuda.max_memory_allocated(device) - before if cuda else live.peak
+    return flops.get_total_flops(), peak
+
+
+def interleaved(cases: Sequence[Case], rounds: int, device: torch.device, least: float) -> dict[str, list[float]]:
+    """Seconds of one step of each case in each round. Every round takes all cases in turn, every other one backwards,
+    and repeats each until `least` seconds are over."""
+    repeats = {case.name: max(1, round(least / timed(case.step, 1, device))) for case in cases}  # a warm-up too
+    seconds: dict[str, list[float]] = {case.name: [] for case in cases}
+    for number in range(rounds):
+        for case in cases if number % 2 == 0 else reversed(cases):
+            seconds[case.name].append(timed(case.step, repeats[case.name], device))
+    return seconds
+
+
+def timed(step: Callable[[], Any], repeats: int, device: torch.device) -> float:
+    """Seconds of one of `repeats` steps."""
+    _wait(device)
+    started = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    _wait(device)
+    return (time.perf_counter() - started) / repeats
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def paired_ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
+    """How many times faster: the median over rounds of the quotient within a round."""
+    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+
+
+def matmul_case(device: torch.device, dtype: torch.dtype) -> Case:
+    """A large matrix product: what this machine reaches at best."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    return Case("matmul", lambda: a @ b, images=1)
+
+
+def top_operations(step: Callable[[], Any], repeats: int, device: torch.device, count: int = 6) -> dict[str, float]:
+    """The operations that a step spends most of its time in, and their shares of it."""
+    cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
+    with profile(activities=activities) as profiled:
+        for _ in range(repeats):
+            step()
+        _wait(device)
+    times = {
+        event.key: event.self_device_time_total if cuda else event.self_cpu_time_total
+        for event in profiled.key_averages()
+    }
+    total = sum(times.values())
+    largest = sorted(times, key=times.get, reverse=True)[:count]
+    return {name.removeprefix("aten::"): round(times[name] / total, 3) for name in largest}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the numbers were measured on, and with."""
+    import peft
+    import transformers
+
+    import lora_recycle
+
+    modules = {"torch": torch, "transformers": transformers, "peft": peft, "lora_recycle": lora_recycle}
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        **{name: str(module.__version__) for name, module in modules.items()},
+    }
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

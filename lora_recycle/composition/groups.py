@@ -1,0 +1,69 @@
+"""Averages of adapters that belong together by their weights (`AdapterPool.groups`): their sum, the nearest one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+
+import torch
+import torch.nn.functional as F
+
+from ..backbones import Backbone
+from ..errors import DataError
+from ..pool import AdapterPool
+from .base import Changes, Merge, Selection, add_scaled, dense_changes
+
+
+class GroupSum(Merge):
+    """The sum of the groups' averages: in a pool of several domains, each domain's change at its full strength.
+
+    With one group it is the average. The more groups there are, the larger the change, and the more they disturb each
+    other.
+    """
+
+    def changes(self, pool: AdapterPool) -> Changes:
+        total: Changes = {}
+        for group in pool.groups():
+            for i in group:
+                add_scaled(total, dense_changes(pool[i], pool.backbone.device), 1 / len(group))
+        return total
+
+
+class NearestGroup(Selection):
+    """For each task the average of the one group of adapters that sets its support classes apart best.
+
+    A support image goes through the average of every group, a query only through the one chosen. Near means
+    `separability`, which asks nothing of the adapters' heads and exists for one shot too.
+    """
+
+    def networks(self, pool: AdapterPool) -> Iterator[AbstractContextManager[Backbone]]:
+        return (pool.subset(group).folded() for group in pool.groups())
+
+    def affinity(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return separability(features, labels)
+
+
+def separability(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cosine similarity between images of one class, less that between images of different classes.
+
+    Fisher's criterion, within against between classes, in the geometry of cosine class centres. An image is as similar
+    to itself as can be, which is all that is known of a class with one image: where no class has two, the mean within
+    is 1, and the networks are compared by how far they keep the classes apart.
+
+    Args:
+        features (`torch.Tensor`): (S, D).
+        labels (`torch.Tensor`): int64 (S,).
+
+    Returns:
+        `torch.Tensor`: a scalar in [-2, 2].
+
+    Raises:
+        DataError: all images are of one class.
+    """
+    unit = F.normalize(features.float(), dim=-1)
+    similarities, same = unit @ unit.T, labels[:, None] == labels
+    if same.all():
+        raise DataError("separability needs support images of at least 2 classes, got 1.")
+    pairs = same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    within = similarities[pairs].mean() if pairs.any() else similarities.new_ones(())
+    return within - similarities[~same].mean()

@@ -1,0 +1,65 @@
+"""The surrogate images of all adapters as one long list, on disk."""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import DataError
+from ..pool import AdapterPool
+from ..shard_rows import ShardRows
+from ..sparsity import take_patches
+from ..surrogate import SurrogateDataset
+
+
+class SurrogateImages:
+    """Rows of shards one after the other; only those asked for are read.
+
+    Args:
+        shards: in the order of the pool.
+        checksums: of the shards' files.
+    """
+
+    def __init__(self, shards: list[ShardRows], checksums: list[str]):
+        self.shards, self.checksums = shards, checksums
+        #: number of the first image of each shard, and after the last the number of images
+        self.starts = torch.tensor([0] + [len(shard) for shard in shards]).cumsum(0)
+        self.masked = all("kept_tokens" in shard.tensors for shard in shards)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def of_shard(self, shard: int) -> torch.Tensor:
+        """Numbers of the images of one shard: int64 (n,)."""
+        return torch.arange(int(self.starts[shard]), int(self.starts[shard + 1]))
+
+    def read(self, name: str, index: torch.Tensor) -> torch.Tensor:
+        """int64 (B,) image numbers to what the tensor `name` of the shards holds of them, (B, ...)."""
+        owner = torch.searchsorted(self.starts, index, right=True) - 1
+        order = owner.argsort(stable=True)
+        rows = (index - self.starts[owner])[order].split(owner.bincount(minlength=len(self.shards)).tolist())
+        found = [shard.tensors[name].read(part) for shard, part in zip(self.shards, rows, strict=True) if len(part)]
+        return torch.cat(found)[order.argsort()]
+
+    def inputs(
+        self, index: torch.Tensor, patch_size: int, use_masks: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What is forwarded of images (B,): uint8 (B, 3, H, W) and None, or kept patches (B, k, 3, p, p) and which."""
+        pixels = self.read("pixels", index)
+        if not (use_masks and self.masked):
+            return pixels, None
+        kept = self.read("kept_tokens", index).long()
+        return take_patches(pixels, kept, patch_size), kept
+
+
+def match_shards(pool: AdapterPool, surrogate: SurrogateDataset) -> SurrogateImages:
+    """The surrogate data in the order of the pool. Raises `DataError` where an adapter has none."""
+    by_hash = {entry["adapter"]["sha256"]: i for i, entry in enumerate(surrogate.manifest["shards"])}
+    missing = [info.name for info in pool.infos if info.sha256 not in by_hash]
+    if missing:
+        raise DataError(
+            f"{surrogate.folder} holds no images of the adapter {missing[0]} ({len(missing)} missing). "
+            "Was it made from another pool? Run invert on this one."
+        )
+    order = [by_hash[info.sha256] for info in pool.infos]
+    shards = [surrogate.shard_rows(i, verify=True) for i in order]
+    return SurrogateImages(shards, [surrogate.manifest["shards"][i]["sha256"] for i in order])

@@ -1,0 +1,79 @@
+"""The shards of surrogate data, left on disk: checked once, then read row by row."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .errors import DataError
+from .rows import RowFile, safetensors_rows
+from .shard_checks import check_values, read_shard_header
+
+
+#: type and number of dimensions of each tensor of a shard; `kept_tokens` only where tokens were pruned
+TENSORS = {
+    "pixels": (np.uint8, 4),
+    "labels": (np.int64, 1),
+    "teacher_logits": (np.float32, 2),
+    "teacher_features": (np.float16, 2),
+    "kept_tokens": (np.int16, 2),
+}
+_OPTIONAL = "kept_tokens"
+_CHUNK = 1024  # rows that are looked at together
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardRows:
+    """The surrogate images of one adapter, as [`Shard`] has them, on disk."""
+
+    adapter: dict[str, Any]
+    tensors: dict[str, RowFile]
+
+    def __len__(self) -> int:
+        return len(self.tensors["labels"])
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """int64 (N,), read now."""
+        return self.tensors["labels"].read_range(0, len(self))
+
+
+def open_shard(path: Path) -> ShardRows:
+    """Open one shard and look through it once. Raises `DataError` where it is missing, damaged or of another form."""
+    try:
+        with safe_open(path, "pt") as file:  # checks that all tensors lie in the file and none over another
+            metadata, names = file.metadata() or {}, set(file.keys())
+        missing = sorted(set(TENSORS) - {_OPTIONAL} - names)
+        if missing or "header" not in metadata:
+            raise DataError(f"{path}: not a surrogate shard, {(missing or ['its header'])[0]} is missing.")
+        shard = ShardRows(
+            read_shard_header(metadata["header"]), safetensors_rows(path, [name for name in TENSORS if name in names])
+        )
+        _check(shard)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise DataError(f"{path}: the shard is missing or damaged ({error}). Run invert again.") from error
+    return shard
+
+
+def _check(shard: ShardRows) -> None:
+    """Types, shapes and, a chunk of rows at a time, numbers. Raises `ValueError`."""
+    count, labels = len(shard.tensors["pixels"]), shard.adapter.get("labels")
+    for name, rows in shard.tensors.items():
+        dtype, ndim = TENSORS[name]
+        if len(rows.shape) != ndim:
+            raise ValueError(f"tensor {name} must have {ndim} dimensions")
+        if rows.dtype != dtype or len(rows) != count:
+            raise ValueError(f"tensor {name} has the wrong type or number of rows")
+    if shard.tensors["pixels"].shape[1] != 3:
+        raise ValueError(f"pixels must have 3 channels, got {shard.tensors['pixels'].shape[1]}")
+    classes = shard.tensors["teacher_logits"].shape[1]
+    if labels and len(labels) != classes:
+        raise ValueError(f"{len(labels)} labels for {classes} classes")
+    small = {name: rows for name, rows in shard.tensors.items() if name != "pixels"}
+    for start in range(0, count, _CHUNK):
+        check_values({name: rows.read_range(start, start + _CHUNK) for name, rows in small.items()})

@@ -1,0 +1,55 @@
+"""Preprocessing a batch at a time gives what the image processor gives image by image."""
+
+import numpy as np
+import pytest
+import torch
+from helpers_tiny import random_pixels, tiny_processor, tiny_vit
+from PIL import Image
+from transformers import CLIPImageProcessorPil, ViTImageProcessorPil
+
+from lora_recycle.backbones import Backbone
+from lora_recycle.errors import DataError
+from lora_recycle.modeling.preprocessing import to_pixel_values
+
+
+STATISTICS = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.25, 0.3]}
+SQUARE = {"size": {"height": 32, "width": 32}}
+PROCESSORS = {
+    "square": tiny_processor(),
+    "bilinear": ViTImageProcessorPil(**SQUARE, **STATISTICS, resample=2),
+    "crop": CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, **STATISTICS),
+    "larger crop": CLIPImageProcessorPil(
+        size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}, **STATISTICS
+    ),
+    "not normalised": ViTImageProcessorPil(**SQUARE, **STATISTICS, do_normalize=False),
+    "other scale": ViTImageProcessorPil(**SQUARE, **STATISTICS, rescale_factor=1 / 127.5),
+}
+
+
+def pictures() -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    sizes = [(32, 32), (90, 40), (20, 25), (64, 64)]
+    return [Image.fromarray(rng.integers(0, 256, (high, wide, 3), dtype=np.uint8)) for wide, high in sizes]
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_equal_to_the_image_processor(name):
+    backbone = Backbone(tiny_vit(), PROCESSORS[name], name)
+    expected = PROCESSORS[name](images=pictures(), return_tensors="pt")["pixel_values"]
+    found = to_pixel_values(pictures(), backbone)
+    assert found.dtype == torch.float32 and found.shape == (4, 3, 32, 32)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_tensors_of_the_right_size_are_treated_like_pictures(name):
+    backbone, pixels = Backbone(tiny_vit(), PROCESSORS[name], name), random_pixels(3)
+    images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]
+    expected = PROCESSORS[name](images=images, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(to_pixel_values(pixels, backbone), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_tensors_that_are_no_images_are_refused():
+    backbone = Backbone(tiny_vit(), tiny_processor(), "tiny")
+    with pytest.raises(DataError, match="must be uint8, got int64"):
+        to_pixel_values(torch.zeros(2, 3, 32, 32, dtype=torch.int64), backbone)
