@@ -85,6 +85,7 @@ class Backbone(nn.Module):
         if family.pooler and not hasattr(model, family.pooler):
             raise AdapterError(f"{name}: has neither a CLS token nor a pooling head, so images have no feature.")
         model.set_attn_implementation(ATTENTION_NAME)
+        _align(model)
         self.model = model.eval().requires_grad_(False)
         self.family, self.processor, self.name, self.revision = family, processor, name, revision
         mean = torch.tensor(processor.image_mean, dtype=torch.float32).view(1, 3, 1, 1)
@@ -291,6 +292,17 @@ class Backbone(nn.Module):
         for layer in layers:
             hidden = self._call(layer, hidden)
         return self.pool(self._call(last, hidden) if self.family.pooler else cls_layer(last, hidden))
+
+
+def _align(model: nn.Module) -> None:
+    """Copy weights that begin anywhere in memory, as those of a mapped file do, to where torch's own begin.
+
+    Products with one or two tokens round by where their operands lie, and a model is to answer bit for bit the same
+    whether it was made or loaded.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
 
 
 @torch.inference_mode()

@@ -15,19 +15,18 @@ def cls_layer(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """
     attention = _part(layer, "attention", "self_attn")
     normed = _part(layer, "layernorm_before", "norm1", "layer_norm1")(hidden)
-    query, key, value = (
-        project(tokens).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-        for project, tokens in (
-            (attention.q_proj, normed[:, :1]),
-            (attention.k_proj, normed),
-            (attention.v_proj, normed),
-        )
-    )
+
+    def heads(tokens: torch.Tensor) -> torch.Tensor:  # (B, T, D) to (B, heads, T, head_dim)
+        return tokens.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+
+    # CLS as (B, D): products of (B, 1, D) would round differently where the weights learn and where they do not
+    query = heads(attention.q_proj(normed[:, 0]).unsqueeze(1))
+    key, value = heads(attention.k_proj(normed)), heads(attention.v_proj(normed))
     looked = F.scaled_dot_product_attention(query, key, value, scale=attention.head_dim**-0.5)
-    looked = _part(attention, "o_proj", "out_proj")(looked.transpose(1, 2).flatten(2))
-    cls = hidden[:, :1] + _part(layer, "layer_scale1", default=nn.Identity())(looked)
+    looked = _part(attention, "o_proj", "out_proj")(looked.flatten(1))
+    cls = hidden[:, 0] + _part(layer, "layer_scale1", default=nn.Identity())(looked)
     changed = layer.mlp(_part(layer, "layernorm_after", "norm2", "layer_norm2")(cls))
-    return cls + _part(layer, "layer_scale2", default=nn.Identity())(changed)
+    return (cls + _part(layer, "layer_scale2", default=nn.Identity())(changed)).unsqueeze(1)
 
 
 def _part(module: nn.Module, *names: str, default: nn.Module | None = None) -> nn.Module:

@@ -184,7 +184,7 @@ class MetaLoraTrainer:
         config, state = self.config, self.accelerator
         parts = [config.init, config.rank, config.seed, config.first_layer, config.use_masks, state.mixed_precision]
         parts += [self.pool.backbone.name, self.pool.backbone.revision, str(self.pool.backbone.dtype)]
-        parts += [[adapter.info.sha256 for adapter in self.pool.adapters], images.checksums]
+        parts += [[info.sha256 for info in self.pool.infos], images.checksums]
         path = folder / f"tokens-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}.npy"
         with state.autocast():
             if state.is_main_process:

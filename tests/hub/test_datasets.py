@@ -9,6 +9,7 @@ from helpers_hub import cached
 from hub_faults import Faults
 from hub_server import READER_TOKEN
 from huggingface_hub import constants, snapshot_download
+from huggingface_hub.utils import enable_progress_bars
 
 from lora_recycle import SurrogateDataset
 from lora_recycle.errors import DataError
@@ -109,6 +110,7 @@ def test_shards_come_side_by_side(hub, org_s, tiny_surrogate, tmp_path):
 
 
 def test_progress_is_shown_unless_told_otherwise(hub, org_s, tmp_path, capfd):
+    enable_progress_bars()  # an earlier command with --quiet took them away
     pull(tmp_path / "one", progress=False)
     assert capfd.readouterr().err == ""
     pull(tmp_path / "two")

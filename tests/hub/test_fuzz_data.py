@@ -134,8 +134,8 @@ def fuzz(folder: Path, inputs: int, seed: int = 0, first: int = 0) -> dict[str, 
 
 
 def test_damaged_surrogate_data_and_tasks_are_read_or_refused(tmp_path):
-    refused = fuzz(tmp_path, 600)
-    assert all(count > 20 for count in refused.values())  # all ways were walked
+    refused = fuzz(tmp_path, 300)
+    assert all(count > 10 for count in refused.values())  # all ways were walked
 
 
 if __name__ == "__main__":

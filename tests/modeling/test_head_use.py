@@ -103,7 +103,7 @@ def test_unknown_heads_are_told_before_anything_is_read(tmp_path):
         ({"sums": torch.zeros(3, 32)}, "2 labels on 32 features, but sums has the shape"),
         ({"counts": torch.tensor([1.0, torch.nan])}, "not finite"),
         ({"scatter": torch.diag(torch.tensor([-10.0] + [1.0] * 31))}, "cannot be read"),  # no covariance
-        ({"sums": torch.full((2, 32), 3e38)}, "bias is not finite"),
+        ({"sums": torch.full((2, 32), 3e38)}, "weights is not finite"),
         ({"scatter": torch.eye(32).double()}, "scatter holds numbers of the type torch.float64"),
         ({"features": torch.zeros(6, 31)}, "features has the shape"),
         ({"features": torch.zeros(7, 32)}, "labels has the shape"),
