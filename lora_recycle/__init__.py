@@ -22,6 +22,7 @@ _LAZY = {
     "SurrogateDataset": "surrogate",
     "TuningConfig": "tuning_config",
     "evaluate": "evaluation.benchmark",
+    "fit_head": "modeling.heads.fitting",
     "pull_adapter": "hub.adapters",
     "tune_pool": "tuning",
 }
@@ -44,6 +45,7 @@ __all__ = [  # noqa: F822 - loaded on first use, so that importing the package s
     "TuningConfig",
     "__version__",
     "evaluate",
+    "fit_head",
     "pull_adapter",
     "tune_pool",
 ]

@@ -6,16 +6,10 @@ import torch
 import torch.nn.functional as F
 
 
-def class_sums(features: torch.Tensor, labels: torch.Tensor, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of the embeddings of each class and their number: (N, D), int64 (N,) to (C, D), (C,)."""
-    sums = features.new_zeros(num_classes, features.shape[1]).index_add_(0, labels, features)
-    return sums, torch.bincount(labels, minlength=num_classes).to(features)
-
-
 def class_centres(features: torch.Tensor, labels: torch.Tensor, num_classes: int) -> torch.Tensor:
     """Mean embedding of each class: (N, D), int64 (N,) to (C, D)."""
-    sums, counts = class_sums(features, labels, num_classes)
-    return sums / counts[:, None].clamp_min(1)
+    sums = features.new_zeros(num_classes, features.shape[1]).index_add_(0, labels, features)
+    return sums / torch.bincount(labels, minlength=num_classes).to(features)[:, None].clamp_min(1)
 
 
 def centre_logits(
@@ -37,4 +31,4 @@ def prepared_logits(features: torch.Tensor, prepared: torch.Tensor, metric: str,
     """`centre_logits` with centres from `prepare_centres`."""
     if metric == "euclidean":
         return -torch.cdist(features, prepared) / temperature
-    return F.normalize(features, dim=-1) @ prepared.T / temperature
+    return F.normalize(features, dim=-1) @ prepared.mT / temperature

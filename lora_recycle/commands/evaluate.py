@@ -29,11 +29,16 @@ examples:
   lora-recycle evaluate someone/meta-lora --data cifar10 --split test --ways 10 --shots 1 5 20
   lora-recycle evaluate demo --data photos --no-pool          quicker: only frozen and meta-lora
   lora-recycle evaluate demo --data photos --methods average ties nearest-group
+  lora-recycle evaluate demo --data photos --head lda transductive_em     other few-shot heads as well
 
 methods: frozen (class centres on the bare backbone) and meta-lora, always; frozen-centred, frozen-euclidean. With a
 pool, none of them tuned: average (of all weight changes), average-rank-16, ensemble (all adapters, one forward each),
 random (a control), magnitude, dare, ties, knots (merges), group-sum, nearest-group (groups of like adapters), arrow
 (routes tokens to adapters). docs/methods.md says which to use when.
+
+heads, each on frozen and on meta-lora: cosine_centres, euclidean_centres, lda, logistic_regression,
+transductive_laplacian, transductive_transport, transductive_em; the transductive ones see all queries of an episode at
+once. docs/concepts.md says what they assume.
 """
 
 
@@ -70,6 +75,7 @@ def add_parser(subparsers, **options) -> argparse.ArgumentParser:
     pools = parser.add_mutually_exclusive_group()
     pools.add_argument("--pool", nargs="+", metavar="POOL", help=f"adapters to compare with: {POOL_HELP}")
     pools.add_argument("--no-pool", action="store_true", help="leave out the methods that need a pool")
+    parser.add_argument("--head", nargs="+", default=[], metavar="NAME", help="few-shot heads to judge as well")
     parser.add_argument("--json", metavar="FILE", help="write the rows to this file as well")
     add_on_error_argument(parser)
     add_base_model_argument(parser)
@@ -99,6 +105,7 @@ def run(args: argparse.Namespace) -> None:
         model,
         pool=_load_pool(args, model),
         methods=ALL_METHODS if args.methods == ["all"] else args.methods,
+        heads=args.head,
         ways=args.ways,
         shots=args.shots,
         queries=args.queries,

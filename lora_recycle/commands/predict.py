@@ -14,7 +14,11 @@ EPILOG = """\
 examples:
   lora-recycle predict demo --support examples photo.jpg      folders examples/cat, examples/dog, ...
   lora-recycle predict meta_lora --support examples photos/ --json
+  lora-recycle predict demo --support examples photos/ --head transductive_em      all photos as one set
   lora-recycle predict fitted_model photo.jpg                 a model that was saved with its task
+
+heads: class_centres, cosine_centres, euclidean_centres, lda, logistic_regression; and, for images that come together
+and belong to the classes shown, transductive_laplacian, transductive_transport, transductive_em.
 """
 
 
@@ -26,6 +30,7 @@ def add_parser(subparsers, **options) -> argparse.ArgumentParser:
         "--support", metavar="FOLDER", help="folder with one folder of examples for each class (or a parquet file)"
     )
     parser.add_argument("images", nargs="+", metavar="IMAGES", help="image files, and folders of them")
+    parser.add_argument("--head", metavar="NAME", help="few-shot head (default: the one that MODEL was saved with)")
     parser.add_argument("--json", action="store_true", help="print all class probabilities as JSON")
     add_base_model_argument(parser)
     add_device_argument(parser)
@@ -42,6 +47,7 @@ def run(args: argparse.Namespace) -> None:
     model = MetaLoRAForFewShotClassification.from_pretrained(
         name,
         revision=revision,
+        head=args.head,
         base_model=args.base_model,
         base_revision=args.base_revision,
         device=checked_device(args.device),

@@ -12,10 +12,11 @@ from ..backbones import Backbone, extract_features
 from ..composition import Composition, Selection, tuning_free_methods
 from ..errors import ConfigError
 from ..images import LabelledImages
+from ..modeling.heads import FewShotHead, make_head
 from ..modeling.meta_lora import MetaLoRAForFewShotClassification
 from ..pool import AdapterPool
 from .episodes import EpisodeSet, sample_episodes
-from .protocol import ensemble_accuracy, nearest_accuracy, prototype_accuracy, summarise
+from .protocol import ensemble_accuracy, head_accuracy, nearest_accuracy, prototype_accuracy, summarise
 
 
 #: Class centres on the bare backbone: options of `prototype_accuracy`. All is compared with `frozen`.
@@ -40,6 +41,7 @@ def evaluate(
     backbone: Backbone | None = None,
     pool: AdapterPool | None = None,
     methods: Sequence[str] | None = None,
+    heads: Sequence[str] = (),
     ways: int = 5,
     shots: Sequence[int] = (1, 5),
     queries: int = 15,
@@ -59,12 +61,16 @@ def evaluate(
         pool: adapters for the methods of `composition.tuning_free_methods`.
         methods: of `ALL_METHODS`; `DEFAULT_METHODS` by default, without a pool those of them that need none. `frozen`
             and a given `model` are always judged.
+        heads: names of few-shot heads to judge too, on the frozen backbone and on the meta-LoRA (rows such as
+            `meta-lora + lda`). The methods' own rows are class centres. Queries of an episode are one set to a
+            transductive head, which knows more than the other methods: compare it with its own kind.
 
     Raises:
-        ConfigError: an unknown method, or one that needs a pool where there is none.
-        DataError: too few classes or images for an episode.
+        ConfigError: an unknown method or head, or a method that needs a pool where there is none.
+        DataError: too few classes or images for an episode, or too few queries for a head.
     """
     chosen, names = _checked_methods(methods, pool), data.label_names
+    worn = [make_head(name, model.settings if model else {}) for name in heads]
     drawn = {k: sample_episodes(data.labels, ways, k, queries, episodes, seed, names, data.name) for k in shots}
     bar = tqdm(total=1 + (model is not None), desc=f"evaluate {data.name}", unit="pass", disable=not progress)
     judge = _Judge(data, drawn, batch_size, bar)
@@ -77,8 +83,11 @@ def evaluate(
             judge.score(method, frozen, **CENTRES[method])
         else:
             judge.score_composition(method, compositions[method], pool)
+    judge.score_heads("frozen", frozen, worn)
     if model is not None:
-        judge.score("meta-lora", judge.features(model.backbone), metric=model.head.metric)
+        features = judge.features(model.backbone)
+        judge.score("meta-lora", features, metric=model.settings.get("metric", "cosine"))
+        judge.score_heads("meta-lora", features, worn)
     bar.close()
     rows, notes = [], []
     for k in shots:
@@ -105,6 +114,11 @@ class _Judge:
     def score(self, method: str, features: torch.Tensor, **options) -> None:
         for k, drawn in self.episodes.items():
             self.accuracies[k, method] = prototype_accuracy(features, drawn, **options)
+
+    def score_heads(self, method: str, features: torch.Tensor, heads: Sequence[FewShotHead]) -> None:
+        for head in heads:
+            for k, drawn in self.episodes.items():
+                self.accuracies[k, f"{method} + {head.name}"] = head_accuracy(features, drawn, head)
 
     def score_composition(self, method: str, composition: Composition, pool: AdapterPool) -> None:
         """One or several networks, of which all are heard or, for each episode, the nearest to its support set."""

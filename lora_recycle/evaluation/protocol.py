@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import ConfigError, DataError
+from ..modeling.heads import FewShotHead
 from .episodes import Episode, EpisodeSet
 
 
@@ -84,6 +85,39 @@ def nearest_accuracy(
         near.append(torch.stack([affinity(member[one.support.flatten()].float(), labels) for one in episodes]))
     accuracies = torch.stack([prototype_accuracy(member, episodes) for member in features])  # (T, E)
     return accuracies.gather(0, torch.stack(near).argmax(0, keepdim=True))[0]
+
+
+@torch.no_grad()
+def head_accuracy(features: torch.Tensor, episodes: EpisodeSet, head: FewShotHead) -> torch.Tensor:
+    """Accuracy, in per cent, of a few-shot head: many episodes at once, each with its queries as one set.
+
+    Args:
+        features (`torch.Tensor`): (N, D) features of all images, any float type.
+        head ([`FewShotHead`]): of `modeling.heads`.
+
+    Returns:
+        `torch.Tensor`: (E,) per-episode accuracy.
+
+    Raises:
+        DataError: features that are not finite, or too few queries for the head.
+    """
+    _check_finite(features)
+    features, every = features.float(), list(episodes)
+    found = torch.empty(len(every))
+    sizes: dict[int, list[int]] = {}  # episodes of as many queries go together: padding would be queries, too
+    for i, episode in enumerate(every):
+        sizes.setdefault(len(episode.query), []).append(i)
+    for queries, members in sizes.items():
+        support, query, labels = (
+            torch.stack([getattr(every[i], name) for i in members]) for name in ("support", "query", "query_labels")
+        )
+        way = torch.arange(episodes.ways).repeat_interleave(episodes.shots)  # of each support image
+        # a head may hold a matrix of (D, D) for each episode
+        for part in _chunks(len(members), max(way.numel() + queries, features.shape[1]), features.shape[1]):
+            shots = features[support[part].flatten(1)]  # (e, W x S, D)
+            logits = head.classify(shots, way.expand(len(shots), -1), episodes.ways, features[query[part]])
+            found[members[part]] = 100.0 * (logits.argmax(-1) == labels[part]).sum(1) / queries
+    return found
 
 
 def confidence(values: torch.Tensor) -> tuple[float, float]:
@@ -177,8 +211,7 @@ def _similarities(
     features: torch.Tensor, support: torch.Tensor, query: torch.Tensor, metric: str, centred: bool
 ) -> torch.Tensor:
     """(E, Q, W) similarity of each query to each class centre, from (N, D) features."""
-    if not features.isfinite().all():
-        raise DataError("features hold NaN or infinite values: check the weights of the adapter.")
+    _check_finite(features)
     # Without centring the queries are normalised once per image, not once per episode
     queries = normalize(features, dim=-1) if metric == "cosine" and not centred else features
     found = []
@@ -194,6 +227,11 @@ def _similarities(
             asked = normalize(asked, dim=-1) if centred else asked
             found.append(asked @ normalize(centres, dim=-1).transpose(1, 2))
     return torch.cat(found)
+
+
+def _check_finite(features: torch.Tensor) -> None:
+    if not features.isfinite().all():
+        raise DataError("features hold NaN or infinite values: check the weights of the adapter.")
 
 
 def _chunks(episodes: int, images: int, width: int) -> Iterator[slice]:

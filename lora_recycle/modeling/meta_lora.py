@@ -20,11 +20,10 @@ from ..embedded import backbone_name, resolve_meta_lora
 from ..errors import AdapterError, DataError
 from ..hub.adapters import load_adapter, pull_adapter
 from ..hub.files import PICTURE_FILE, SIDECAR_FILE
-from ..prototypes import class_centres
 from ..storage import atomic_write
 from ..version import __version__
 from ..weight_changes import wear_layers
-from .heads import ClassCentreHead
+from .heads import make_head
 from .merging import merge_layers
 from .preprocessing import as_batch, to_pixel_values
 from .publishing import push_adapter_folder
@@ -42,18 +41,21 @@ class FewShotOutput(ModelOutput):
 
 
 class MetaLoRAForFewShotClassification(nn.Module):
-    """A frozen ViT that wears a meta-LoRA and classifies by class centres of the support images.
+    """A frozen ViT that wears a meta-LoRA and classifies by a few-shot head, class centres by default.
 
     Args:
         backbone ([`Backbone`]): its linear layers are wrapped by PEFT in place.
         peft_model: the PEFT model around `backbone.model`.
-        settings (`dict`, *optional*): the sidecar: head, metric, temperature, sources, results.
+        settings (`dict`, *optional*): the sidecar: head, metric, temperature, head parameters, sources, results.
+
+    Raises:
+        ConfigError: there is no head of the name in `settings`, or it does not take the parameters there.
     """
 
     def __init__(self, backbone: Backbone, peft_model, settings: dict[str, Any] | None = None):
         super().__init__()
         self.backbone, self.peft_model, self.settings = backbone, peft_model, dict(settings or {})
-        self.head = ClassCentreHead(self.settings.get("metric", "cosine"), self.settings.get("temperature", 0.1))
+        self.head = make_head(self.settings.get("head", "class_centres"), self.settings)
         #: PNG of some of the surrogate images that it learned from, where they are at hand
         self.picture: bytes | None = None
         #: replaced as a whole by `fit` and `add_classes`, so that a prediction in another thread sees one task
@@ -67,6 +69,7 @@ class MetaLoRAForFewShotClassification(nn.Module):
         cls,
         repo_or_path: str | Path,
         *,
+        head: str | None = None,
         revision: str | None = None,
         token: str | None = None,
         cache_dir: str | Path | None = None,
@@ -79,11 +82,17 @@ class MetaLoRAForFewShotClassification(nn.Module):
         """Load a meta-LoRA from a folder or a repo id; `demo` is the embedded one.
 
         The base model is the one that the adapter names unless `base_model` is given. A fitted task that was saved
-        with it comes back fitted.
+        with it comes back fitted, unless `head` needs other statistics of the support images, which a warning tells.
+
+        Args:
+            head (`str`, *optional*): one of `modeling.heads.HEADS` by name; by default the one it was saved with.
 
         Raises:
             AdapterError: files are missing or damaged, or do not fit the base model.
+            ConfigError: there is no head of this name.
         """
+        if head is not None:
+            make_head(head, {})  # an unknown name is told before anything is fetched
         hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         info = pull_adapter(resolve_meta_lora(repo_or_path), revision=revision, **hub)
         if base_model is None and info.base_model is None:
@@ -97,7 +106,8 @@ class MetaLoRAForFewShotClassification(nn.Module):
         peft_model = get_peft_model(backbone.model, loaded.peft_config)
         set_peft_model_state_dict(peft_model, loaded.state_dict)
         peft_model.to(device=backbone.device, dtype=backbone.dtype)
-        model = cls(backbone, peft_model, read_sidecar(info.path / SIDECAR_FILE))
+        settings = read_sidecar(info.path / SIDECAR_FILE, head)
+        model = cls(backbone, peft_model, settings if head is None else {**settings, "head": head})
         model._task = load_task(task_file(info, model.settings, hub), model.head, backbone.hidden_size)
         model.picture = read_picture(info)
         return model
@@ -144,7 +154,7 @@ class MetaLoRAForFewShotClassification(nn.Module):
         Args:
             support_pixel_values: (S, 3, H, W), normalised.
             support_labels: int64 (S,), values 0 to ways - 1, each present.
-            query_pixel_values: (Q, 3, H, W).
+            query_pixel_values: (Q, 3, H, W). A transductive head takes them as one set.
             query_labels: int64 (Q,); with them the output has a loss.
 
         Raises:
@@ -154,10 +164,10 @@ class MetaLoRAForFewShotClassification(nn.Module):
         ways = int(support_labels.max()) + 1
         features = self.features(torch.cat([support_pixel_values, query_pixel_values]))
         support, query = features.split([len(support_pixel_values), len(query_pixel_values)])
-        prototypes = class_centres(support, support_labels, ways)
-        logits = self.head.logits(query, prototypes)
+        statistics = self.head.statistics(support, support_labels, ways)
+        logits = self.head.logits(query, self.head.prepare(statistics))
         loss = None if query_labels is None else F.cross_entropy(logits.float(), query_labels.to(self.device))
-        return FewShotOutput(loss=loss, logits=logits, prototypes=prototypes)
+        return FewShotOutput(loss=loss, logits=logits, prototypes=self.head.centres(statistics))
 
     def preprocess(self, images) -> torch.Tensor:
         """What the backbone takes: PIL images, arrays, file names, or uint8 tensors (N, 3, H, W) to (N, 3, S, S).
@@ -196,11 +206,15 @@ class MetaLoRAForFewShotClassification(nn.Module):
         return self
 
     def predict_proba(self, images) -> torch.Tensor:
-        """Class probabilities, columns in the order of `label_names`: (N, classes), float32 on the CPU."""
+        """Class probabilities, columns in the order of `label_names`: (N, classes), float32 on the CPU.
+
+        A transductive head (`model.head.transductive`) takes the N images as one query set: the answer for an image
+        depends on the others, so images that belong together should come in one call.
+        """
         return self._probabilities(self._fitted(), images)
 
     def predict(self, images) -> list[Any]:
-        """The label of each image, as it was given to `fit`."""
+        """The label of each image, as it was given to `fit`. Transductive heads as in `predict_proba`."""
         task = self._fitted()
         return [task.label_names[i] for i in self._probabilities(task, images).argmax(-1).tolist()]
 
@@ -211,7 +225,7 @@ class MetaLoRAForFewShotClassification(nn.Module):
     @property
     def prototypes(self) -> torch.Tensor:
         """Class centres of the fitted task: (classes, D)."""
-        return self._fitted().centres
+        return self.head.centres(self._fitted().statistics)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write a plain PEFT adapter with our sidecar, and the fitted task where there is one."""
@@ -222,9 +236,9 @@ class MetaLoRAForFewShotClassification(nn.Module):
         with wear_layers(self.backbone.model, self._merged):
             self.peft_model.save_pretrained(folder, safe_serialization=True)
         settings = {
-            "head": "class_centres",
-            "metric": self.head.metric,
-            "temperature": self.head.temperature,
+            "head": self.head.name,
+            "metric": self.settings.get("metric", "cosine"),
+            "temperature": self.settings.get("temperature", 0.1),
             "image_processor": self.backbone.processor_settings(),
             "lora_recycle_version": __version__,
             "num_classes": None if task is None else len(task.label_names),

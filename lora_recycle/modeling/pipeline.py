@@ -19,7 +19,8 @@ class FewShotImageClassificationPipeline(Pipeline):
     """Classifies images after a look at a support set, given at construction or at a call.
 
     Args:
-        model ([`MetaLoRAForFewShotClassification`]): or, through `transformers.pipeline`, its repo id or folder.
+        model ([`MetaLoRAForFewShotClassification`]): or, through `transformers.pipeline`, its repo id or folder. Its
+            head must not be transductive.
         support_images, support_labels: what [`MetaLoRAForFewShotClassification.fit`] takes. Given at a call they
             replace the task that was there. A model that was saved fitted needs none.
         top_k (`int`, *optional*): how many classes to return, all by default.
@@ -37,6 +38,11 @@ class FewShotImageClassificationPipeline(Pipeline):
     _load_processor = False
 
     def __init__(self, model: MetaLoRAForFewShotClassification, **kwargs):
+        if model.head.transductive:
+            raise ConfigError(
+                f"The head {model.head.name} classifies a set of images together, and a pipeline takes them one by "
+                "one. Use model.predict(images), or load the model with another head."
+            )
         # the model's own processor: with it transformers can form batches
         super().__init__(model=model, **{"image_processor": model.backbone.processor, **kwargs})
 

@@ -7,21 +7,27 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-from ..errors import AdapterError
+from ..errors import AdapterError, ConfigError
 from ..hub.adapters import AdapterInfo
-from ..hub.files import MAX_CLASSES, MAX_PICTURE_BYTES, PICTURE_FILE, checked_file
+from ..hub.files import MAX_PICTURE_BYTES, PICTURE_FILE, checked_file
 from ..hub.snapshots import fetch
-from ..hub.untrusted import MAX_TENSOR_BYTES, parse_json, read_safetensors_header, read_text
+from ..hub.untrusted import MAX_TENSOR_BYTES, parse_json, read_text
+from .heads import make_head
 
 
 TASK_FILE = "few_shot_task.safetensors"
+# a head's parameters are a few numbers, neither so small nor so large that scores overflow
+_MAX_LIST = 100
+_LEAST, _MOST = 1e-6, 1e6
 
 
-def read_sidecar(path: Path) -> dict[str, Any]:
-    """The sidecar's settings, empty where there is none. Raises `AdapterError` where it is damaged."""
+def read_sidecar(path: Path, head: str | None = None) -> dict[str, Any]:
+    """The sidecar's settings, empty where there is none. Raises `AdapterError` where it is damaged.
+
+    Args:
+        head: the one that is wanted, whichever the sidecar names.
+    """
     if not path.is_file():
         return {}
     try:
@@ -30,12 +36,43 @@ def read_sidecar(path: Path) -> dict[str, Any]:
         raise AdapterError(f"{path}: the sidecar is damaged ({error}). Delete it to use the defaults.") from error
     if not isinstance(settings, dict):
         raise AdapterError(f"{path}: the sidecar must hold a JSON object.")
-    if settings.get("metric", "cosine") not in ("cosine", "euclidean"):
-        raise AdapterError(f"{path}: unknown metric {settings['metric']!r}; this version knows cosine and euclidean.")
-    temperature = settings.get("temperature", 0.1)
-    if not isinstance(temperature, (int, float)) or not temperature > 0:
-        raise AdapterError(f"{path}: temperature must be a positive number, got {temperature!r}.")
+    metric, temperature = settings.get("metric", "cosine"), settings.get("temperature", 0.1)
+    if metric not in ("cosine", "euclidean"):
+        raise AdapterError(f"{path}: unknown metric {_short(metric)}; this version knows cosine and euclidean.")
+    if not _is_sound(temperature):
+        raise AdapterError(
+            f"{path}: temperature must be a positive number, {_LEAST} to {_MOST}, got {_short(temperature)}."
+        )
+    _check_head(head or settings.get("head", "class_centres"), settings, path)
     return settings
+
+
+def _check_head(name: str, settings: dict[str, Any], path: Path) -> None:
+    """Raises `AdapterError` where the head cannot be made, so that it is told with the file."""
+    every = settings.get("head_parameters", {})
+    if not isinstance(every, dict) or not all(isinstance(one, dict) for one in every.values()):
+        raise AdapterError(f"{path}: head_parameters must hold an object for each head.")
+    for head, parameters in every.items():
+        for key, value in parameters.items():
+            numbers = value if isinstance(value, list) else [value]
+            if len(numbers) > _MAX_LIST or not all(_is_sound(number) for number in numbers):
+                raise AdapterError(
+                    f"{path}: {key[:80]} of the head {head[:80]} must be positive, from {_LEAST} to {_MOST}, or at "
+                    f"most {_MAX_LIST} such numbers, got {_short(value)}."
+                )
+    try:
+        make_head(name, settings)
+    except (ConfigError, TypeError) as error:
+        raise AdapterError(f"{path}: {error} Pass head=... to use another, or upgrade lora_recycle.") from error
+
+
+def _is_sound(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and _LEAST <= value <= _MOST
+
+
+def _short(value: Any) -> str:
+    return f"a {type(value).__name__}" if isinstance(value, (list, dict)) else repr(value)[:80]
 
 
 def read_picture(info: AdapterInfo) -> bytes | None:
@@ -70,30 +107,3 @@ def task_file(info: AdapterInfo, settings: dict[str, Any], hub: dict[str, Any]) 
     if not path.is_file():
         raise AdapterError(f"{info.where}: its fitted task, {TASK_FILE}, is not to be had: the repo has no such file.")
     return path
-
-
-def read_task(path: Path, width: int) -> tuple[list[Any], Tensor, Tensor]:
-    """Names of the classes, sums (C, width) of their images' features and float32 (C,) numbers of images.
-
-    Raises:
-        AdapterError: the file is damaged, or does not hold plain names and finite numbers of these shapes.
-    """
-    try:
-        shapes = read_safetensors_header(path)
-        with safe_open(path, "pt") as file:
-            names = parse_json((file.metadata() or {})["header"])["label_names"]
-            _check_task(names, shapes, width)
-            sums, counts = file.get_tensor("sums"), file.get_tensor("counts")
-        if not (sums.is_floating_point() and sums.isfinite().all() and (counts > 0).all()):
-            raise ValueError("numbers that are no sums and counts")
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise AdapterError(f"{path}: the fitted task cannot be read ({error!r}). Delete the file.") from error
-    return names, sums, counts
-
-
-def _check_task(names: Any, shapes: dict[str, tuple[int, ...]], width: int) -> None:
-    plain = isinstance(names, list) and all(isinstance(name, (str, int, float)) for name in names)
-    if not plain or not 1 <= len(names) <= MAX_CLASSES or len(set(names)) < len(names):
-        raise ValueError(f"no list of 1 to {MAX_CLASSES} different labels")
-    if shapes.get("sums") != (len(names), width) or shapes.get("counts") != (len(names),):
-        raise ValueError(f"{len(names)} labels need sums {(len(names), width)} and counts, got {shapes}")

@@ -1,18 +1,25 @@
-"""A fitted task: the class centres of a support set, with the user's own label names."""
+"""A fitted task: what a head keeps of a support set, with the user's own label names."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
-from ..prototypes import class_sums
+from ..errors import AdapterError
+from ..hub.files import MAX_CLASSES
+from ..hub.untrusted import parse_json, read_safetensors_header
 from ..storage import atomic_save_tensors
-from .heads import ClassCentreHead
-from .sidecar import read_task
+from .heads import HEADS, FewShotHead
+
+
+#: Most scores (images x classes) that fitting a head to the embeddings of a file may take at a time: 256 MB.
+_MAX_SCORES = 2**26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,54 +28,111 @@ class FewShotTask:
 
     Args:
         label_names: C labels, as the user gave them.
-        sums: (C, D), the sum of each class's embeddings, so that images can be added later.
-        counts: (C,), their number.
-        prepared: (C, D), the centres as the head compares with them.
+        statistics: what the head keeps of the support set, so that images can be added later.
+        prepared: what the head scores queries with.
     """
 
     label_names: list[Any]
-    sums: torch.Tensor
-    counts: torch.Tensor
-    prepared: torch.Tensor
+    statistics: dict[str, torch.Tensor]
+    prepared: dict[str, torch.Tensor]
 
     @classmethod
     def fitted(
-        cls, features: torch.Tensor, labels: list[Any], head: ClassCentreHead, earlier: FewShotTask | None = None
+        cls, features: torch.Tensor, labels: list[Any], head: FewShotHead, earlier: FewShotTask | None = None
     ) -> FewShotTask:
         """Embeddings (N, D) and their N labels, added to those of an `earlier` task."""
         known = earlier.label_names if earlier else []
         names = known + sorted(set(labels) - set(known), key=lambda label: (str(type(label)), label))
         column = {name: i for i, name in enumerate(names)}
         index = torch.tensor([column[label] for label in labels], device=features.device)
-        sums, counts = class_sums(features, index, len(names))
+        statistics = head.statistics(features, index, len(names))
         if earlier:
-            sums[: len(known)] += earlier.sums.to(sums)
-            counts[: len(known)] += earlier.counts.to(counts)
-        return cls(names, sums, counts, head.prepare(sums / counts[:, None]))
+            statistics = head.merged(earlier.statistics, statistics)
+        return cls(names, statistics, head.prepare(statistics))
 
-    @property
-    def centres(self) -> torch.Tensor:
-        """(C, D)."""
-        return self.sums / self.counts[:, None]
-
-    def logits(self, features: torch.Tensor, head: ClassCentreHead) -> torch.Tensor:
+    def logits(self, features: torch.Tensor, head: FewShotHead) -> torch.Tensor:
         """(Q, D) to (Q, C), float32."""
-        return head.prepared_logits(features.float(), self.prepared.to(features.device))
+        prepared = {name: value.to(features.device) for name, value in self.prepared.items()}
+        return head.logits(features.float(), prepared)
 
 
 def save_task(path: Path, task: FewShotTask) -> None:
     """Write a task atomically."""
-    tensors = {"sums": task.sums.cpu().contiguous(), "counts": task.counts.cpu().contiguous()}
+    tensors = {name: value.cpu().contiguous() for name, value in task.statistics.items()}
     atomic_save_tensors(path, tensors, json.dumps({"label_names": task.label_names}))
 
 
-def load_task(path: Path, head: ClassCentreHead, width: int) -> FewShotTask | None:
-    """Read a task on features of `width` numbers; None where there is no file.
+def load_task(path: Path, head: FewShotHead, width: int) -> FewShotTask | None:
+    """Read a task on embeddings of `width` numbers, of which nothing is trusted.
+
+    Returns:
+        None where there is no file, or, with a warning, where another kind of head fitted it.
 
     Raises:
-        AdapterError: the file is damaged.
+        AdapterError: the file is damaged, or does not hold plain names and such statistics as the head keeps.
     """
     if not path.is_file():
         return None
-    names, sums, counts = read_task(path, width)
-    return FewShotTask(names, sums, counts, head.prepare(sums / counts[:, None]))
+    try:
+        shapes = read_safetensors_header(path)
+        if _is_of_another_head(shapes, head):
+            warnings.warn(
+                f"{path}: the fitted task holds {', '.join(sorted(shapes))}, but the head {head.name} needs "
+                f"{', '.join(sorted(head.statistics_shapes))}. Call fit again, or load it with the head it had."
+            )
+            return None
+        with safe_open(path, "pt") as file:
+            names = parse_json((file.metadata() or {})["header"])["label_names"]
+            _check_names(names)
+            _check_shapes(shapes, head, len(names), width)
+            statistics = {name: file.get_tensor(name) for name in shapes}
+        _check_values(statistics, len(names))
+        prepared = head.prepare(statistics)
+        _check_finite(prepared)  # finite numbers may be too large
+        return FewShotTask(names, statistics, prepared)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise AdapterError(f"{path}: the fitted task cannot be read ({error!r}). Delete the file.") from error
+
+
+def _is_of_another_head(shapes: dict[str, tuple[int, ...]], head: FewShotHead) -> bool:
+    """Raises `ValueError` where no head keeps statistics of these names."""
+    if set(shapes) not in [set(known.statistics_shapes) for known in HEADS.values()]:
+        raise ValueError(f"no head keeps {', '.join(name[:80] for name in sorted(shapes)[:9])} and nothing else")
+    return set(shapes) != set(head.statistics_shapes)
+
+
+def _check_names(names: Any) -> None:
+    plain = isinstance(names, list) and all(isinstance(name, (str, int, float)) for name in names)
+    if not plain or not 1 <= len(names) <= MAX_CLASSES or len(set(names)) < len(names):
+        raise ValueError(f"no list of 1 to {MAX_CLASSES} different labels")
+
+
+def _check_shapes(shapes: dict[str, tuple[int, ...]], head: FewShotHead, classes: int, width: int) -> None:
+    """Raises `ValueError` where tensors do not have the shapes that the head's letters say."""
+    sizes = {"C": classes, "D": width}
+    for name, letters in head.statistics_shapes.items():
+        expected = tuple(sizes.setdefault(letter, size) for letter, size in zip(letters, shapes[name], strict=False))
+        if len(letters) != len(shapes[name]) or expected != shapes[name]:
+            raise ValueError(f"{classes} labels on {width} features, but {name} has the shape {shapes[name]}")
+    if sizes.get("N", 0) * classes > _MAX_SCORES:
+        raise ValueError(f"{sizes['N']} images and {classes} labels, too many to fit {head.name} to")
+
+
+def _check_values(statistics: dict[str, torch.Tensor], classes: int) -> None:
+    """Raises `ValueError` where numbers cannot be those of a support set."""
+    for name, value in statistics.items():
+        if value.dtype != (torch.int64 if name == "labels" else torch.float32):
+            raise ValueError(f"{name} holds numbers of the type {value.dtype}")
+    _check_finite(statistics)
+    if "counts" in statistics and not (statistics["counts"] >= 1).all():
+        raise ValueError("counts are less than 1")
+    if "labels" in statistics and statistics["labels"].unique().tolist() != list(range(classes)):
+        raise ValueError(f"labels do not number the {classes} classes")
+    if "features" in statistics and (statistics["features"].norm(dim=-1) > 1.01).any():
+        raise ValueError("features are longer than 1")  # a fit to them might not end well
+
+
+def _check_finite(tensors: dict[str, torch.Tensor]) -> None:
+    for name, value in tensors.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{name} is not finite")

@@ -102,6 +102,18 @@ def test_evaluate_without_a_pool_leaves_its_methods_out(evaluate_arguments, work
     ]
 
 
+def test_evaluate_judges_other_heads_too(evaluate_arguments, run):
+    code, out, _ = run(*evaluate_arguments, "--no-pool", "--max-per-class", 4, "--head", "lda", "transductive_em")
+    assert code == 0 and out.count(" + lda ") == out.count(" + transductive_em ") == 2
+
+
+def test_predict_by_another_head(work, run, fails):
+    command = ["predict", work / "meta", "--support", work / "photos", work / "photos" / "class 0", "--json"]
+    found = [json.loads(run(*command, *head)[1]) for head in ([], ["--head", "lda"])]
+    assert found[0][0]["probabilities"] != found[1][0]["probabilities"]
+    assert "There are class_centres, " in fails(*command, "--head", "svm")
+
+
 def test_evaluate_judges_the_methods_asked_for(evaluate_arguments, work, run, fails):
     code, out, _ = run(*evaluate_arguments, "--methods", "ties", "frozen-euclidean", "--pool", work / "pool")
     methods = [line.split()[0] for line in out.splitlines()[1:]]

@@ -9,11 +9,12 @@ from helpers_tiny import copied_state, random_pixels, same_weights
 from lora_recycle.backbones import extract_features
 from lora_recycle.distillation.config import DistillationConfig
 from lora_recycle.distillation.trainer import MetaLoraTrainer
-from lora_recycle.errors import DataError
+from lora_recycle.errors import ConfigError, DataError
 from lora_recycle.evaluation.benchmark import evaluate
 from lora_recycle.evaluation.episodes import sample_episodes
-from lora_recycle.evaluation.protocol import ensemble_accuracy, prototype_accuracy
+from lora_recycle.evaluation.protocol import ensemble_accuracy, head_accuracy, prototype_accuracy
 from lora_recycle.images import LabelledImages
+from lora_recycle.modeling.heads import make_head
 from lora_recycle.modeling.meta_lora import MetaLoRAForFewShotClassification
 
 
@@ -96,6 +97,20 @@ def test_without_a_model_the_pool_alone(data, tiny_pool, result):
 
 def test_the_batch_size_changes_nothing(data, model, result):
     assert evaluate(data, model, batch_size=7, **SMALL).rows[0] == result.rows[0]
+
+
+def test_heads_are_judged_on_both_backbones(data, model, result):
+    judged = evaluate(data, model, heads=["lda", "transductive_em"], **SMALL)
+    methods = [row["method"] for row in judged.rows[:7]]
+    assert methods[2:5] == ["frozen + lda", "frozen + transductive_em", "meta-lora"]
+    assert methods[5:] == ["meta-lora + lda", "meta-lora + transductive_em"]
+    assert torch.equal(judged.accuracies[2, "meta-lora"], result.accuracies[2, "meta-lora"])
+    features = extract_features(model.backbone, data.pixels)
+    drawn = sample_episodes(data.labels, 4, 2, 5, 40, 0)
+    expected = head_accuracy(features, drawn, make_head("lda", {}))
+    assert torch.equal(judged.accuracies[2, "meta-lora + lda"], expected)
+    with pytest.raises(ConfigError, match="Unknown head 'svm'"):
+        evaluate(data, model, heads=["svm"], **SMALL)
 
 
 def test_too_many_ways(data, model):

@@ -1,5 +1,6 @@
 """Accuracies worked out by hand."""
 
+import dataclasses
 import math
 
 import pytest
@@ -11,9 +12,11 @@ from lora_recycle.evaluation.protocol import (
     confidence,
     ensemble_accuracy,
     format_table,
+    head_accuracy,
     prototype_accuracy,
     summarise,
 )
+from lora_recycle.modeling.heads import HEADS, make_head
 
 
 def one_episode(support, query, query_labels) -> Episode:
@@ -149,3 +152,32 @@ def test_table_is_aligned_and_grouped():
     assert lines[2] == "meta-lora  digits  5-way 1-shot  55.00 ± 19.60  +5.00 ± 0.00"
     assert lines[3] == "" and len(lines) == 6
     assert len({len(line) for line in lines if line}) == 1
+
+
+@pytest.mark.parametrize("name", list(HEADS))
+def test_heads_in_chunks_as_one_by_one(random_case, monkeypatch, name):
+    features, episodes = random_case
+    every = list(episodes)[:6]
+    every[2] = dataclasses.replace(every[2], query=every[2].query[:20], query_labels=every[2].query_labels[:20])
+    episodes = EpisodeSet(every, 5, 2)
+    monkeypatch.setattr("lora_recycle.evaluation.protocol._CHUNK_ELEMENTS", 1500)  # several chunks
+    head, way = make_head(name, {}), torch.arange(5).repeat_interleave(2)
+    expected = []
+    for episode in every:
+        logits = head.classify(features[episode.support.flatten()], way, 5, features[episode.query])
+        expected.append(100.0 * (logits.argmax(-1) == episode.query_labels).float().mean().item())
+    assert head_accuracy(features, episodes, head).tolist() == pytest.approx(expected)
+    assert 30 < sum(expected) / 6 < 100
+
+
+def test_class_centre_heads_are_the_prototypes(random_case):
+    features, episodes = random_case
+    for metric in ("cosine", "euclidean"):
+        expected = prototype_accuracy(features, episodes, metric)
+        assert torch.equal(head_accuracy(features, episodes, make_head(f"{metric}_centres", {})), expected)
+
+
+def test_heads_refuse_features_that_are_not_finite(random_case):
+    features, episodes = random_case
+    with pytest.raises(DataError, match="NaN"):
+        head_accuracy(features * torch.nan, episodes, make_head("lda", {}))

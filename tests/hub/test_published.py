@@ -144,15 +144,17 @@ def test_a_picture_that_is_a_link_out_of_the_folder_is_refused(model, tmp_path):
 @pytest.mark.parametrize(
     ("names", "tensors", "reason"),
     [
-        (["a", "b"], {"sums": torch.ones(3, 32), "counts": torch.ones(3)}, "2 labels need sums"),
-        (["a", "b"], {"sums": torch.ones(2, 31), "counts": torch.ones(2)}, "2 labels need sums"),
-        (["a", "b"], {"sums": torch.ones(2, 32), "counts": torch.ones(2, 1)}, "2 labels need sums"),
-        (["a", "b"], {"sums": torch.full((2, 32), torch.nan), "counts": torch.ones(2)}, "no sums and counts"),
-        (["a", "b"], {"sums": torch.ones(2, 32), "counts": torch.zeros(2)}, "no sums and counts"),
+        (["a", "b"], {"sums": torch.ones(3, 32), "counts": torch.ones(3)}, "2 labels on 32 features, but sums"),
+        (["a", "b"], {"sums": torch.ones(2, 31), "counts": torch.ones(2)}, "2 labels on 32 features, but sums"),
+        (["a", "b"], {"sums": torch.ones(2, 32), "counts": torch.ones(2, 1)}, "2 labels on 32 features, but counts"),
+        (["a", "b"], {"sums": torch.full((2, 32), torch.nan), "counts": torch.ones(2)}, "sums is not finite"),
+        (["a", "b"], {"sums": torch.ones(2, 32), "counts": torch.zeros(2)}, "counts are less than 1"),
         (["a", "a"], {"sums": torch.ones(2, 32), "counts": torch.ones(2)}, "different labels"),
         ([["a"], {}], {"sums": torch.ones(2, 32), "counts": torch.ones(2)}, "different labels"),
         ("ab", {"sums": torch.ones(2, 32), "counts": torch.ones(2)}, "different labels"),
-        (["a", "b"], {"sums": torch.ones(2, 32)}, "2 labels need sums"),
+        (["a", "b"], {"sums": torch.ones(2, 32)}, "no head keeps sums and nothing else"),
+        (["a", "b"], {"sums": torch.ones(2, 32).half(), "counts": torch.ones(2)}, "sums holds numbers of the type"),
+        (["a", "b"], {"sums": torch.ones(2, 32), "counts": torch.tensor([1.0, 0.5])}, "counts are less than 1"),
     ],
 )
 def test_a_fitted_task_that_makes_no_sense_is_refused(hub, model, tmp_path, names, tensors, reason):

@@ -14,6 +14,7 @@ from lora_recycle.distillation.config import DistillationConfig
 from lora_recycle.distillation.trainer import MetaLoraTrainer
 from lora_recycle.errors import AdapterError, DataError
 from lora_recycle.modeling.meta_lora import MetaLoRAForFewShotClassification
+from lora_recycle.prototypes import centre_logits
 
 
 @pytest.fixture(scope="module")
@@ -155,14 +156,14 @@ def test_fit_is_one_forward(model, toy_data, monkeypatch):
 
 def test_prototypes_are_prepared_once_and_follow_the_task(model, toy_data, monkeypatch):
     prepared, prepare = [], model.head.prepare
-    monkeypatch.setattr(model.head, "prepare", lambda centres: prepared.append(len(centres)) or prepare(centres))
+    monkeypatch.setattr(model.head, "prepare", lambda found: prepared.append(len(found["counts"])) or prepare(found))
     queries, _ = pictures(toy_data, [0, 1, 4])
     model.fit(*pictures(toy_data, [0, 1]))
     model.predict(queries)
     assert model.predict_proba(queries).shape == (6, 2) and prepared == [2]
     model.add_classes(*pictures(toy_data, [4]))
     assert model.predict_proba(queries).shape == (6, 3) and prepared == [2, 3]
-    expected = model.head.logits(model.embed(queries), model.prototypes).softmax(-1)
+    expected = centre_logits(model.embed(queries), model.prototypes, temperature=0.1).softmax(-1)
     torch.testing.assert_close(model.predict_proba(queries), expected)
 
 
