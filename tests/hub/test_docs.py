@@ -26,6 +26,23 @@ def blocks(section):
     return re.findall(r"^```(\w+)\n(.*?)^```$", text, re.M | re.S)
 
 
+def run_blocks(section):
+    """Run a section's blocks in their order: their languages, and what Python was left with."""
+    names, run = {}, []
+    for language, code in blocks(section):
+        run.append(language)
+        if language == "python":
+            exec(compile(code, f"{PAGE}: {code.splitlines()[0]}", "exec"), names)
+            continue
+        for line in code.splitlines():
+            program, *arguments = shlex.split(line)
+            if program == "lora-recycle":
+                assert main(arguments) == 0, line
+            else:
+                subprocess.run(["bash", "-ec", line], check=True)
+    return run, names
+
+
 def test_publish(hub, model, tiny_surrogate, tiny_pool_path, tmp_path, monkeypatch, capsys):
     model.save_pretrained(tmp_path / "meta_lora")
     shutil.copytree(tiny_surrogate.folder, tmp_path / "surrogate")
@@ -38,15 +55,7 @@ def test_publish(hub, model, tiny_surrogate, tiny_pool_path, tmp_path, monkeypat
             (tmp_path / "examples" / name[:3]).mkdir(parents=True, exist_ok=True)
             shutil.copy(tmp_path / f"{name}.jpg", tmp_path / "examples" / name[:3])
     monkeypatch.chdir(tmp_path)
-    names, run = {}, []
-    for language, code in blocks("Publish"):
-        run.append(language)
-        if language == "python":
-            exec(compile(code, f"{PAGE}: {code.splitlines()[0]}", "exec"), names)
-            continue
-        for line in code.splitlines():
-            program, *arguments = shlex.split(line)
-            assert program == "lora-recycle" and main(arguments) == 0, line
+    run, names = run_blocks("Publish")
     assert run == ["bash", "python", "python", "python", "python", "bash"]
     out = capsys.readouterr().out
     assert (
@@ -75,18 +84,7 @@ def test_adapters_of_clip_and_siglip(hub, tmp_path, monkeypatch, capsys):
         publish(hub, f"someone/clip-lora-{name}", tmp_path / name, base)
     save_file(paper_tensors(), tmp_path / "lora_0.safetensors")
     monkeypatch.chdir(tmp_path)
-    names, run = {}, []
-    for language, code in blocks("Adapters of CLIP and SigLIP"):
-        run.append(language)
-        if language == "python":
-            exec(compile(code, f"{PAGE}: {code.splitlines()[0]}", "exec"), names)
-            continue
-        for line in code.splitlines():
-            program, *arguments = shlex.split(line)
-            if program == "lora-recycle":
-                assert main(arguments) == 0, line
-            else:
-                subprocess.run(["bash", "-ec", line], check=True)
+    run, names = run_blocks("Adapters of CLIP and SigLIP")
     assert run == ["bash", "bash", "python", "bash"]
     assert [adapter.num_classes for adapter in names["pool"]] == [3, 2]
     out = capsys.readouterr().out
