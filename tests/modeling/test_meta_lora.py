@@ -43,8 +43,7 @@ def pictures(data, classes, each=2, start=0):
 def test_a_loaded_model_has_the_same_features(model, saved):
     x = torch.randn(3, 3, 32, 32)
     loaded = MetaLoRAForFewShotClassification.from_pretrained(saved)
-    # products of few rows may differ in the last bit by where in memory the weights lie
-    torch.testing.assert_close(loaded.features(x), model.features(x), rtol=1e-5, atol=1e-6)
+    assert torch.equal(loaded.features(x), model.features(x))
 
 
 @torch.no_grad()
@@ -152,7 +151,7 @@ def test_a_fitted_task_is_saved_and_forgotten_with_it(model, toy_data, tmp_path,
     images, labels = pictures(toy_data, [0, 4, 6])
     model.fit(images, labels).save_pretrained(tmp_path)
     loaded = MetaLoRAForFewShotClassification.from_pretrained(tmp_path)
-    torch.testing.assert_close(loaded.predict_proba(images), model.predict_proba(images), rtol=1e-4, atol=1e-7)
+    assert torch.equal(loaded.predict_proba(images), model.predict_proba(images))
     loaded.add_classes(*pictures(toy_data, [1]))
     assert loaded.label_names == ["n0", "n4", "n6", "n1"]
     MetaLoRAForFewShotClassification.from_student(student).save_pretrained(tmp_path)
