@@ -80,4 +80,5 @@ def take_patches(images: torch.Tensor, kept: torch.Tensor, size: int) -> torch.T
     """The kept patches of images: (B, C, H, W), (B, k) to (B, k, C, size, size)."""
     grid = images.unfold(2, size, size).unfold(3, size, size)  # a view: (B, C, rows, columns, size, size)
     columns = grid.shape[3]
-    return grid.permute(0, 2, 3, 1, 4, 5)[torch.arange(len(images))[:, None], kept // columns, kept % columns]
+    image = torch.arange(len(images), device=kept.device)[:, None]
+    return grid.permute(0, 2, 3, 1, 4, 5)[image, kept // columns, kept % columns]

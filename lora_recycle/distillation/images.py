@@ -36,8 +36,10 @@ class SurrogateImages:
         """int64 (B,) image numbers to what the tensor `name` of the shards holds of them, (B, ...)."""
         owner = torch.searchsorted(self.starts, index, right=True) - 1
         order = owner.argsort(stable=True)
-        rows = (index - self.starts[owner])[order].split(owner.bincount(minlength=len(self.shards)).tolist())
-        found = [shard.tensors[name].read(part) for shard, part in zip(self.shards, rows, strict=True) if len(part)]
+        owners, counts = owner[order].unique_consecutive(return_counts=True)
+        rows = (index - self.starts[owner])[order].split(counts.tolist())
+        tensors = [self.shards[shard].tensors[name] for shard in owners.tolist()]
+        found = [tensor.read(part) for tensor, part in zip(tensors, rows, strict=True)]
         return torch.cat(found)[order.argsort()]
 
     def inputs(

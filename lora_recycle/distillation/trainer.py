@@ -132,20 +132,15 @@ class MetaLoraTrainer:
         if folder is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="lora-recycle-")
             folder = Path(self._temporary.name)
-        groups = self._ask_teachers(images, folder, progress and self.accelerator.is_main_process)
-        sampler = None
-        if config.kl_weight or config.interpolation_weight:
-            votes = {key: said for group in groups for key, said in group.votes.items()}
-            identities = class_identities(images.shards, votes)
-            sampler = EpisodeSampler(images, identities, config.ways, config.shots, config.queries)
+        state, shown = self.accelerator, progress and self.accelerator.is_main_process
+        groups = self._ask_teachers(images, folder, shown)
+        sampler = self._sampler(images, groups)
         groups = [group for group in groups if len(group.images) >= 4]
         if config.relational_weight and not groups:
             raise DataError("The relational loss needs at least 4 surrogate images in a group of adapters.")
-        state, patch_size = self.accelerator, self.pool.backbone.patch_size
-        tokens = self._store_tokens(images, folder, progress and state.is_main_process) if config.first_layer else None
-        self.make_batch = BatchMaker(
-            config, images, groups, sampler, patch_size, tokens, state.process_index, state.num_processes
-        )
+        tokens = self._store_tokens(images, folder, shown) if config.first_layer else None
+        sizes = (self.pool.backbone.patch_size, tokens, state.process_index, state.num_processes)
+        self.make_batch = BatchMaker(config, images, groups, sampler, *sizes)
         # dropout of the backbone's own would only add noise, and make a resumed run another one
         optimizer = torch.optim.Adam(self.student.eval().trainable(), lr=config.lr, fused=True)
         self._student, self.optimizer = self.accelerator.prepare(self.student, optimizer)
@@ -164,6 +159,14 @@ class MetaLoraTrainer:
         if self._temporary is not None:
             self._temporary.cleanup()
         self._read_losses()
+
+    def _sampler(self, images: SurrogateImages, groups: list[TeacherGroup]) -> EpisodeSampler | None:
+        config = self.config
+        if not (config.kl_weight or config.interpolation_weight):
+            return None
+        votes = {key: said for group in groups for key, said in group.votes.items()}
+        identities = class_identities(images.shards, votes)
+        return EpisodeSampler(images, identities, config.ways, config.shots, config.queries)
 
     def _ask_teachers(self, images: SurrogateImages, folder: Path, progress: bool) -> list[TeacherGroup]:
         """Targets of all groups. Processes that share the folder share the groups."""
