@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
 from choose_recipe import judge
 
 from lora_recycle import AdapterPool, DistillationConfig, InversionConfig, LoraInverter, MetaLoraTrainer
@@ -61,6 +62,7 @@ SPLITS = ("validation", "test")
 def run(name: str, pool: AdapterPool, folder: Path, sets, episodes) -> dict:
     """Invert, distil from zero and from the average, and judge: one variant's row."""
     invert, distill = VARIANTS[name]
+    AcceleratorState._reset_state(reset_partial_state=True)  # else it keeps what the first variant was launched with
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if name.endswith("bf16") else "no"
     config = InversionConfig(**{**BASE_INVERT, **invert})
     surrogate, seconds, image_iterations = make_images(pool, config, folder)

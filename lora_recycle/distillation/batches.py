@@ -93,7 +93,7 @@ class BatchMaker:
     def _inputs(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.tokens is not None:
             return self.tokens.read(index), None
-        return self.images.inputs(index, self.patch_size, self.config.use_masks)
+        return self.images.inputs(index, self.patch_size)
 
     def _logits(self, episode: SurrogateEpisode) -> torch.Tensor | None:
         """What the source adapter's own head says of the queries, cut to the episode's classes."""

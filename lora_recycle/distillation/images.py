@@ -17,13 +17,15 @@ class SurrogateImages:
     Args:
         shards: in the order of the pool.
         checksums: of the shards' files.
+        use_masks: forward only the kept patches where all shards hold them.
     """
 
-    def __init__(self, shards: list[ShardRows], checksums: list[str]):
+    def __init__(self, shards: list[ShardRows], checksums: list[str], use_masks: bool = True):
         self.shards, self.checksums = shards, checksums
         #: number of the first image of each shard, and after the last the number of images
         self.starts = torch.tensor([0] + [len(shard) for shard in shards]).cumsum(0)
-        self.masked = all("kept_tokens" in shard.tensors for shard in shards)
+        #: whether only the kept patches are forwarded
+        self.masked = use_masks and all("kept_tokens" in shard.tensors for shard in shards)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -42,18 +44,16 @@ class SurrogateImages:
         found = [tensor.read(part) for tensor, part in zip(tensors, rows, strict=True)]
         return torch.cat(found)[order.argsort()]
 
-    def inputs(
-        self, index: torch.Tensor, patch_size: int, use_masks: bool = True
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def inputs(self, index: torch.Tensor, patch_size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What is forwarded of images (B,): uint8 (B, 3, H, W) and None, or kept patches (B, k, 3, p, p) and which."""
         pixels = self.read("pixels", index)
-        if not (use_masks and self.masked):
+        if not self.masked:
             return pixels, None
         kept = self.read("kept_tokens", index).long()
         return take_patches(pixels, kept, patch_size), kept
 
 
-def match_shards(pool: AdapterPool, surrogate: SurrogateDataset) -> SurrogateImages:
+def match_shards(pool: AdapterPool, surrogate: SurrogateDataset, use_masks: bool = True) -> SurrogateImages:
     """The surrogate data in the order of the pool. Raises `DataError` where an adapter has none."""
     by_hash = {entry["adapter"]["sha256"]: i for i, entry in enumerate(surrogate.manifest["shards"])}
     missing = [info.name for info in pool.infos if info.sha256 not in by_hash]
@@ -64,4 +64,4 @@ def match_shards(pool: AdapterPool, surrogate: SurrogateDataset) -> SurrogateIma
         )
     order = [by_hash[info.sha256] for info in pool.infos]
     shards = [surrogate.shard_rows(i, verify=True) for i in order]
-    return SurrogateImages(shards, [surrogate.manifest["shards"][i]["sha256"] for i in order])
+    return SurrogateImages(shards, [surrogate.manifest["shards"][i]["sha256"] for i in order], use_masks)

@@ -61,6 +61,8 @@ def teach(
 ) -> TeacherGroup:
     """The teachers' view of the images of a group of adapters (`members`), kept in `folder`.
 
+    Where images are masked the teachers see what the student sees: held to targets of whole images, it would learn to
+    make up for missing tokens, which at use are there.
     Time is linear in images x teachers; memory does not depend on the number of images. What a run that was killed
     left is used again where backbone, teachers and images are the same.
     """
@@ -94,8 +96,9 @@ def _views(pool, images, rows, teacher: int, said, of: int, batch_size: int) -> 
     """One teacher's unit features by the root of the number of teachers, batch by batch; its classes go to `said`."""
     with pool.folded(teacher) as backbone:
         for start in range(0, len(rows), batch_size):
-            pixels = images.read("pixels", rows[start : start + batch_size])
-            hidden, _ = backbone(backbone.normalize(pixels))
+            inputs, kept = images.inputs(rows[start : start + batch_size], backbone.patch_size)
+            kept = None if kept is None else kept.to(backbone.device)
+            hidden, _ = backbone(backbone.normalize(inputs), kept)
             if said is not None:
                 logits = pool[teacher].logits(backbone, hidden)
                 said[start : start + batch_size] = logits.argmax(1).cpu()
@@ -129,6 +132,6 @@ def _majorities(images: SurrogateImages, members: list[int], said: torch.Tensor)
 
 
 def _identity(pool: AdapterPool, images: SurrogateImages, members: list[int], teachers: list[int]) -> str:
-    parts = [pool.backbone.name, pool.backbone.revision, str(pool.backbone.dtype), members]
+    parts = [pool.backbone.name, pool.backbone.revision, str(pool.backbone.dtype), images.masked, members]
     parts += [[pool[i].info.sha256 for i in teachers], [images.checksums[i] for i in members]]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -15,9 +15,7 @@ from .images import SurrogateImages
 from .student import Student
 
 
-def store_tokens(
-    student: Student, images: SurrogateImages, use_masks: bool, path: Path, progress: bool = True
-) -> RowFile:
+def store_tokens(student: Student, images: SurrogateImages, path: Path, progress: bool = True) -> RowFile:
     """The tokens of every image that enter `student.first_layer`: float16 (N, T, D).
 
     A file that is there is taken as it is: its name must say what it depends on.
@@ -27,17 +25,17 @@ def store_tokens(
     """
     if not path.is_file():
         backbone, masks = student.backbone, images.shards[0].tensors.get("kept_tokens")
-        patches = masks.shape[1] if use_masks and images.masked else backbone.num_patches
+        patches = masks.shape[1] if images.masked else backbone.num_patches
         shape = (len(images), backbone.num_prefix_tokens + patches, backbone.hidden_size)
-        write_rows(path, np.float16, shape, _blocks(student, images, use_masks, progress))
+        write_rows(path, np.float16, shape, _blocks(student, images, progress))
     return open_rows(path)
 
 
-def _blocks(student: Student, images: SurrogateImages, use_masks: bool, progress: bool) -> Iterator[torch.Tensor]:
+def _blocks(student: Student, images: SurrogateImages, progress: bool) -> Iterator[torch.Tensor]:
     device, patch_size = student.backbone.device, student.backbone.patch_size
     numbers = torch.arange(len(images)).split(128)
     for index in tqdm(numbers, desc=f"tokens entering layer {student.first_layer}", disable=not progress):
-        pixels, kept = images.inputs(index, patch_size, use_masks)
+        pixels, kept = images.inputs(index, patch_size)
         tokens = student.tokens(student.backbone.normalize(pixels), None if kept is None else kept.to(device))
         stored = tokens.half().cpu()
         if not stored.isfinite().all():

@@ -127,7 +127,7 @@ class MetaLoraTrainer:
         Returns the step to go on with. What the teachers said lies in `output_dir`, in a temporary folder without.
         """
         config = self.config
-        images = match_shards(self.pool, self.surrogate)
+        images = match_shards(self.pool, self.surrogate, config.use_masks)
         folder = Path(output_dir) / "stored" if output_dir is not None else None
         if folder is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="lora-recycle-")
@@ -185,16 +185,16 @@ class MetaLoraTrainer:
     def _store_tokens(self, images: SurrogateImages, folder: Path, progress: bool) -> RowFile:
         """Tokens that enter `first_layer`, written by the main process where processes share the folder."""
         config, state = self.config, self.accelerator
-        parts = [config.init, config.rank, config.seed, config.first_layer, config.use_masks, state.mixed_precision]
+        parts = [config.init, config.rank, config.seed, config.first_layer, images.masked, state.mixed_precision]
         parts += [self.pool.backbone.name, self.pool.backbone.revision, str(self.pool.backbone.dtype)]
         parts += [[info.sha256 for info in self.pool.infos], images.checksums]
         path = folder / f"tokens-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}.npy"
         with state.autocast():
             if state.is_main_process:
-                store_tokens(self.student, images, config.use_masks, path, progress)
+                store_tokens(self.student, images, path, progress)
             if self._temporary is None:
                 state.wait_for_everyone()
-            return store_tokens(self.student, images, config.use_masks, path, progress=False)
+            return store_tokens(self.student, images, path, progress=False)
 
     def step(self, step: int) -> dict[str, torch.Tensor]:
         """One training step, on the batch of this number; the next batch is read meanwhile.

@@ -215,14 +215,17 @@ def test_a_batch_holds_each_image_once_with_its_own_tokens_and_teachers(tiny_poo
 
 
 @torch.no_grad()
-def test_teachers_similarities_are_the_mean_over_the_teachers(tiny_pool, tiny_surrogate, tmp_path):
-    images = match_shards(tiny_pool, tiny_surrogate)
+@pytest.mark.parametrize("use_masks", [True, False])
+def test_teachers_similarities_are_the_mean_over_the_teachers(tiny_pool, tiny_surrogate, tmp_path, use_masks):
+    """Of what the student sees: kept patches alone where there are masks."""
+    images = match_shards(tiny_pool, tiny_surrogate, use_masks)
+    kept = torch.cat([tiny_surrogate.shard(i).kept_tokens.long() for i in (0, 2)]) if use_masks else None
     group = teach(tiny_pool, images, [0, 2], [0, 2], tmp_path, progress=False)
     pixels = torch.cat([tiny_surrogate.shard(i).pixels for i in (0, 2)])
     similarity = 0
     for i in (0, 2):
         with tiny_pool.folded(i) as backbone:
-            unit = F.normalize(backbone.features(backbone.normalize(pixels)), dim=-1)
+            unit = F.normalize(backbone.features(backbone.normalize(pixels), kept), dim=-1)
         similarity = similarity + unit @ unit.T / 2
     features = group.features.read(torch.arange(48)).float()
     torch.testing.assert_close(features @ features.T, similarity, rtol=5e-3, atol=5e-3)
