@@ -203,7 +203,7 @@ class SurrogateDataset:
             PushError: the push failed; then nothing of it is in the repo.
         """
         for i in range(self.num_shards):
-            self.shard(i, verify=True)
+            self.shard_rows(i, verify=True)  # checked as `shard` does, without holding the pixels
         manifest = without_local_paths(self.manifest)
         if not is_repo_id((self.manifest.get("backbone") or {}).get("name")):
             manifest["backbone"] = {}  # a folder of this machine
