@@ -252,16 +252,22 @@ def _peft_changes(loaded: LoadedAdapter, backbone: Backbone):
         for layer in layers.values():
             layer.base_layer = None
         return {}, {}, layers
+    changes = ((name, p.detach().float() - base[name]) for name, p in merged.named_parameters())
+    return *split_changes({name: change for name, change in changes if change.any()}), {}
+
+
+def split_changes(
+    changes: dict[str, torch.Tensor],
+) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], dict[str, torch.Tensor]]:
+    """Dense changes by parameter as `Adapter.factors`, of full rank, where they are of matrices, and as `others`."""
     factors, others = {}, {}
-    for name, parameter in merged.named_parameters():
-        change = parameter.detach().float() - base[name]
-        if not change.any():
-            continue
+    for name, change in changes.items():
         if change.ndim == 2 and name.endswith(".weight"):
-            factors[name.removesuffix(".weight")] = (change, torch.eye(change.shape[1]))
+            eye = torch.eye(change.shape[1], device=change.device)
+            factors[name.removesuffix(".weight")] = (change, eye)
         else:
             others[name] = change
-    return factors, others, {}
+    return factors, others
 
 
 def _wrap(loaded: LoadedAdapter, backbone: Backbone) -> nn.Module:

@@ -15,7 +15,7 @@ from ..backbones import Backbone, extract_features
 from ..errors import AdapterError, ConfigError, DataError
 from ..pool import AdapterPool
 from ..prototypes import centre_logits, class_centres
-from ..weight_changes import Adapter
+from ..weight_changes import Adapter, split_changes
 
 
 #: A change of the backbone: parameter name to a tensor of the parameter's shape.
@@ -97,17 +97,10 @@ class Merge(Composition):
 
     def merge(self, pool: AdapterPool) -> Adapter:
         """The merged change as an adapter without a head: it can be folded, or cut to a rank as a pool of one."""
-        factors, others = {}, {}
-        for name, change in self.changes(pool).items():
-            if change.ndim == 2 and name.endswith(".weight"):
-                eye = torch.eye(change.shape[1], device=change.device)
-                factors[name.removesuffix(".weight")] = (change, eye)
-            else:
-                others[name] = change
         blank = {"path": Path(), "revision": None, "sha256": "", "rank": None, "alpha": None, "num_classes": None}
         name = f"{type(self).__name__} of {len(pool)} adapters"
         info = dataclasses.replace(pool[0].info, name=name, labels=None, config={}, **blank)
-        return Adapter(info, factors, others)
+        return Adapter(info, *split_changes(self.changes(pool)))
 
     def networks(self, pool: AdapterPool) -> Iterator[AbstractContextManager[Backbone]]:
         yield pool.folded([self.merge(pool)])
