@@ -1,13 +1,16 @@
-"""Make the mixed pool of adapters that the package embeds.
+"""Make the mixed pool of adapters that the package embeds, or a larger one.
 
     python examples/make_pool.py --data DATA --output pool/            # one process
     ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 \
         examples/make_pool.py --data DATA --output pool/               # two, on CPU
+    python examples/make_pool.py --data DATA --output pool100/ --count 40 28 18 14    # 100, mixed
+    python examples/make_pool.py --data DATA --output cifar100/ --only cifar_fs --count 100
 
 DATA holds `<set>/train.parquet` for cifar_fs, mini_imagenet, vgg_flower and omniglot_small. 40 tasks of unequal kinds,
 as on the Hub: ranks 2 to 16, all linear layers or q and v only, 3 to 64 classes, key names of transformers 4 and 5, a
-DoRA and a LoHa. 33 characters of omniglot_small stay unseen, for validation. Finished adapters are kept when it is run
-again.
+DoRA and a LoHa. 33 characters of omniglot_small stay unseen, for validation. Where `--count` asks for more of a data
+set than that, the others are plain LoRAs of rank 8, 4, 16, 8, ... on other classes; the first ones are the same ones.
+Finished adapters are kept when it is run again.
 """
 
 import argparse
@@ -90,6 +93,9 @@ PLAN = {
     ),
 }
 
+#: ranks of the adapters beyond the plan, in turn
+FURTHER_RANKS = (8, 4, 16, 8)
+
 #: classes at the end of a training split that no adapter sees, kept for validation where a set has no such split
 HELD_BACK = {"omniglot_small": 33}
 
@@ -129,10 +135,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--backbone", default="demo", help="folder of the backbone, `demo` for the embedded one")
     parser.add_argument("--only", nargs="*", default=list(PLAN), help="data sets")
+    parser.add_argument("--count", nargs="*", type=int, help="adapters of each of these sets (default: the plan's)")
     args = parser.parse_args()
+    counts = args.count or [len(PLAN[name][1]) for name in args.only]
+    if len(counts) != len(args.only):
+        parser.error(f"--count: {len(args.only)} numbers are needed, for {', '.join(args.only)}")
     state, backbone = process_state(), Backbone.from_pretrained(args.backbone)
 
-    tasks = [(name, i) for name in args.only for i in range(len(PLAN[name][1]))]
+    tasks = [(name, i) for name, count in zip(args.only, counts, strict=True) for i in range(count)]
     data = {}
     args.output.mkdir(parents=True, exist_ok=True)
     for name, i in tqdm(tasks[state.process_index :: state.num_processes], desc="make_pool"):
@@ -143,7 +153,7 @@ def main() -> None:
             path = args.data / name / "train.parquet"
             data = {name: load_labelled_images(path, backbone.image_size, int(backbone.processor.resample))}
         common, own = PLAN[name]
-        settings = {**common, **own[i]}
+        settings = {**common, **(own[i] if i < len(own) else {"rank": FURTHER_RANKS[i % len(FURTHER_RANKS)]})}
         legacy = settings.pop("legacy", False)
         config = TuningConfig(**settings)
         seed = 100 * config.seed + i

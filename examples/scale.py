@@ -33,6 +33,8 @@ from lora_recycle.surrogate import SurrogateDataset
 STAGES = ("load", "average", "groups", "invert", "distill")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 CLASSES = 5
+#: Forwards of an image before distillation; `max_teachers` bounds them (32 by default), whatever the pool's size.
+TEACHERS = 8
 
 
 def main() -> None:
@@ -134,7 +136,7 @@ def do_stage(stage: str, pool: AdapterPool, folders: list[Path], output: Path, i
         LoraInverter(pool, config).run(output, progress=False)
     else:
         data = SurrogateDataset.from_pretrained(output)
-        MetaLoraTrainer(pool, data, DistillationConfig(steps=5)).train(progress=False)
+        MetaLoraTrainer(pool, data, DistillationConfig(steps=5, max_teachers=TEACHERS)).train(progress=False)
 
 
 def peak_mb() -> float:

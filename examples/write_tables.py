@@ -2,8 +2,8 @@
 
     python examples/write_tables.py
 
-Reads `docs/results/*.json`, as `lora-recycle evaluate --json` and the scripts choose_recipe.py, benchmark.py and
-efficiency.py write them, and replaces what stands between `<!-- NAME -->` and `<!-- /NAME -->` in README.md
+Reads `docs/results/*.json`, as `lora-recycle evaluate --json` and the scripts choose_recipe.py, benchmark.py, scale.py
+and efficiency.py write them, and replaces what stands between `<!-- NAME -->` and `<!-- /NAME -->` in README.md
 and docs/*.md.
 """
 
@@ -78,6 +78,20 @@ def speed_tables() -> str:
     return "\n\n".join(markdown(json.loads(path.read_text())) for path in runs)
 
 
+def scale_table() -> str:
+    """Time per adapter and peak memory of each stage against the number of adapters."""
+    rows = json.loads((RESULTS / "scale.json").read_text())["rows"]
+    counts = sorted({row["adapters"] for row in rows})
+    lines = ["| stage | " + " | ".join(f"{count:,} adapters" for count in counts) + " |", "|---|" + "---:|" * len(counts)]
+    for stage in dict.fromkeys(row["stage"] for row in rows):
+        found = {row["adapters"]: row for row in rows if row["stage"] == stage}
+        cells = [
+            f"{1e3 * found[count]['cpu_seconds_per_adapter']:.1f} ms, {found[count]['peak_mb']:.0f} MB" for count in counts
+        ]
+        lines.append(f"| {stage} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     home = ["cifar_fs", "mini_imagenet", "vgg_flower", "omniglot_small"]
     tables = {
@@ -88,6 +102,7 @@ def main() -> None:
         "choice": choice_table() if (RESULTS / "choice.json").exists() else "",
         "pool": pool_table(),
         "speed": speed_tables(),
+        "scale": scale_table(),
     }
     if (RESULTS / "efficiency.json").exists():
         rows = json.loads((RESULTS / "efficiency.json").read_text())
