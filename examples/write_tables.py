@@ -82,11 +82,15 @@ def scale_table() -> str:
     """Time per adapter and peak memory of each stage against the number of adapters."""
     rows = json.loads((RESULTS / "scale.json").read_text())["rows"]
     counts = sorted({row["adapters"] for row in rows})
-    lines = ["| stage | " + " | ".join(f"{count:,} adapters" for count in counts) + " |", "|---|" + "---:|" * len(counts)]
+    lines = [
+        "| stage | " + " | ".join(f"{count:,} adapters" for count in counts) + " |",
+        "|---|" + "---:|" * len(counts),
+    ]
     for stage in dict.fromkeys(row["stage"] for row in rows):
         found = {row["adapters"]: row for row in rows if row["stage"] == stage}
         cells = [
-            f"{1e3 * found[count]['cpu_seconds_per_adapter']:.1f} ms, {found[count]['peak_mb']:.0f} MB" for count in counts
+            f"{1e3 * found[count]['cpu_seconds_per_adapter']:.1f} ms, {found[count]['peak_mb']:.0f} MB"
+            for count in counts
         ]
         lines.append(f"| {stage} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -17,7 +17,8 @@ examples:
   lora-recycle distill demo --surrogate surrogate --output meta_lora
   lora-recycle distill pool --surrogate surrogate --output meta_lora --steps 1000 --rank 8
   lora-recycle distill pool --surrogate surrogate --output meta_lora --init zero --kl-weight 1 --interpolation-weight 1
-  lora-recycle distill pool --output average --steps 0        the exact average, no training
+  lora-recycle distill pool --output average --init average --steps 0      the exact average, no training
+  lora-recycle distill pool --output merged --steps 0                       the same, not diluted by a mixed pool
 
 A killed run goes on where it was when the command is run again.
 """

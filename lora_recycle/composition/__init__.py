@@ -5,7 +5,7 @@ from .base import Composition, Merge, Selection
 from .controls import RandomAverage, shuffled_heads
 from .dare import Dare
 from .ensemble import Ensemble
-from .groups import GroupSum, NearestGroup, separability
+from .groups import GroupSum, NearestGroup, Undiluted, separability
 from .knots import Knots
 from .magnitude import MagnitudePruning
 from .ties import Ties
@@ -23,6 +23,7 @@ def tuning_free_methods(seed: int = 0) -> dict[str, Composition]:
         "dare": Dare(seed=seed),
         "ties": Ties(),
         "knots": Knots(),
+        "undiluted": Undiluted(),
         "group-sum": GroupSum(),
         "nearest-group": NearestGroup(),
         "arrow": Arrow(),
@@ -42,6 +43,7 @@ __all__ = [
     "RandomAverage",
     "Selection",
     "Ties",
+    "Undiluted",
     "Uniform",
     "separability",
     "shuffled_heads",

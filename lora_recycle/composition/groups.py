@@ -14,6 +14,21 @@ from ..pool import AdapterPool
 from .base import Changes, Merge, Selection, add_scaled, dense_changes
 
 
+class Undiluted(Merge):
+    """The exact average, scaled so that the largest group of adapters acts at its full strength.
+
+    In a pool of several domains the average multiplies each domain's own mean change by its share of the pool. Undone
+    for the largest, the others rise in proportion, and disturb it less than in `GroupSum`, where all are at full
+    strength. With one group it is the average.
+    """
+
+    def changes(self, pool: AdapterPool) -> Changes:
+        total, scale = Changes(), pool.dilution() / len(pool)
+        for adapter in pool:
+            add_scaled(total, dense_changes(adapter, pool.backbone.device), scale)
+        return total
+
+
 class GroupSum(Merge):
     """The sum of the groups' averages: in a pool of several domains, each domain's change at its full strength.
 

@@ -11,9 +11,14 @@ from ..configuration import RecipeConfig, field, require_choices
 class DistillationConfig(RecipeConfig):
     """How the meta-LoRA learns (stage 2 of LoRA Recycle, and ensemble-relational distillation)."""
 
-    steps: int = field(300, "optimiser steps; 0 leaves the initialisation, which with `average` is the exact average")
+    steps: int = field(300, "optimiser steps; 0 leaves the initialisation, a merge of the pool in seconds")
     rank: int = field(16, "rank of the meta-LoRA, on all linear layers")
-    init: str = field("average", "average: the exact mean of the pool, cut to the rank; zero", ("average", "zero"))
+    init: str = field(
+        "undiluted",
+        "undiluted: the exact mean of the pool, cut to the rank, scaled so that the largest group of like adapters "
+        "has its full strength; average: the mean as it is; zero",
+        ("undiluted", "average", "zero"),
+    )
     first_layer: int = field(
         0,
         "layers before it keep the initialisation; what enters it is computed once and kept on disk",

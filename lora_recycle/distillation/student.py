@@ -80,8 +80,8 @@ class Student(nn.Module):
                 del layer.forward
 
     @torch.no_grad()
-    def start_from_average(self, pool: AdapterPool) -> None:
-        """Set the LoRA to the exact mean of the pool's weight changes, cut to the rank."""
+    def start_from_average(self, pool: AdapterPool, scale: float = 1.0) -> None:
+        """Set the LoRA to the exact mean of the pool's weight changes, cut to the rank, times `scale`."""
         average = pool.average(self.rank)
         for name, module in self.backbone.model.named_modules():
             if not hasattr(module, "lora_A"):
@@ -92,7 +92,7 @@ class Student(nn.Module):
             factor_b, factor_a = average[name]
             b.zero_()  # where the average has a lower rank, the rows of A beyond it stay random, free to learn
             a[: len(factor_a)].copy_(factor_a)
-            b[:, : factor_b.shape[1]].copy_(factor_b)
+            b[:, : factor_b.shape[1]].copy_(factor_b * scale)
 
     def trainable(self) -> list[nn.Parameter]:
         return [p for p in self.parameters() if p.requires_grad]

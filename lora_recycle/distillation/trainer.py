@@ -73,8 +73,8 @@ class MetaLoraTrainer:
         self.accelerator = Accelerator()
         base = backbone_name(pool.backbone.name)
         self.student = Student(pool.backbone, self.config.rank, base, self.config.seed, self.config.first_layer)
-        if self.config.init == "average":
-            self.student.start_from_average(pool)
+        if self.config.init != "zero":
+            self.student.start_from_average(pool, pool.dilution() if self.config.init == "undiluted" else 1.0)
         #: loss of every step, by name
         self.history: dict[str, list[float]] = {}
         self._temporary: tempfile.TemporaryDirectory | None = None

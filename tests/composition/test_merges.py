@@ -9,7 +9,7 @@ from helpers_tiny import copied_state, planted_adapter, same_weights, tiny_backb
 from peft import LoraConfig, get_peft_model
 from peft.utils import merge_utils
 
-from lora_recycle.composition import Dare, Ensemble, GroupSum, Knots, MagnitudePruning, Ties, Uniform
+from lora_recycle.composition import Dare, Ensemble, GroupSum, Knots, MagnitudePruning, Ties, Undiluted, Uniform
 from lora_recycle.composition.base import dense_changes
 from lora_recycle.composition.knots import shared_bases
 from lora_recycle.composition.magnitude import keep_largest
@@ -133,7 +133,15 @@ def test_the_sum_of_the_groups_averages(planted, monkeypatch):
     assert (GroupSum().changes(pool)[f"{Q0}.weight"] == 11.5).all()
 
 
-@pytest.mark.parametrize("method", [Ties(), Dare(), MagnitudePruning(), Knots(), GroupSum()])
+def test_undiluted_is_the_sum_over_the_size_of_the_largest_group(planted, monkeypatch):
+    pool = planted(*(i * torch.ones(32, 32) for i in (1.0, 2.0, 10.0)))
+    monkeypatch.setattr(pool, "groups", lambda: [[0, 1], [2]])
+    assert (Undiluted().changes(pool)[f"{Q0}.weight"] == 6.5).all()
+    monkeypatch.setattr(pool, "groups", lambda: [[0, 1, 2]])
+    torch.testing.assert_close(Undiluted().changes(pool)[f"{Q0}.weight"], torch.full((32, 32), 13 / 3))
+
+
+@pytest.mark.parametrize("method", [Ties(), Dare(), MagnitudePruning(), Knots(), GroupSum(), Undiluted()])
 def test_a_merge_is_an_adapter_that_can_be_folded_and_taken_out(mixed, method):
     before, changes = copied_state(mixed.backbone), method.changes(mixed)
     assert set(changes) == {f"{Q0}.weight", f"{FC1}.weight", "layers.0.layernorm_before.bias"}
@@ -180,7 +188,7 @@ def test_a_density_that_is_no_share(method, density):
         method(density=density)
 
 
-@pytest.mark.parametrize("method", [Ties(), Dare(), MagnitudePruning(), Knots(), GroupSum()])
+@pytest.mark.parametrize("method", [Ties(), Dare(), MagnitudePruning(), Knots(), GroupSum(), Undiluted()])
 def test_adapters_that_change_no_weights_are_named(method):
     adapter = planted_adapter("lily", {})
     adapter.layers[Q0] = torch.nn.Linear(2, 2)

@@ -49,7 +49,7 @@ def pixel_values(pool):
 @pytest.mark.parametrize(("members", "rank"), [([0, 1], 8), ([0], 16), ([0, 1, 2, 3], 32)])
 def test_the_start_is_the_average_where_the_rank_suffices(tiny_pool, members, rank):
     pool = tiny_pool.subset(members)
-    student, _ = train(pool, None, recipe(steps=0, rank=rank))
+    student, _ = train(pool, None, recipe(steps=0, rank=rank, init="average"))
     x = pixel_values(pool)
     with pool.folded() as backbone:
         expected = backbone.features(x)
@@ -58,11 +58,14 @@ def test_the_start_is_the_average_where_the_rank_suffices(tiny_pool, members, ra
 
 
 @torch.no_grad()
-def test_a_smaller_rank_starts_at_the_cut_average(tiny_pool):
-    student, _ = train(tiny_pool, None, recipe(steps=0, rank=2))
+@pytest.mark.parametrize("init", ["average", "undiluted"])
+def test_a_smaller_rank_starts_at_the_cut_average_undiluted_or_not(tiny_pool, init, monkeypatch):
+    monkeypatch.setattr(tiny_pool, "groups", lambda: [[0, 2, 3], [1]])
+    scale = {"average": 1.0, "undiluted": 4 / 3}[init]
+    student, _ = train(tiny_pool, None, recipe(steps=0, rank=2, init=init))
     for name, (b, a) in tiny_pool.average(2).items():
         module = student.backbone.model.get_submodule(name)
-        torch.testing.assert_close(module.get_delta_weight("default"), b @ a, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(module.get_delta_weight("default"), scale * b @ a, rtol=1e-3, atol=1e-5)
 
 
 def test_ranks_that_the_average_leaves_free_can_learn(tiny_pool, tiny_surrogate):

@@ -31,7 +31,8 @@ def data(toy_data):
 
 @pytest.fixture(scope="module")
 def model(tiny_pool, tmp_path_factory):
-    student = MetaLoraTrainer(tiny_pool, None, DistillationConfig(steps=0, rank=32)).train(progress=False)
+    config = DistillationConfig(steps=0, rank=32, init="average")
+    student = MetaLoraTrainer(tiny_pool, None, config).train(progress=False)
     folder = tmp_path_factory.mktemp("meta")
     MetaLoRAForFewShotClassification.from_student(student).save_pretrained(folder)
     return MetaLoRAForFewShotClassification.from_pretrained(folder)
