@@ -19,3 +19,7 @@ class DataError(LoraRecycleError):
 
 class PushError(LoraRecycleError):
     """Something cannot be published: unfit for the Hub as it is, or the Hub or the way to it refused."""
+
+
+class ProcessError(LoraRecycleError):
+    """Another process of the same launch failed or fell silent, so that this one cannot go on."""
