@@ -9,6 +9,10 @@ class AdapterError(LoraRecycleError):
     """An adapter (or its head) cannot be used: missing, damaged, unsafe, or made for another base model."""
 
 
+class DivergenceError(AdapterError):
+    """The images of one adapter cannot be optimised: their loss, or what the adapter says of them, is not finite."""
+
+
 class ConfigError(LoraRecycleError):
     """A setting is unknown, of the wrong type or out of range."""
 

@@ -64,6 +64,7 @@ class Heartbeat:
     def __init__(self, stage: str):
         self.stage, self._doing, self._beats, self._alive = stage, "starting", 0, 0
         self._store = self._thread = None
+        self._meetings = 0
 
     def __enter__(self) -> Heartbeat:
         state = process_state()
@@ -110,8 +111,9 @@ class Heartbeat:
         if self._store is None:
             return
         self.beat(_WAITING)
-        self._store.set(f"here/{self._rank}", "")
-        keys = [f"here/{rank}" for rank in range(self._size)]
+        self._meetings += 1
+        self._store.set(f"here/{self._meetings}/{self._rank}", "")
+        keys = [f"here/{self._meetings}/{rank}" for rank in range(self._size)]
         while not self._store.check(keys):
             if silent := self.silent(self._limit):
                 raise ProcessError(

@@ -73,13 +73,6 @@ def _check_launch(seen: int) -> None:
             )
 
 
-def one_process_only(verb: str) -> None:
-    """Raise `ConfigError` where several processes would all do what one must do."""
-    world = os.environ.get("WORLD_SIZE", "1")
-    if world != "1":
-        raise ConfigError(f"`{verb}` runs in one process, not in {world}. Start it without `accelerate launch`.")
-
-
 def mixed_precision() -> Accelerator:
     """What `accelerate launch --mixed_precision` chose, for `.autocast()` around forwards: `no` or `bf16`.
 

@@ -287,9 +287,7 @@ class MetaLoraTrainer:
     def _read_losses(self) -> None:
         """Move the losses of the last steps to `history`: the one place that waits for the device."""
         with self._timed("model"):
-            found = [
-                (step, rate, {name: v.item() for name, v in values.items()}) for step, rate, values in self._unread
-            ]
+            found = [(*head, {name: value.item() for name, value in values.items()}) for *head, values in self._unread]
         self._unread.clear()
         for step, rate, values in found:
             norm, skip = values.pop("grad_norm"), values.pop("skip")
