@@ -127,7 +127,8 @@ def _fully_sharded(student: Student, accelerator: Accelerator) -> nn.Module:
 
     sharded = copy.deepcopy(student)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    for module in (*sharded.backbone.layers, sharded):
+    # the last layer goes with the rest: the backbone runs its parts, which would not gather it
+    for module in (*sharded.backbone.layers[:-1], sharded):
         fully_shard(module, mesh=mesh)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no mean
         module.set_gradient_divide_factor(1.0)
