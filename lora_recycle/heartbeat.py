@@ -86,9 +86,9 @@ class Heartbeat:
         self._stop.set()
         self._thread.join(timeout=2 * _INTERVAL)
         if error is not None and _lost_the_others(error):
-            reason = "; ".join(self.silent(self._limit / 10).values()) or (
-                "one of them failed, and says so itself, above or in its own log"
-            )
+            silent = self.silent(self._limit / 10)
+            silent.pop(self._rank, None)
+            reason = "; ".join(silent.values()) or ("one of them failed, and says so itself, above or in its own log")
             first = str(error).strip().splitlines()[0]
             raise ProcessError(
                 f"{self.stage}: process {self._rank} lost the others: {reason} ({first}). What was finished is kept; "
