@@ -5,5 +5,15 @@ import sys
 from .commands.main import main
 
 
+def leave_the_others() -> None:
+    """Part from the other processes of a launch in order, which torch asks for on GPUs."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code == 0:
+        leave_the_others()
+    sys.exit(code)

@@ -9,6 +9,10 @@ class AdapterError(LoraRecycleError):
     """An adapter (or its head) cannot be used: missing, damaged, unsafe, or made for another base model."""
 
 
+class DivergenceError(AdapterError):
+    """The images of one adapter cannot be optimised: their loss, or what the adapter says of them, is not finite."""
+
+
 class ConfigError(LoraRecycleError):
     """A setting is unknown, of the wrong type or out of range."""
 
@@ -19,3 +23,7 @@ class DataError(LoraRecycleError):
 
 class PushError(LoraRecycleError):
     """Something cannot be published: unfit for the Hub as it is, or the Hub or the way to it refused."""
+
+
+class ProcessError(LoraRecycleError):
+    """Another process of the same launch failed or fell silent, so that this one cannot go on."""

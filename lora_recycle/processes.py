@@ -1,29 +1,76 @@
-"""The processes that `accelerate launch` started."""
+"""The processes that `accelerate launch` started: how many they are, and how they share work."""
 
 from __future__ import annotations
 
+import itertools
 import os
+from collections.abc import Iterator
+from datetime import timedelta
 
+import torch.distributed
 from accelerate import Accelerator, PartialState
 from accelerate.utils import parse_flag_from_env
 
 from .errors import ConfigError
 
 
+#: Environment variable: seconds that processes wait for each other before the run stops with an error.
+TIMEOUT_VARIABLE = "LORA_RECYCLE_TIMEOUT"
+_DEFAULT_TIMEOUT = 1800.0
+#: Where launchers other than torch's say how many processes they started.
+_OTHER_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+_RIGHT_COMMAND = (
+    "Start it with `accelerate launch --num_processes N -m lora_recycle ...`; on CPU with "
+    "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N -m lora_recycle ...`"
+)
+
+_calls = itertools.count()
+
+
 def process_state() -> PartialState:
     """Number and rank of this process. On CPU, accelerate only sees the others when it is told that it is on CPU.
 
     Raises:
-        ConfigError: more processes were launched than accelerate sees: each would do all the work.
+        ConfigError: more processes were asked for or started than accelerate sees: each would do all the work, or
+            one would do it alone.
     """
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world != state.num_processes:
-        raise ConfigError(
-            f"{world} processes were launched, but accelerate sees {state.num_processes}. On CPU: "
-            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N ..."
-        )
+    state = PartialState(
+        cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(seconds=collective_timeout())
+    )
+    _check_launch(state.num_processes)
     return state
+
+
+def collective_timeout() -> float:
+    """Seconds that processes wait for each other. Raises `ConfigError` where the environment gives no number."""
+    text = os.environ.get(TIMEOUT_VARIABLE, "")
+    try:
+        seconds = float(text or _DEFAULT_TIMEOUT)
+        if not 0 < seconds < float("inf"):
+            raise ValueError
+    except ValueError:
+        raise ConfigError(f"{TIMEOUT_VARIABLE} must be a positive number of seconds, got {text!r}.") from None
+    return seconds
+
+
+def _check_launch(seen: int) -> None:
+    world = os.environ.get("WORLD_SIZE")
+    if world is not None:
+        if int(world) != seen:
+            raise ConfigError(f"{world} processes were launched, but accelerate sees {seen}. {_RIGHT_COMMAND}.")
+        return
+    # `accelerate launch` leaves an address to meet at where several processes were asked for, even if it starts one
+    if seen == 1 and {"MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys():
+        raise ConfigError(
+            "`accelerate launch` was asked for several processes, but started one: so it does with `--cpu`, and "
+            f"without `--multi_gpu` where it finds no GPU. {_RIGHT_COMMAND}, or with `--num_processes 1`."
+        )
+    for name in _OTHER_COUNTS:
+        if seen == 1 and os.environ.get(name, "").isdigit() and int(os.environ[name]) > 1:
+            raise ConfigError(
+                f"{os.environ[name]} tasks were started ({name}), and each would do all the work. {_RIGHT_COMMAND}, "
+                f"once on each machine. Where each task has an output folder of its own, unset {name}."
+            )
 
 
 def mixed_precision() -> Accelerator:
@@ -37,3 +84,22 @@ def mixed_precision() -> Accelerator:
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise ConfigError(f"mixed_precision must be no or bf16, got {accelerator.mixed_precision}")
     return accelerator
+
+
+def shared_store(name: str) -> torch.distributed.Store:
+    """Keys and values that all processes of the launch see, apart from those of earlier calls.
+
+    All processes must call this as often and in the same order.
+    """
+    # the store that the processes met at: torch has no public name for it, and a second one would need a second port
+    default = torch.distributed.distributed_c10d._get_default_store()
+    return torch.distributed.PrefixStore(f"lora_recycle/{name}/{next(_calls)}", default)
+
+
+def deal(count: int) -> Iterator[int]:
+    """Numbers from 0 to `count` - 1, each to one process: to the one that asks first, so that a slow one holds nobody
+    up. All processes must call this, in the same order."""
+    if process_state().num_processes == 1:
+        return iter(range(count))
+    store = shared_store("deal")
+    return itertools.takewhile(lambda number: number < count, (store.add("next", 1) - 1 for _ in itertools.count()))

@@ -49,6 +49,13 @@ def check_manifest(manifest: Any) -> None:
         if file.is_absolute() or ".." in file.parts or "\\" in str(file) or file.suffix != ".safetensors":
             raise ValueError(f"it names a file outside the folder, or no shard: {entry.get('file')!r}")
 
+    failed = manifest.get("failed", [])
+    if not isinstance(failed, list) or not all(
+        isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("name", "sha256", "reason"))
+        for entry in failed
+    ):
+        raise ValueError("failed must list adapters by name, sha256 and reason")
+
 
 def _adapter(told: Any) -> dict[str, Any]:
     if not isinstance(told, dict) or not all(isinstance(told.get(key), str) for key in ("name", "sha256")):

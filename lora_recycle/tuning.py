@@ -20,7 +20,7 @@ from .backbones import Backbone, extract_features
 from .embedded import backbone_name, resolve_backbone
 from .errors import DataError
 from .images import LabelledImages, load_labelled_images
-from .processes import mixed_precision, process_state
+from .processes import deal, mixed_precision, process_state
 from .prototypes import centre_logits, class_centres
 from .sparsity import num_kept
 from .tuning_config import TuningConfig
@@ -197,8 +197,9 @@ def tune_pool(
     if len(available) < config.classes:
         raise DataError(f"{data.name} has {len(available)} classes, fewer than the {config.classes} of a task.")
     base_name = backbone_name(base_model)
-    mine, results = range(state.process_index, config.tasks, state.num_processes), []
-    for task in tqdm(mine, desc="tune-pool", disable=not (progress and state.is_main_process)):
+    results = []
+    disable = not (progress and state.is_main_process)
+    for task in tqdm(deal(config.tasks), desc="tune-pool", total=config.tasks, disable=disable):
         target = output_dir / f"{data.name.replace('/', '-')}-{task:03d}"
         if (target / "adapter_config.json").exists():
             continue

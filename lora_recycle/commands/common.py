@@ -93,6 +93,7 @@ def load_pool(args: argparse.Namespace, **options):
     """The [`AdapterPool`] that the pool arguments describe. Skipped adapters are told on stderr."""
     from ..pool import AdapterPool
 
+    main_process = is_main_process()  # asked first: a launch that went wrong is to be refused before anything is read
     pool = AdapterPool.from_pretrained(
         sources(args.pool),
         args.base_model,
@@ -102,7 +103,7 @@ def load_pool(args: argparse.Namespace, **options):
         progress=not args.quiet,
         **options,
     )
-    if is_main_process():
+    if main_process:
         tell_skipped(pool.skipped, len(pool))
     return pool
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..distillation.config import DistillationConfig
 from ..errors import ConfigError
 from .arguments import add_config_arguments, build_config
-from .common import add_pool_arguments, hint, is_main_process, load_pool, table, tell_skipped
+from .common import add_pool_arguments, hint, is_main_process, load_pool, note, table, tell_skipped
 
 
 EPILOG = """\
@@ -17,6 +17,8 @@ examples:
   lora-recycle distill demo --surrogate surrogate --output meta_lora
   lora-recycle distill pool --surrogate surrogate --output meta_lora --steps 1000 --rank 8
   lora-recycle distill pool --surrogate surrogate --output meta_lora --init zero --kl-weight 1 --interpolation-weight 1
+  lora-recycle distill pool --surrogate surrogate --output meta_lora --report-to tensorboard
+  accelerate launch --num_processes 4 -m lora_recycle distill pool --surrogate surrogate --output meta_lora
   lora-recycle distill pool --output average --init average --steps 0      the exact average, no training
   lora-recycle distill pool --output merged --steps 0                       the same, not diluted by a mixed pool
 
@@ -32,6 +34,13 @@ def add_parser(subparsers, **options) -> argparse.ArgumentParser:
         "--surrogate", metavar="DATA", help="surrogate data of these adapters, a folder or repo id (org/name@revision)"
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder that the meta-LoRA goes to")
+    parser.add_argument(
+        "--report-to",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="trackers that get the numbers of every step: tensorboard (writes DIR/work/trackers), wandb, mlflow ...",
+    )
     add_config_arguments(parser, DistillationConfig)
     return parser
 
@@ -40,6 +49,7 @@ def run(args: argparse.Namespace) -> None:
     config = build_config(args, DistillationConfig)
     if args.surrogate is None and config.steps > 0:
         raise ConfigError("distill needs --surrogate DIR (what invert wrote); only --steps 0 goes without.")
+    from ..distillation.callbacks import Trackers
     from ..distillation.trainer import MetaLoraTrainer
     from ..hub.sources import one_id
     from ..modeling.saving import save_meta_lora, wrap_student
@@ -52,8 +62,12 @@ def run(args: argparse.Namespace) -> None:
     pool = load_pool(args)
     if surrogate and args.on_error == "skip":
         pool = _with_images(pool, surrogate)
-    trainer = MetaLoraTrainer(pool, surrogate, config)
-    trainer.train(Path(args.output) / "work", progress=not args.quiet)
+    folder = Path(args.output) / "work"
+    callbacks = [Trackers(args.report_to, folder / "trackers")] if args.report_to else []
+    trainer = MetaLoraTrainer(pool, surrogate, config, callbacks)
+    if is_main_process():
+        tell_skipped(trainer.excluded, len(trainer.pool))
+    trainer.train(folder, progress=not args.quiet)
     if not is_main_process():
         return
     save_meta_lora(wrap_student(trainer), args.output)
@@ -61,6 +75,9 @@ def run(args: argparse.Namespace) -> None:
     print(
         table(("loss", "first step", "last step"), rows) if rows else f"{args.output}: the initialisation, untrained"
     )
+    if trainer.skipped:
+        steps = ", ".join(map(str, trainer.skipped))
+        note(f"{len(trainer.skipped)} of {config.steps} steps were left out, for spikes of the loss: {steps}")
     hint(f"lora-recycle evaluate {shlex.quote(args.output)} --data PATH --pool {shlex.join(args.pool)}")
 
 

@@ -7,8 +7,20 @@ import shlex
 
 from ..inversion.config import InversionConfig
 from .arguments import add_config_arguments, build_config
-from .common import add_class_names_argument, add_pool_arguments, hint, is_main_process, load_pool, table
+from .common import (
+    add_class_names_argument,
+    add_pool_arguments,
+    hint,
+    is_main_process,
+    load_pool,
+    note,
+    table,
+    tell_skipped,
+)
 
+
+#: Mean probability of the intended class below which an adapter's images are told to be doubtful.
+LOW_CONFIDENCE = 0.5
 
 EPILOG = """\
 examples:
@@ -52,10 +64,18 @@ def run(args: argparse.Namespace) -> None:
         require_heads=True,
         dtype=getattr(torch, args.dtype) if args.dtype else None,
     )
-    surrogate = LoraInverter(pool, config).run(args.output, progress=not args.quiet)
+    inverter = LoraInverter(pool, config)
+    surrogate = inverter.run(args.output, progress=not args.quiet)
     if not is_main_process():
         return
+    failed = [(entry["name"], entry["reason"]) for entry in inverter.failed]
+    tell_skipped(failed, surrogate.num_shards)
     shards = surrogate.manifest["shards"]
     rows = [(s["adapter"]["name"], s["num_images"], s["accuracy"], s["confidence"]) for s in shards]
     print(table(("adapter", "images", "accuracy", "confidence"), rows))
+    if low := [f"{name} ({score:.2f})" for name, _, _, score in rows if score < LOW_CONFIDENCE]:
+        note(
+            f"Their own heads are not sure of the images of {len(low)} adapters: {', '.join(low)}. More --iterations "
+            f"help; `distill --min-confidence {LOW_CONFIDENCE}` leaves them out."
+        )
     hint(f"lora-recycle distill {shlex.join(args.pool)} --surrogate {shlex.quote(args.output)} --output meta_lora")

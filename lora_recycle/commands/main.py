@@ -8,13 +8,16 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from ..errors import LoraRecycleError
+from ..errors import ConfigError, LoraRecycleError
 from ..version import __version__
 from . import demo, distill, evaluate, import_file, inspect, invert, predict, push, tune_pool
 
 
 #: In the order of the work. Each imports torch only when it runs, so that the help answers at once.
 VERBS = (tune_pool, import_file, inspect, invert, distill, evaluate, predict, push, demo)
+
+#: Verbs whose work several processes share.
+SHARED = ("tune-pool", "invert", "distill")
 
 EPILOG = """\
 examples:
@@ -39,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not args.debug:
                 warnings.simplefilter("ignore")
                 _silence_libraries()
+            if args.verb not in SHARED:
+                _alone(args.verb)
             args.run(args)
             sys.stdout.flush()
     except KeyboardInterrupt:
@@ -50,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.debug or not _is_expected(error):
             raise
-        print(f"lora-recycle: error: {one_line(error)}", file=sys.stderr)
+        print(f"lora-recycle: {_process()}error: {one_line(error)}", file=sys.stderr, flush=True)
         return 1
     return 0
 
@@ -83,6 +88,17 @@ class _Verb(argparse.ArgumentParser):
     def __init__(self, **options):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **options)
+
+
+def _alone(verb: str) -> None:
+    """Raise `ConfigError` where several processes would all do what one must do."""
+    if (world := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ConfigError(f"`{verb}` runs in one process, not in {world}. Start it without `accelerate launch`.")
+
+
+def _process() -> str:
+    """Which process of a launch this is, for messages; empty where it is the only one."""
+    return f"process {os.environ.get('RANK', '?')}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
 
 
 def one_line(error: BaseException) -> str:

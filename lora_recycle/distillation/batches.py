@@ -12,6 +12,7 @@ from ..rows import RowFile
 from .config import DistillationConfig
 from .episodes import EpisodeSampler, SurrogateEpisode
 from .images import SurrogateImages
+from .parallel import own_rows
 from .teachers import TeacherGroup
 
 
@@ -21,14 +22,17 @@ class Batch:
 
     Attributes:
         inputs: uint8 images (U, 3, H, W); or patches (U, k, 3, p, p) where only those `kept`, int64 (U, k), are
-            forwarded; or float16 tokens (U, T, D) where those before `first_layer` do not change.
-        parts: for each relational block, then for support and query of each episode, its rows of `inputs`.
+            forwarded; or float16 tokens (U, T, D) where those before `first_layer` do not change. Of several
+            processes each has its share of the U images, [`own_rows`].
+        count: U, the images of all processes.
+        parts: for each relational block, then for support and query of each episode, its rows of the U images.
         teachers: float16 (b, D) for each relational block.
         logits: float32 (queries, ways) for each episode, None for an interpolated one.
     """
 
     inputs: torch.Tensor
     kept: torch.Tensor | None
+    count: int
     parts: list[torch.Tensor]
     teachers: list[torch.Tensor]
     episodes: list[SurrogateEpisode]
@@ -47,13 +51,13 @@ class Batch:
 
 
 class BatchMaker:
-    """Draws and reads the batch of a step, which depends on the seed, the step and the process alone.
+    """Draws and reads the batch of a step, which depends on the seed and the step alone.
 
     Args:
         patch_size: side of a patch, in pixels.
         sampler: needed where the recipe has episodes.
         tokens: from [`store_tokens`], instead of images.
-        process, num_processes: which of how many this process is; each draws batches of its own.
+        process, num_processes: which of how many this process is; all draw the same batch, each reads its share.
     """
 
     def __init__(
@@ -72,8 +76,7 @@ class BatchMaker:
 
     def __call__(self, step: int) -> Batch:
         config = self.config
-        seed = config.seed * 1_000_003 + step * self.num_processes + self.process
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         index, teachers, episodes = [], [], []
         if config.relational_weight:
             share = max(4, config.relational_batch // len(self.groups))
@@ -86,9 +89,10 @@ class BatchMaker:
                 episodes += [getattr(self.sampler, draw)(generator) for _ in range(config.episodes)]
         index += [part.flatten() for episode in episodes for part in (episode.support, episode.query)]
         unique, rows = torch.cat(index).unique(return_inverse=True)
-        inputs, kept = self._inputs(unique)
+        inputs, kept = self._inputs(unique[own_rows(len(unique), self.process, self.num_processes)])
         parts = list(rows.split([len(part) for part in index]))
-        return Batch(inputs, kept, parts, teachers, episodes, [self._logits(episode) for episode in episodes])
+        logits = [self._logits(episode) for episode in episodes]
+        return Batch(inputs, kept, len(unique), parts, teachers, episodes, logits)
 
     def _inputs(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.tokens is not None:

@@ -24,6 +24,15 @@ class DistillationConfig(RecipeConfig):
         "layers before it keep the initialisation; what enters it is computed once and kept on disk",
     )
     lr: float = field(1e-3, "peak step size of Adam")
+    gradient_accumulation_steps: int = field(1, "batches whose gradients are averaged before the optimiser steps")
+    max_grad_norm: float = field(0.0, "gradients of a larger norm are scaled down to it; 0 clips none")
+    spike_factor: float = field(
+        10.0, "a step is left out whose loss is so many times the median of the last 50; 0: only if it is not finite"
+    )
+    min_confidence: float = field(
+        0.0,
+        "mean probability that an adapter must give the classes of its surrogate images; those below are left out",
+    )
     schedule: str = field(
         "cosine",
         "cosine: one warm-up and decay; cyclic: 25 + 75 steps again and again (the paper)",
@@ -55,12 +64,19 @@ class DistillationConfig(RecipeConfig):
 
     def check(self) -> None:
         require_choices(self)
-        for name in ("steps", "first_layer", "relational_weight", "kl_weight", "interpolation_weight"):
+        weights = ("relational_weight", "kl_weight", "interpolation_weight")
+        for name in ("steps", "first_layer", *weights, "max_grad_norm"):
             self.require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("rank", "max_teachers", "episodes", "shots", "queries", "checkpoint_every"):
+        counts = ("rank", "max_teachers", "episodes", "shots", "queries", "checkpoint_every")
+        for name in (*counts, "gradient_accumulation_steps"):
             self.require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         self.require(self.ways >= 2, f"ways must be at least 2, got {self.ways}")
         self.require(self.relational_batch >= 4, f"relational_batch must be at least 4, got {self.relational_batch}")
         self.require(self.lr > 0 and self.temperature > 0, "lr and temperature must be positive")
-        weights = self.relational_weight + self.kl_weight + self.interpolation_weight
-        self.require(self.steps == 0 or weights > 0, "all losses have weight 0: nothing to learn in `steps` steps")
+        self.require(
+            self.spike_factor == 0 or self.spike_factor > 1,
+            f"spike_factor must be 0 or more than 1, got {self.spike_factor}",
+        )
+        self.require(0 <= self.min_confidence < 1, f"min_confidence must be in [0, 1), got {self.min_confidence}")
+        total = sum(getattr(self, name) for name in weights)
+        self.require(self.steps == 0 or total > 0, "all losses have weight 0: nothing to learn in `steps` steps")

@@ -65,3 +65,30 @@ def match_shards(pool: AdapterPool, surrogate: SurrogateDataset, use_masks: bool
     order = [by_hash[info.sha256] for info in pool.infos]
     shards = [surrogate.shard_rows(i, verify=True) for i in order]
     return SurrogateImages(shards, [surrogate.manifest["shards"][i]["sha256"] for i in order], use_masks)
+
+
+def leave_out(
+    pool: AdapterPool, surrogate: SurrogateDataset, min_confidence: float
+) -> tuple[AdapterPool, list[tuple[str, str]]]:
+    """The adapters whose surrogate images are fit to be learnt from, and (adapter, reason) of the others.
+
+    Unfit are those whose inversion failed, and those that give the classes of their own images a mean probability
+    below `min_confidence`. Raises `DataError` where none is left.
+    """
+    scores = {entry["adapter"]["sha256"]: entry["confidence"] for entry in surrogate.manifest["shards"]}
+    failed = {entry["sha256"]: entry["reason"] for entry in surrogate.manifest.get("failed", ())}
+    kept, excluded = [], []
+    for i, info in enumerate(pool.infos):
+        score = scores.get(info.sha256)
+        if score is None and info.sha256 in failed:
+            excluded.append((info.where, f"its inversion failed: {failed[info.sha256]}"))
+        elif score is not None and score < min_confidence:
+            excluded.append((info.where, f"its images reach a confidence of {score:.2f} only, below {min_confidence}"))
+        else:
+            kept.append(i)
+    if not kept:
+        raise DataError(
+            f"{surrogate.folder}: none of the {len(pool)} adapters is fit to be learnt from; {excluded[0][0]}: "
+            f"{excluded[0][1]}. Lower `min_confidence`, or invert with more iterations."
+        )
+    return (pool.subset(kept) if excluded else pool), excluded

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
+from ..heartbeat import beat
 from ..pool import AdapterPool
 from ..relations import principal_directions
 from ..rows import RowFile, open_rows, write_rows
@@ -96,6 +97,7 @@ def _views(pool, images, rows, teacher: int, said, of: int, batch_size: int) -> 
     """One teacher's unit features by the root of the number of teachers, batch by batch; its classes go to `said`."""
     with pool.folded(teacher) as backbone:
         for start in range(0, len(rows), batch_size):
+            beat(f"teacher {pool[teacher].info.name}, image {start} of {len(rows)}")
             inputs, kept = images.inputs(rows[start : start + batch_size], backbone.patch_size)
             kept = None if kept is None else kept.to(backbone.device)
             hidden, _ = backbone(backbone.normalize(inputs), kept)

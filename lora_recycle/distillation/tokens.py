@@ -10,6 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..errors import DataError
+from ..heartbeat import beat
 from ..rows import RowFile, open_rows, write_rows
 from .images import SurrogateImages
 from .student import Student
@@ -35,6 +36,7 @@ def _blocks(student: Student, images: SurrogateImages, progress: bool) -> Iterat
     device, patch_size = student.backbone.device, student.backbone.patch_size
     numbers = torch.arange(len(images)).split(128)
     for index in tqdm(numbers, desc=f"tokens entering layer {student.first_layer}", disable=not progress):
+        beat(f"tokens of image {int(index[0])} of {len(images)}")
         pixels, kept = images.inputs(index, patch_size)
         tokens = student.tokens(student.backbone.normalize(pixels), None if kept is None else kept.to(device))
         stored = tokens.half().cpu()

@@ -8,27 +8,29 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from tqdm.auto import tqdm
 
 from ..embedded import backbone_name
 from ..errors import ConfigError, DataError
+from ..heartbeat import Heartbeat, beat, waiting
 from ..pool import AdapterPool
-from ..processes import process_state
+from ..processes import deal, mixed_precision
 from ..prototypes import centre_logits
 from ..relations import relational_divergence
 from ..rows import RowFile
 from ..surrogate import SurrogateDataset
 from .batches import Batch, BatchMaker, Prefetcher
+from .callbacks import ProgressBar, TrainerCallback
 from .checkpoints import load_checkpoint, save_checkpoint
 from .config import DistillationConfig
 from .episodes import EpisodeSampler, SurrogateEpisode, class_identities
-from .images import SurrogateImages, match_shards
+from .images import SurrogateImages, leave_out, match_shards
+from .parallel import ParallelStudent, gather_features
+from .spikes import MOST_IN_A_ROW, SpikeGuard, longest_tail
 from .student import Student
 from .teachers import TeacherGroup, choose_teachers, teach
 from .tokens import store_tokens
@@ -55,30 +57,48 @@ class MetaLoraTrainer:
     `teacher_logits`, `teacher_features` and sorted random `kept_tokens` do for timing, with the SHA-256 of the pool's
     adapters in `adapter["sha256"]`.
 
+    On several processes (`accelerate launch`) each step has the images that it has on one, shared out to them.
+
     Args:
         pool ([`AdapterPool`]): the adapters that the surrogate data came from. They give the initialisation and teach
             the relational loss; their real training data is never needed.
         surrogate ([`SurrogateDataset`], *optional*): from [`LoraInverter`]; not needed where `config.steps` is 0. It
             stays on disk: memory does not grow with it, but for 8 bytes an image.
         config ([`DistillationConfig`]): how.
+        callbacks (`Sequence[TrainerCallback]`): who looks on, and may stop it early.
+
+    Raises:
+        DataError: no adapter's images reach `config.min_confidence`.
     """
 
     def __init__(
-        self, pool: AdapterPool, surrogate: SurrogateDataset | None = None, config: DistillationConfig | None = None
+        self,
+        pool: AdapterPool,
+        surrogate: SurrogateDataset | None = None,
+        config: DistillationConfig | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
     ):
-        self.pool, self.surrogate, self.config = pool, surrogate, config or DistillationConfig()
+        self.surrogate, self.config, self.callbacks = surrogate, config or DistillationConfig(), list(callbacks)
         if surrogate is None and self.config.steps > 0:
             raise ConfigError("Distillation needs surrogate data; only `steps: 0` goes without.")
-        process_state()
-        self.accelerator = Accelerator()
+        #: adapters that are left out, and why
+        self.excluded: list[tuple[str, str]] = []
+        if surrogate is not None:
+            pool, self.excluded = leave_out(pool, surrogate, self.config.min_confidence)
+        self.pool, self.accelerator = pool, mixed_precision()
         base = backbone_name(pool.backbone.name)
         self.student = Student(pool.backbone, self.config.rank, base, self.config.seed, self.config.first_layer)
         if self.config.init != "zero":
             self.student.start_from_average(pool, pool.dilution() if self.config.init == "undiluted" else 1.0)
         #: loss of every step, by name
         self.history: dict[str, list[float]] = {}
+        #: steps that were left out because their loss or gradient was not to be trusted
+        self.skipped: list[int] = []
+        #: set by a callback to end the training
+        self.should_stop = False
         self._temporary: tempfile.TemporaryDirectory | None = None
-        self._unread: list[tuple[int, dict[str, torch.Tensor]]] = []
+        self._unread: list[tuple[int, float, dict[str, torch.Tensor]]] = []
+        self._watching: list[TrainerCallback] = []
         self._seconds = {"model": 0.0, "host": 0.0}
 
     @property
@@ -101,25 +121,50 @@ class MetaLoraTrainer:
         """
         if self.config.steps == 0:
             return self.student
-        shown = progress and self.accelerator.is_main_process
+        self._watching = [*([ProgressBar()] if progress else []), *self.callbacks]
         start = self.prepare(output_dir, progress=progress)
-        steps, options = range(start, self.config.steps), {"desc": "distill", "unit": "step", "disable": not shown}
-        try:
-            for step in (bar := tqdm(steps, initial=start, total=self.config.steps, **options)):
-                self.step(step)
-                saving = (step + 1) % self.config.checkpoint_every == 0 or step + 1 == self.config.steps
-                if saving or len(self._unread) >= READ_EVERY:
-                    self._read_losses()
-                    shown = {name: f"{values[-1]:.3f}" for name, values in self.history.items()}
-                    bar.set_postfix(**shown, host=f"{self.host_share:.1%}")
-                if saving and output_dir is not None and self.accelerator.is_main_process:
-                    path = Path(output_dir) / "checkpoint.safetensors"
-                    parameters = self.student.trainable()
-                    with self._timed("host"):
-                        save_checkpoint(path, parameters, self.optimizer, step + 1, self._identity(), self.history)
-        finally:
-            self.close()
+        with Heartbeat("distill"):
+            self._tell("on_train_begin", start)
+            try:
+                for step in range(start, self.config.steps):
+                    self.step(step)
+                    self._tell("on_step_end", step)
+                    if self._look_up(step, output_dir):
+                        break
+                self._parallel.update_student()
+            finally:
+                self.close()
+                self._tell("on_train_end")
         return self.student
+
+    def _look_up(self, step: int, output_dir: str | Path | None) -> bool:
+        """Now and then read the losses and save; whether training is to stop early."""
+        last = step + 1 == self.config.steps
+        saving, stopping = last or (step + 1) % self.config.checkpoint_every == 0, False
+        if saving or len(self._unread) >= READ_EVERY:
+            self._read_losses()
+            stopping = self._on_any(torch.tensor(self.should_stop)).item()
+        sound = last or not longest_tail(self.skipped, step)  # what led to a spike is not to replace what did not
+        if output_dir is not None and (stopping or (saving and sound)):
+            self._save(Path(output_dir) / "checkpoint.safetensors", step + 1)
+        return stopping
+
+    def _save(self, path: Path, step: int) -> None:
+        with self._timed("host"):
+            self._parallel.update_student()
+            optimizer, parameters = self._parallel.whole_optimizer(), self.student.trainable()
+            if self.accelerator.is_main_process:
+                save_checkpoint(path, parameters, optimizer, step, self._identity(), self.history)
+
+    def _tell(self, event: str, *values) -> None:
+        for callback in self._watching:
+            getattr(callback, event)(self, *values)
+
+    def _on_any(self, flag: torch.Tensor) -> torch.Tensor:
+        """Whether a flag, a bool scalar, is set in any process: all must do the same."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        return self.accelerator.reduce(flag.float().to(self.accelerator.device), "sum") > 0
 
     def prepare(self, output_dir: str | Path | None = None, *, progress: bool = True) -> int:
         """Everything before the first step: data checked, teachers asked, optimiser made, checkpoint loaded.
@@ -142,15 +187,23 @@ class MetaLoraTrainer:
         sizes = (self.pool.backbone.patch_size, tokens, state.process_index, state.num_processes)
         self.make_batch = BatchMaker(config, images, groups, sampler, *sizes)
         # dropout of the backbone's own would only add noise, and make a resumed run another one
-        optimizer = torch.optim.Adam(self.student.eval().trainable(), lr=config.lr, fused=True)
-        self._student, self.optimizer = self.accelerator.prepare(self.student, optimizer)
-        start, checkpoint = 0, None if output_dir is None else Path(output_dir) / "checkpoint.safetensors"
-        if checkpoint is not None and checkpoint.is_file():
-            parameters = self.student.trainable()
-            start, self.history = load_checkpoint(checkpoint, parameters, self.optimizer, self._identity())
-        self._prefetcher = Prefetcher(self.make_batch, config.steps, pin_memory=state.device.type == "cuda")
+        self._parallel = ParallelStudent(self.student.eval(), state, config.lr)
+        self._guard = SpikeGuard(config.spike_factor, state.device)
+        start = 0 if output_dir is None else self._resume(Path(output_dir) / "checkpoint.safetensors")
+        batches, end = config.gradient_accumulation_steps, config.steps * config.gradient_accumulation_steps
+        self._prefetcher = Prefetcher(self.make_batch, end, pin_memory=state.device.type == "cuda")
         if start < config.steps:
-            self._prefetcher.begin(start)
+            self._prefetcher.begin(start * batches)
+        return start
+
+    def _resume(self, checkpoint: Path) -> int:
+        if not checkpoint.is_file():
+            return 0
+        optimizer, parameters = self._parallel.whole_optimizer(), self.student.trainable()
+        start, self.history = load_checkpoint(checkpoint, parameters, optimizer, self._identity())
+        self._parallel.take(optimizer)
+        steps = zip(*self.history.values(), strict=True)
+        self.skipped = self._guard.replay([sum(torch.tensor(value) for value in values) for values in steps])
         return start
 
     def close(self) -> None:
@@ -170,16 +223,17 @@ class MetaLoraTrainer:
 
     def _ask_teachers(self, images: SurrogateImages, folder: Path, progress: bool) -> list[TeacherGroup]:
         """Targets of all groups. Processes that share the folder share the groups."""
-        config, state = self.config, self.accelerator
+        config = self.config
         nameless = any(not shard.adapter.get("labels") for shard in images.shards)
         if not (config.relational_weight or (config.interpolation_weight and nameless)):
             return []
         groups = self.pool.groups() if config.groups == "auto" else [list(range(len(self.pool)))]
         chosen = [(members, choose_teachers(members, config.max_teachers)) for members in groups]
         if self._temporary is None:
-            for members, teachers in chosen[state.process_index :: state.num_processes]:
-                teach(self.pool, images, members, teachers, folder, progress)
-            state.wait_for_everyone()
+            with Heartbeat("ask teachers") as heart:
+                for i in deal(len(chosen)):
+                    teach(self.pool, images, *chosen[i], folder, progress)
+                heart.wait_for_all()
         return [teach(self.pool, images, members, teachers, folder, progress) for members, teachers in chosen]
 
     def _store_tokens(self, images: SurrogateImages, folder: Path, progress: bool) -> RowFile:
@@ -190,49 +244,80 @@ class MetaLoraTrainer:
         parts += [[info.sha256 for info in self.pool.infos], images.checksums]
         path = folder / f"tokens-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}.npy"
         with state.autocast():
-            if state.is_main_process:
-                store_tokens(self.student, images, path, progress)
             if self._temporary is None:
-                state.wait_for_everyone()
-            return store_tokens(self.student, images, path, progress=False)
+                with Heartbeat("store tokens") as heart:
+                    if state.is_main_process:
+                        store_tokens(self.student, images, path, progress)
+                    heart.wait_for_all()
+            return store_tokens(self.student, images, path, progress)
 
     def step(self, step: int) -> dict[str, torch.Tensor]:
-        """One training step, on the batch of this number; the next batch is read meanwhile.
+        """One training step, on the batches of this number; the next batch is read meanwhile.
+
+        A step whose loss or gradient is not finite, or whose loss is a spike, moves nothing; it is in `skipped` once
+        it was read.
 
         Returns the weighted losses by name, on the device: reading them waits for it.
         """
-        with self._timed("host"):
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(self.config, step)
-            batch = self._prefetcher.get(step)
+        beat(f"step {step}")
+        rate, losses = learning_rate(self.config, step), {}
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad()
+        batches = self.config.gradient_accumulation_steps
+        for number in range(step * batches, (step + 1) * batches):
+            with self._timed("host"):
+                batch = self._prefetcher.get(number)
+            with self._timed("model"):
+                found = self._losses(batch.map(lambda t: t.to(self.accelerator.device, non_blocking=True)))
+                (sum(found.values()) * (self._parallel.loss_scale / batches)).backward()
+                for name, value in found.items():
+                    losses[name] = losses.get(name, 0.0) + value.detach() / batches
         with self._timed("model"):
-            losses = self._losses(batch.map(lambda t: t.to(self.accelerator.device, non_blocking=True)))
-            self.optimizer.zero_grad()
-            self.accelerator.backward(sum(losses.values()))
-            self.optimizer.step()
-            losses = {name: value.detach() for name, value in losses.items()}
-        self._unread.append((step, losses))
+            norm = self._parallel.gradient_norm(self.config.max_grad_norm)
+            skip = self._on_any(self._guard(sum(losses.values())) | ~norm.isfinite())
+            self._parallel.step(skip)
+        self._unread.append((step, rate, {**losses, "grad_norm": norm, "skip": skip}))
         return losses
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self._parallel.optimizer
 
     def _read_losses(self) -> None:
         """Move the losses of the last steps to `history`: the one place that waits for the device."""
         with self._timed("model"):
-            found = [(step, {name: value.item() for name, value in losses.items()}) for step, losses in self._unread]
+            found = [(*head, {name: value.item() for name, value in values.items()}) for *head, values in self._unread]
         self._unread.clear()
-        for step, values in found:
-            if not math.isfinite(sum(values.values())):
-                raise DataError(
-                    f"The loss is {sum(values.values())} at step {step}: lower `lr` (now {self.config.lr})."
-                )
+        for step, rate, values in found:
+            norm, skip = values.pop("grad_norm"), values.pop("skip")
             for name, value in values.items():
                 self.history.setdefault(name, []).append(value)
+            total = sum(values.values())
+            if skip:
+                self._note_spike(step, total)
+            told = {"loss": total, "grad_norm": norm, "lr": rate}
+            self._tell("on_log", step, {**values, **told, "skipped": len(self.skipped)})
+
+    def _note_spike(self, step: int, loss: float) -> None:
+        self.skipped.append(step)
+        if (count := longest_tail(self.skipped, step)) >= MOST_IN_A_ROW:
+            raise DataError(
+                f"The loss is {loss:.6g} at step {step}: lower `lr` (now {self.config.lr}). The last {count} steps "
+                "were left out, for losses or gradients that are not finite or losses above `spike_factor` "
+                f"({self.config.spike_factor:g}) times their median; the last checkpoint is of before."
+            )
 
     def _losses(self, batch: Batch) -> dict[str, torch.Tensor]:
         """All losses of a step from one forward of all its images."""
         config = self.config
         backbone, inputs = self.student.backbone, batch.inputs
         inputs = backbone.normalize(inputs) if inputs.dtype == torch.uint8 else inputs.to(backbone.dtype)
-        features = self._student(inputs, batch.kept).float()
+        with self.accelerator.autocast():
+            features = self._parallel.model(inputs, batch.kept).float()
+        waiting()
+        features = gather_features(features, batch.count, self.accelerator)
+        beat("backward")
         parts = [features[rows] for rows in batch.parts]
         losses = {}
         if batch.teachers:

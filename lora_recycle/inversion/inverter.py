@@ -10,13 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from ..backbones import Backbone
-from ..errors import ConfigError
+from ..errors import ConfigError, DivergenceError
+from ..heartbeat import Heartbeat, beat
 from ..hub.adapters import AdapterInfo
 from ..pool import Adapter, AdapterPool
-from ..processes import mixed_precision, process_state
+from ..processes import deal, mixed_precision, process_state
 from ..sparsity import num_kept, select_top
 from ..surrogate import Shard, SurrogateDataset, save_shard, shard_config_id, write_manifest
 from ..version import __version__
@@ -49,38 +51,64 @@ class LoraInverter:
         #: mean loss of each iteration of the last adapter, for curves, and its images' iterations in all
         self.losses: list[float] = []
         self.image_iterations = 0
+        #: name, SHA-256 and reason of the adapters that `run` could not invert
+        self.failed: list[dict[str, str]] = []
 
     def run(
         self, output_dir: str | Path, *, progress: bool = True, on_shard: Callable[[str, Shard], None] | None = None
     ) -> SurrogateDataset:
         """Write one shard for each adapter and the manifest. Finished shards of the same settings are kept.
 
-        Several processes (`accelerate launch`) share the adapters; the bytes do not depend on their number.
+        Several processes (`accelerate launch`) share the adapters, each going to the process that is free first; the
+        bytes do not depend on who made what. An adapter whose images diverge is left out, and listed in `failed` and
+        in the manifest.
+
+        Raises:
+            DivergenceError: all adapters diverge.
+            ProcessError: another process fell silent.
         """
         state, output_dir = process_state(), Path(output_dir)
-        names = _shard_names(self.pool)
-        mine = list(range(state.process_index, len(self.pool), state.num_processes))
-        infos = self.pool.infos
-        bar = tqdm(mine, desc="invert", unit="adapter", disable=not (progress and state.is_main_process))
-        for i in bar:
-            path, identity = output_dir / "shards" / names[i], self._identity(infos[i])
-            if shard_config_id(path) != identity:
-                started = time.perf_counter()
-                shard = self.invert(i)
-                save_shard(path, shard, identity)
-                steps = self.image_iterations / (time.perf_counter() - started)
-                bar.set_postfix(accuracy=f"{shard.accuracy:.2f}", image_iterations_per_s=f"{steps:.0f}")
-                if on_shard is not None:
-                    on_shard(names[i], shard)
-        state.wait_for_everyone()
-        files = [output_dir / "shards" / name for name in names]
-        if state.is_main_process:
-            write_manifest(output_dir, self._header(), files)
-        state.wait_for_everyone()
+        names, failed = _shard_names(self.pool), []
+        bar = tqdm(total=len(names), desc="invert", unit="adapter", disable=not (progress and state.is_main_process))
+        with bar, Heartbeat("invert") as heart:
+            for i in deal(len(names)):
+                bar.update(i - bar.n)  # those before it were dealt too
+                try:
+                    self._write_shard(i, output_dir / "shards" / names[i], bar, on_shard)
+                except DivergenceError as error:
+                    info = self.pool.infos[i]
+                    failed.append((i, {"name": info.name, "sha256": info.sha256, "reason": str(error)}))
+            heart.wait_for_all()
+            bar.update(len(names) - bar.n)
+            failed = dict(sorted(gather_object(failed), key=lambda entry: entry[0]))
+            self.failed = list(failed.values())
+            if len(failed) == len(names):
+                raise DivergenceError(self.failed[0]["reason"])
+            if state.is_main_process:
+                files = [output_dir / "shards" / name for i, name in enumerate(names) if i not in failed]
+                write_manifest(output_dir, self._header() | ({"failed": self.failed} if failed else {}), files)
+            heart.wait_for_all()
         return SurrogateDataset.from_pretrained(output_dir)
 
+    def _write_shard(self, index: int, path: Path, bar: tqdm, on_shard: Callable[[str, Shard], None] | None) -> None:
+        info, started = self.pool.infos[index], time.perf_counter()
+        identity = self._identity(info)
+        if shard_config_id(path) == identity:
+            return
+        beat(f"adapter {info.name}")
+        shard = self.invert(index)
+        save_shard(path, shard, identity)
+        steps = self.image_iterations / (time.perf_counter() - started)
+        bar.set_postfix(accuracy=f"{shard.accuracy:.2f}", image_iterations_per_s=f"{steps:.0f}")
+        if on_shard is not None:
+            on_shard(path.name, shard)
+
     def invert(self, index: int) -> Shard:
-        """The surrogate images of one adapter, with its logits and features on the stored pixels."""
+        """The surrogate images of one adapter, with its logits and features on the stored pixels.
+
+        Raises:
+            DivergenceError: the loss of a batch, or what the adapter says of the images, is not finite.
+        """
         adapter = self.pool[index]
         seed = int(hashlib.sha256(f"{self.config.seed}/{adapter.info.sha256}".encode()).hexdigest()[:15], 16)
         generator = torch.Generator().manual_seed(seed)
@@ -91,6 +119,8 @@ class LoraInverter:
         with self.pool.folded(index):
             pixels = self._optimise(index, starts, labels, generator)
             logits, features, kept = self._describe(adapter, pixels)
+        if not (logits.isfinite().all() and features.isfinite().all()):
+            self._diverged(index, "its logits or features (in float16) of the finished images are not finite")
         if self.config.iterations == 0:
             labels = logits.argmax(1)
         return Shard(_source(adapter), pixels, labels, logits, features, kept)
@@ -107,6 +137,7 @@ class LoraInverter:
             batch = self.batch(index, starts[rows], labels[rows], generator)
             while len(rows):
                 step = batch.iteration
+                beat(f"adapter {self.pool.infos[index].name}, iteration {step}")
                 losses[step] += len(rows) * batch.step()  # stays on the device until the end
                 images[step] += len(rows)
                 finished = batch.finished()
@@ -114,9 +145,18 @@ class LoraInverter:
                     pixels[rows[finished]] = batch.pixels()[finished]
                     rows = rows[~finished]
                     batch.keep(~finished)
+            if not losses.isfinite().all():  # one look for each batch: it waits for the device
+                step = int(losses.isfinite().logical_not().nonzero()[0])
+                self._diverged(index, f"the loss of its images is not finite from iteration {step} on")
         self.losses = [total / count for total, count in zip(losses.tolist(), images, strict=True) if count]
         self.image_iterations = sum(images)
         return pixels
+
+    def _diverged(self, index: int, what: str) -> None:
+        raise DivergenceError(
+            f"{self.pool.infos[index].where}: {what}. Lower `lr` (now {self.config.lr}) or the weights of the priors, "
+            "or look whether the adapter itself gives NaN."
+        )
 
     def batch(
         self, index: int, starts: torch.Tensor, labels: torch.Tensor, generator: torch.Generator

@@ -287,7 +287,7 @@ def test_batches_read_ahead_are_the_batches_of_their_steps():
     def make(step):
         made.append(step)
         threads.add(threading.current_thread())
-        return Batch(torch.full((2,), step), None, [], [], [], [])
+        return Batch(torch.full((2,), step), None, 2, [], [], [], [])
 
     prefetcher = Prefetcher(make, end=6)
     assert [prefetcher.get(step).inputs[0].item() for step in (2, 3, 4)] == [2, 3, 4]

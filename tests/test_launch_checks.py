@@ -1,0 +1,38 @@
+"""Launches that would do the work several times are refused before they begin."""
+
+import pytest
+import torch
+
+from lora_recycle.commands.main import main
+from lora_recycle.errors import ConfigError
+from lora_recycle.processes import collective_timeout, deal, process_state
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"WORLD_SIZE": "2"}, "2 processes were launched, but accelerate sees 1. Start it with `accelerate launch"),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, r"4 tasks were started \(SLURM_STEP_NUM_TASKS\), and each would do all"),
+        ({"OMPI_COMM_WORLD_SIZE": "3"}, "3 tasks were started"),
+        ({"LORA_RECYCLE_TIMEOUT": "soon"}, "LORA_RECYCLE_TIMEOUT must be a positive number of seconds, got 'soon'"),
+    ],
+)
+def test_copies_of_one_process_are_refused(monkeypatch, variables, told):
+    process_state()
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=told):
+        process_state()
+
+
+def test_one_process_gets_all_numbers_in_order():
+    assert list(deal(3)) == [0, 1, 2] and collective_timeout() == 1800
+    assert torch.distributed.is_initialized() is False
+
+
+def test_what_one_process_must_do_is_refused_to_several(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert main(["push", "meta", "someone/meta"]) == 1
+    said = capsys.readouterr().err
+    assert "process 1: error: `push` runs in one process, not in 2. Start it without `accelerate launch`." in said
