@@ -19,3 +19,7 @@ class DataError(LoraRecycleError):
 
 class PushError(LoraRecycleError):
     """Something cannot be published: unfit for the Hub as it is, or the Hub or the way to it refused."""
+
+
+class StorageError(LoraRecycleError):
+    """Nothing can be written: the disk is full, the folder read-only, or another run is at work in it."""

@@ -9,7 +9,15 @@ from pathlib import Path
 from ..distillation.config import DistillationConfig
 from ..errors import ConfigError
 from .arguments import add_config_arguments, build_config
-from .common import add_pool_arguments, hint, is_main_process, load_pool, table, tell_skipped
+from .common import (
+    add_pool_arguments,
+    add_resume_argument,
+    hint,
+    is_main_process,
+    load_pool,
+    table,
+    tell_skipped,
+)
 
 
 EPILOG = """\
@@ -19,7 +27,7 @@ examples:
   lora-recycle distill pool --surrogate surrogate --output meta_lora --init zero --kl-weight 1 --interpolation-weight 1
   lora-recycle distill pool --output average --steps 0        the exact average, no training
 
-A killed run goes on where it was when the command is run again.
+A killed run goes on where it was when the command is run again, with --resume or without.
 """
 
 
@@ -31,6 +39,7 @@ def add_parser(subparsers, **options) -> argparse.ArgumentParser:
         "--surrogate", metavar="DATA", help="surrogate data of these adapters, a folder or repo id (org/name@revision)"
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder that the meta-LoRA goes to")
+    add_resume_argument(parser)
     add_config_arguments(parser, DistillationConfig)
     return parser
 
@@ -52,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     if surrogate and args.on_error == "skip":
         pool = _with_images(pool, surrogate)
     trainer = MetaLoraTrainer(pool, surrogate, config)
-    trainer.train(Path(args.output) / "work", progress=not args.quiet)
+    trainer.train(Path(args.output) / "work", progress=not args.quiet, resume=args.resume)
     if not is_main_process():
         return
     save_meta_lora(wrap_student(trainer), args.output)

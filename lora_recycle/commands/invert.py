@@ -7,7 +7,15 @@ import shlex
 
 from ..inversion.config import InversionConfig
 from .arguments import add_config_arguments, build_config
-from .common import add_class_names_argument, add_pool_arguments, hint, is_main_process, load_pool, table
+from .common import (
+    add_class_names_argument,
+    add_pool_arguments,
+    add_resume_argument,
+    hint,
+    is_main_process,
+    load_pool,
+    table,
+)
 
 
 EPILOG = """\
@@ -20,7 +28,7 @@ examples:
   lora-recycle invert someone/clip-lora --class-names cat,dog,fox --output surrogate
   accelerate launch --num_processes 4 -m lora_recycle invert pool --output surrogate
 
-Finished shards of the same settings are kept when the command is run again.
+When the command is run again (with --resume or without) finished shards are kept and damaged ones are made again.
 """
 
 
@@ -34,6 +42,7 @@ def add_parser(subparsers, **options) -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="number type of the backbone (default: float32)"
     )
+    add_resume_argument(parser)
     add_config_arguments(parser, InversionConfig)
     return parser
 
@@ -52,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
         require_heads=True,
         dtype=getattr(torch, args.dtype) if args.dtype else None,
     )
-    surrogate = LoraInverter(pool, config).run(args.output, progress=not args.quiet)
+    surrogate = LoraInverter(pool, config).run(args.output, progress=not args.quiet, resume=args.resume)
     if not is_main_process():
         return
     shards = surrogate.manifest["shards"]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
 
 from ..errors import LoraRecycleError
+from ..interruption import Terminated, terminable
 from ..version import __version__
 from . import demo, distill, evaluate, import_file, inspect, invert, predict, push, tune_pool
 
@@ -31,19 +33,25 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit code: 0, 1 for an error that the user can act on, 130 for Ctrl-C."""
+    """Run one verb and return the exit code.
+
+    0; 1 for an error that the user can act on, or a `reproduce` that came out otherwise; 130 for Ctrl-C; 143 for
+    SIGTERM.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
     args = build_parser().parse_args(argv)
     args.debug, args.quiet = getattr(args, "debug", False), getattr(args, "quiet", False)
     try:
-        with warnings.catch_warnings():
+        with terminable(), warnings.catch_warnings():
             if not args.debug:
                 warnings.simplefilter("ignore")
                 _silence_libraries()
-            args.run(args)
+            code = args.run(args)
             sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("lora-recycle: interrupted; what was finished is kept.", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interrupt:
+        terminated = isinstance(interrupt, Terminated)
+        print(f"\nlora-recycle: {'terminated' if terminated else 'interrupted'}{_way_on(args, argv)}", file=sys.stderr)
+        return 143 if terminated else 130
     except BrokenPipeError:  # `lora-recycle inspect pool | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -52,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"lora-recycle: error: {one_line(error)}", file=sys.stderr)
         return 1
-    return 0
+    return code or 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -83,6 +91,16 @@ class _Verb(argparse.ArgumentParser):
     def __init__(self, **options):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **options)
+
+
+def _way_on(args: argparse.Namespace, argv: list[str]) -> str:
+    """How to go on after an interruption, as the end of a sentence."""
+    if not hasattr(args, "resume"):
+        return "; what was finished is kept."
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        return "; what was finished is kept. Launch the same command again, with --resume, to go on."
+    again = [word for word in argv if word not in ("--resume", "--no-resume")]
+    return f"; what was finished is kept. To go on: {shlex.join(['lora-recycle', *again, '--resume'])}"
 
 
 def one_line(error: BaseException) -> str:

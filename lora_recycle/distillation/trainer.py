@@ -18,6 +18,8 @@ from tqdm.auto import tqdm
 
 from ..embedded import backbone_name
 from ..errors import ConfigError, DataError
+from ..interruption import Interruption
+from ..locks import only_run_in
 from ..pool import AdapterPool
 from ..processes import process_state
 from ..prototypes import centre_logits
@@ -25,7 +27,7 @@ from ..relations import relational_divergence
 from ..rows import RowFile
 from ..surrogate import SurrogateDataset
 from .batches import Batch, BatchMaker, Prefetcher
-from .checkpoints import load_checkpoint, save_checkpoint
+from .checkpoints import Checkpoints
 from .config import DistillationConfig
 from .episodes import EpisodeSampler, SurrogateEpisode, class_identities
 from .images import SurrogateImages, match_shards
@@ -93,33 +95,58 @@ class MetaLoraTrainer:
         yield
         self._seconds[name] += time.perf_counter() - started
 
-    def train(self, output_dir: str | Path | None = None, *, progress: bool = True) -> Student:
-        """Run all steps and return the student. With `output_dir`, checkpoints lie there and a killed run resumes.
+    def train(self, output_dir: str | Path | None = None, *, progress: bool = True, resume: bool = True) -> Student:
+        """Run all steps and return the student.
+
+        With `output_dir`, checkpoints lie there, and a run that was killed goes on as if nothing had been; Ctrl-C and
+        SIGTERM end it after a step that is saved. With `resume=False` the checkpoints there are deleted first.
 
         Raises:
             DataError: the surrogate data is of another pool, damaged, or has too few classes for an episode.
+            ConfigError: `output_dir` holds a run of another recipe, pool or surrogate data.
+            StorageError: another run is at work in `output_dir`, or nothing can be written there.
         """
         if self.config.steps == 0:
             return self.student
+        with only_run_in(output_dir, self.accelerator.is_main_process):
+            if output_dir is not None and not resume and self.accelerator.is_main_process:
+                self._checkpoints(output_dir).clear()
+            self.accelerator.wait_for_everyone()
+            return self._train(output_dir, progress)
+
+    def _train(self, output_dir: str | Path | None, progress: bool) -> Student:
         shown = progress and self.accelerator.is_main_process
         start = self.prepare(output_dir, progress=progress)
         steps, options = range(start, self.config.steps), {"desc": "distill", "unit": "step", "disable": not shown}
+        interruption = Interruption(patient=self.accelerator.num_processes > 1)
         try:
             for step in (bar := tqdm(steps, initial=start, total=self.config.steps, **options)):
                 self.step(step)
-                saving = (step + 1) % self.config.checkpoint_every == 0 or step + 1 == self.config.steps
+                stopping = self._is_asked_to_stop(interruption, step)
+                saving = stopping or (step + 1) % self.config.checkpoint_every == 0 or step + 1 == self.config.steps
                 if saving or len(self._unread) >= READ_EVERY:
                     self._read_losses()
                     shown = {name: f"{values[-1]:.3f}" for name, values in self.history.items()}
                     bar.set_postfix(**shown, host=f"{self.host_share:.1%}")
                 if saving and output_dir is not None and self.accelerator.is_main_process:
-                    path = Path(output_dir) / "checkpoint.safetensors"
-                    parameters = self.student.trainable()
+                    checkpoints, parameters = self._checkpoints(output_dir), self.student.trainable()
                     with self._timed("host"):
-                        save_checkpoint(path, parameters, self.optimizer, step + 1, self._identity(), self.history)
+                        checkpoints.save(parameters, self.optimizer, step + 1, self.history)
+                if stopping:
+                    interruption.deliver()
         finally:
+            interruption.release()
             self.close()
         return self.student
+
+    def _is_asked_to_stop(self, interruption: Interruption, step: int) -> bool:
+        """Whether Ctrl-C or SIGTERM came, to any process: all of them stop after the same step."""
+        if self.accelerator.num_processes == 1:
+            return interruption.asked
+        if (step + 1) % READ_EVERY:
+            return False
+        asked = torch.tensor(float(interruption.asked), device=self.accelerator.device)
+        return self.accelerator.reduce(asked, "sum").item() > 0
 
     def prepare(self, output_dir: str | Path | None = None, *, progress: bool = True) -> int:
         """Everything before the first step: data checked, teachers asked, optimiser made, checkpoint loaded.
@@ -144,10 +171,9 @@ class MetaLoraTrainer:
         # dropout of the backbone's own would only add noise, and make a resumed run another one
         optimizer = torch.optim.Adam(self.student.eval().trainable(), lr=config.lr, fused=True)
         self._student, self.optimizer = self.accelerator.prepare(self.student, optimizer)
-        start, checkpoint = 0, None if output_dir is None else Path(output_dir) / "checkpoint.safetensors"
-        if checkpoint is not None and checkpoint.is_file():
-            parameters = self.student.trainable()
-            start, self.history = load_checkpoint(checkpoint, parameters, self.optimizer, self._identity())
+        start = 0
+        if output_dir is not None:
+            start, self.history = self._checkpoints(output_dir).load(self.student.trainable(), self.optimizer)
         self._prefetcher = Prefetcher(self.make_batch, config.steps, pin_memory=state.device.type == "cuda")
         if start < config.steps:
             self._prefetcher.begin(start)
@@ -257,10 +283,14 @@ class MetaLoraTrainer:
             return F.cross_entropy(logits, torch.arange(ways, device=logits.device).repeat_interleave(queries))
         return F.kl_div(logits.log_softmax(1), teacher.log_softmax(1), log_target=True, reduction="batchmean")
 
-    def _identity(self) -> str:
-        sources = [info.sha256 for info in self.pool.infos]
-        parts = [self.config.to_dict(), sources, [entry["sha256"] for entry in self.surrogate.manifest["shards"]]]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    def _checkpoints(self, output_dir: str | Path) -> Checkpoints:
+        identity = {
+            "config": self.config.to_dict(),
+            "adapters": [info.sha256 for info in self.pool.infos],
+            "surrogate": [entry["sha256"] for entry in self.surrogate.manifest["shards"]],
+            "precision": [str(self.pool.backbone.dtype), self.accelerator.mixed_precision],
+        }
+        return Checkpoints(Path(output_dir), identity)
 
 
 def learning_rate(config: DistillationConfig, step: int) -> float:

@@ -15,14 +15,16 @@ from tqdm.auto import tqdm
 from ..backbones import Backbone
 from ..errors import ConfigError
 from ..hub.adapters import AdapterInfo
+from ..locks import only_run_in
 from ..pool import Adapter, AdapterPool
 from ..processes import mixed_precision, process_state
 from ..sparsity import num_kept, select_top
-from ..surrogate import Shard, SurrogateDataset, save_shard, shard_config_id, write_manifest
+from ..surrogate import Shard, SurrogateDataset, save_shard, write_manifest
 from ..version import __version__
 from .batch import InversionBatch, Objective
 from .config import InversionConfig
 from .priors import build_priors
+from .resume import is_finished, refuse_other_recipe, start_over
 from .starts import draw_starts
 
 
@@ -51,20 +53,49 @@ class LoraInverter:
         self.image_iterations = 0
 
     def run(
-        self, output_dir: str | Path, *, progress: bool = True, on_shard: Callable[[str, Shard], None] | None = None
+        self,
+        output_dir: str | Path,
+        *,
+        progress: bool = True,
+        on_shard: Callable[[str, Shard], None] | None = None,
+        resume: bool = True,
     ) -> SurrogateDataset:
-        """Write one shard for each adapter and the manifest. Finished shards of the same settings are kept.
+        """Write one shard for each adapter and the manifest.
 
-        Several processes (`accelerate launch`) share the adapters; the bytes do not depend on their number.
+        Finished shards of an earlier run are kept, damaged ones made again; with `resume=False` all that is there is
+        deleted first. Several processes (`accelerate launch`) share the adapters; the bytes do not depend on their
+        number.
+
+        Raises:
+            ConfigError: `output_dir` holds shards of another recipe.
+            StorageError: another run is at work in `output_dir`, or nothing can be written there.
         """
         state, output_dir = process_state(), Path(output_dir)
+        with only_run_in(output_dir, state.is_main_process):
+            if state.is_main_process and resume:
+                self.check_folder(output_dir)
+            elif state.is_main_process:
+                start_over(output_dir)
+            state.wait_for_everyone()
+            return self._run(output_dir, progress, on_shard)
+
+    def check_folder(self, output_dir: str | Path) -> None:
+        """Raise `ConfigError` where the folder holds shards of another recipe, which `run` would not go on with."""
+        identities = map(self._identity, self.pool.infos)
+        named = dict(zip(_shard_names(self.pool), identities, strict=True))
+        refuse_other_recipe(Path(output_dir), named, self.config.to_dict())
+
+    def _run(
+        self, output_dir: Path, progress: bool, on_shard: Callable[[str, Shard], None] | None
+    ) -> SurrogateDataset:
+        state = process_state()
         names = _shard_names(self.pool)
         mine = list(range(state.process_index, len(self.pool), state.num_processes))
         infos = self.pool.infos
         bar = tqdm(mine, desc="invert", unit="adapter", disable=not (progress and state.is_main_process))
         for i in bar:
             path, identity = output_dir / "shards" / names[i], self._identity(infos[i])
-            if shard_config_id(path) != identity:
+            if not is_finished(path, identity):
                 started = time.perf_counter()
                 shard = self.invert(i)
                 save_shard(path, shard, identity)
@@ -161,6 +192,8 @@ class LoraInverter:
             parts.append([other.sha256 for other in self.pool.infos])
         if self.accelerator.mixed_precision != "no":
             parts.append(self.accelerator.mixed_precision)
+        if self.backbone.dtype != torch.float32:
+            parts.append(str(self.backbone.dtype))
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def _header(self) -> dict:
@@ -169,6 +202,7 @@ class LoraInverter:
             "backbone": {"name": self.backbone.name, "revision": self.backbone.revision},
             "image_processor": self.backbone.processor_settings(),
             "config": self.config.to_dict(),
+            "precision": [str(self.backbone.dtype), self.accelerator.mixed_precision],
         }
 
 

@@ -173,5 +173,6 @@ def test_demo_leaves_checkpoints_alone_that_are_not_its_own(work, tmp_path, fail
     shutil.copytree(work / "meta" / "work", output / "meta_lora" / "work")
     line = fails("demo", "--pool", work / "pool", "--recipe", recipe, "--output", output, "--quiet")
     assert (
-        "checkpoint of another recipe" in line and (output / "meta_lora" / "work" / "checkpoint.safetensors").exists()
+        "checkpoint of another recipe" in line
+        and (output / "meta_lora" / "work" / "checkpoint-00000003.safetensors").exists()
     )
