@@ -33,8 +33,8 @@ def refuse_other_recipe(folder: Path, identities: dict[str, str], config: dict[s
         there = SurrogateDataset.from_pretrained(folder).manifest.get("config", {})
         told = differences(there, json.loads(json.dumps(config))) or "another adapter, backbone or precision"
     raise ConfigError(
-        f"{folder}: holds surrogate data of another recipe ({told}): {others[0]}, {len(others)} in all. Choose another "
-        "output folder. To replace what is there, pass --no-resume (from Python: resume=False)."
+        f"{folder}: holds surrogate data of another recipe ({told}): {others[0]}, {len(others)} in all. Choose "
+        "another output folder. To replace what is there, pass --no-resume (from Python: resume=False)."
     )
 
 
