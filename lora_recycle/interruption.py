@@ -63,7 +63,8 @@ def _handle(handlers: dict) -> dict:
     if threading.current_thread() is not threading.main_thread():
         return {}
     known = {number: signal.getsignal(number) for number in handlers}
-    chosen = {number: handler for number, handler in known.items() if handler is not None}  # None: not Python's own
+    # None is a handler that is not Python's; what was started to ignore a signal, as `nohup` does, goes on ignoring it
+    chosen = {n: handler for n, handler in known.items() if handler not in (None, signal.SIG_IGN)}
     for number in chosen:
         signal.signal(number, handlers[number])
     return chosen
