@@ -13,7 +13,7 @@ from pathlib import Path
 import filelock
 
 from .errors import StorageError
-from .storage import atomic_write, refusals_explained, remove_partials
+from .storage import atomic_write, refusals_explained, remove_partials, replacing_files
 
 
 LOCK_FILE, OWNER_FILE = ".lock", ".owner.json"
@@ -59,11 +59,8 @@ def only_run_in(folder: str | Path | None, needed: bool = True) -> Iterator[None
 
 def _check_writable(folder: Path) -> None:
     """Before the lock is asked for: a lock that cannot be made would pass for one that is held."""
-    probe = folder / f".probe.{os.getpid()}.partial"
-    try:
-        probe.touch()
-    finally:
-        probe.unlink(missing_ok=True)
+    with replacing_files(folder):
+        pass
 
 
 def _owner(folder: Path) -> str:

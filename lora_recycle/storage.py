@@ -23,7 +23,7 @@ from .errors import StorageError
 #: Why a file cannot be written that is no fault of the program: space, rights, limits.
 _REFUSALS = ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EEXIST")
 _REFUSED = {getattr(errno, name) for name in _REFUSALS if hasattr(errno, name)}
-#: A file that is being written; the number is the writer's process.
+#: A folder of what is being written; the number is the writer's process.
 _PARTIAL = re.compile(r"\..+\.\d+\.partial")
 
 
@@ -36,31 +36,32 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         StorageError: the disk is full or read-only, or the folder may not be written to.
     """
-    with refusals_explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = _partial(path)
-        try:
-            yield partial
-            _flush(partial)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+    with _partial_folder(path) as partial:
+        yield partial / path.name
+        _flush(partial / path.name)
+        os.replace(partial / path.name, path)
 
 
 @contextlib.contextmanager
 def replacing_files(folder: Path) -> Iterator[Path]:
     """A folder to write to, whose files then take their places in `folder`, each whole or absent. As `replacing`."""
-    with refusals_explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = _partial(folder / "files")
+    with _partial_folder(folder / "files") as partial:
+        yield partial
+        written = sorted(partial.iterdir())
+        for path in written:
+            _flush(path)
+        for path in written:
+            os.replace(path, folder / path.name)
+
+
+@contextlib.contextmanager
+def _partial_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path`, gone at the end: safetensors writes to a name of its own first, which belongs there."""
+    with refusals_explained(path):
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        partial.mkdir(parents=True, exist_ok=True)
         try:
-            partial.mkdir()
             yield partial
-            written = sorted(partial.iterdir())
-            for path in written:
-                _flush(path)
-            for path in written:
-                os.replace(path, folder / path.name)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -68,10 +69,7 @@ def replacing_files(folder: Path) -> Iterator[Path]:
 def remove_partials(folder: Path) -> None:
     """Delete what writers that were killed left in `folder` and below. Only for who alone may write there."""
     for path in [path for path in folder.rglob(".*.partial") if _PARTIAL.fullmatch(path.name)]:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -93,10 +91,6 @@ def _error_number(error: Exception) -> int | None:
     """safetensors gives the system's number in words only."""
     found = re.search(r"os error (\d+)", str(error))
     return getattr(error, "errno", None) or (int(found[1]) if found else None)
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
 def _flush(path: Path) -> None:
