@@ -95,7 +95,7 @@ def _recipe(info: AdapterInfo) -> dict[str, Any]:
     where = f"{info.where}: {SIDECAR_FILE}"
     settings = read_sidecar(info.path / SIDECAR_FILE)
     kinds = {"sources": list, "distillation": dict, "inversion": (dict, type(None)), "versions": dict}
-    kinds |= {"hardware": (dict, type(None)), "backbone": (dict, type(None))}
+    kinds |= {key: (dict, type(None)) for key in ("hardware", "backbone", "inversion_data_sha256")}
     for key, kind in kinds.items():
         if not isinstance(settings.get(key), kind):
             raise AdapterError(f"{where} does not say how it was made: {key} is missing or damaged.")
@@ -155,8 +155,8 @@ def _compare(info: AdapterInfo, settings: dict, now: dict, folder: Path) -> Repr
     ]
     known = [one == other for one, other in checksums if one is not None]
     conditions = []
-    for group in ("versions", "hardware", "backbone"):
-        recorded, found = settings.get(group) or {}, now[group]
+    for group in ("versions", "hardware", "backbone", "inversion_data_sha256"):
+        recorded, found = settings.get(group) or {}, now[group] or {}
         conditions += [
             (f"{group}: {key}", recorded[key], found.get(key)) for key in recorded if recorded[key] != found.get(key)
         ]

@@ -1,7 +1,9 @@
 """What goes wrong in long runs: each fault is noticed, told, and costs nothing but the time until it is gone."""
 
 import os
+import re
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from lora_recycle.errors import DataError, StorageError
 from lora_recycle.inversion.config import InversionConfig
 from lora_recycle.inversion.inverter import LoraInverter
 from lora_recycle.locks import only_run_in
+from lora_recycle.storage import load_sealed
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +85,6 @@ def test_a_disk_that_fills_up_while_training(pool, undisturbed, tmp_path, monkey
 
 
 def test_the_last_two_checkpoints_are_kept_and_hold_all_that_training_is(pool, undisturbed, tmp_path):
-    from lora_recycle.storage import load_sealed
-
     distil(pool, undisturbed[0], tmp_path)
     found = sorted(tmp_path.glob("checkpoint-*"))
     assert [int(p.stem.split("-")[1]) for p in found] == [6, 8]
@@ -163,3 +164,15 @@ def test_a_clock_that_jumps(pool, undisturbed, tmp_path, monkeypatch):
     (tmp_path / "surrogate" / surrogate.manifest["shards"][1]["file"]).unlink()
     assert files(invert(pool, tmp_path / "surrogate").folder) == files(undisturbed[0].folder)
     assert distil(pool, surrogate, tmp_path / "work") == undisturbed[1]
+
+
+def test_the_fault_table_names_tests_that_are_there():
+    root = Path(__file__).parents[1]
+    rows = [row for row in (root / "docs" / "reliability.md").read_text().splitlines() if row.startswith("| ")][1:]
+    assert len(rows) == 14
+    for row in rows:
+        told = row.rsplit("|", 2)[1]
+        tests = "".join((root / path).read_text() for path in re.findall(r"`((?:tests|examples)/[\w/]+\.py)`", told))
+        names = re.findall(r"`(test_\w+)`", told)
+        assert all(f"def {name}(" in tests for name in names), row
+        assert names or "kill_harness" in told or told.strip() == "the same"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 import time
@@ -19,6 +20,7 @@ from ..locks import only_run_in
 from ..pool import Adapter, AdapterPool
 from ..processes import mixed_precision, process_state
 from ..sparsity import num_kept, select_top
+from ..storage import tensors_sha256
 from ..surrogate import Shard, SurrogateDataset, save_shard, write_manifest
 from ..version import __version__
 from .batch import InversionBatch, Objective
@@ -194,7 +196,19 @@ class LoraInverter:
             parts.append(self.accelerator.mixed_precision)
         if self.backbone.dtype != torch.float32:
             parts.append(str(self.backbone.dtype))
+        if self.data_sha256:
+            parts.append(self.data_sha256)
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+    @functools.cached_property
+    def data_sha256(self) -> dict[str, str]:
+        """Checksums of what the settings name by its path: starting images, and another meta-LoRA as reference."""
+        found = {}
+        if self.stock is not None:
+            found["start_images"] = tensors_sha256({"pixels": self.stock})
+        if self.reference is not None and self.config.hard_reference not in ("backbone", "average"):
+            found["hard_reference"] = tensors_sha256(self.reference.model.state_dict())
+        return found
 
     def _header(self) -> dict:
         return {
@@ -202,6 +216,7 @@ class LoraInverter:
             "backbone": {"name": self.backbone.name, "revision": self.backbone.revision},
             "image_processor": self.backbone.processor_settings(),
             "config": self.config.to_dict(),
+            "data_sha256": self.data_sha256,
             "precision": [str(self.backbone.dtype), self.accelerator.mixed_precision],
         }
 

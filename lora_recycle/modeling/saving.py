@@ -46,6 +46,7 @@ def _settings(trainer: MetaLoraTrainer) -> dict[str, Any]:
         "distillation": trainer.config.to_dict(),
         "inversion": manifest.get("config"),
         "inversion_precision": manifest.get("precision"),
+        "inversion_data_sha256": manifest.get("data_sha256"),
         "metric": trainer.config.metric,
         "temperature": trainer.config.temperature,
         "versions": versions(),

@@ -296,3 +296,20 @@ def test_a_backbone_in_bfloat16_is_inverted(tiny_pool_path, hard_weight):
     shard = LoraInverter(pool, quick(**settings)).invert(2)
     assert shard.teacher_logits.dtype == torch.float32 and shard.teacher_logits.isfinite().all()
     assert shard.teacher_features.dtype == torch.float16 and shard.kept_tokens.shape[1] == 8
+
+
+def test_other_images_under_the_same_path_are_another_recipe(tiny_pool, tmp_path):
+    config, pool = (
+        {"iterations": 0, "starts": {"images": 1.0}, "start_images": str(tmp_path / "in")},
+        tiny_pool.subset([0]),
+    )
+    (tmp_path / "in").mkdir()
+    for shade in (10, 20):
+        Image.new("RGB", (32, 32), (shade, 0, 0)).save(tmp_path / "in" / "a.png")
+        inverter = LoraInverter(pool, quick(**config))
+        if shade == 10:
+            surrogate = inverter.run(tmp_path / "out", progress=False)
+            assert surrogate.manifest["data_sha256"] == inverter.data_sha256 and len(inverter.data_sha256) == 1
+        else:
+            with pytest.raises(ConfigError, match="another adapter, backbone, precision or data"):
+                inverter.run(tmp_path / "out", progress=False)
