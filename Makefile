@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CHECKED := lora_recycle examples tests
 
-.PHONY: demo test quality style
+.PHONY: demo test coverage quality style
 
 demo: $(READY)
 	$(BIN)/lora-recycle demo --output runs/demo
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# All tests, the slow ones too, and the lines of the package that they run: fails below the share in pyproject.toml.
+coverage: $(READY)
+	$(BIN)/python -m pytest -m '' --cov
 
 quality: $(READY)
 	$(BIN)/ruff check $(CHECKED)

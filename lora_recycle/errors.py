@@ -27,3 +27,7 @@ class PushError(LoraRecycleError):
 
 class ProcessError(LoraRecycleError):
     """Another process of the same launch failed or fell silent, so that this one cannot go on."""
+
+
+class StorageError(LoraRecycleError):
+    """Nothing can be written: the disk is full, the folder read-only, or another run is at work in it."""

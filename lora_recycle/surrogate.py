@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from .errors import AdapterError, DataError
 from .hub.cards import TABLE_FILE, is_repo_id, surrogate_card
@@ -30,7 +29,7 @@ from .hub.snapshots import fetch
 from .hub.untrusted import MAX_FILE_BYTES, MAX_TEXT_BYTES, parse_json, read_text
 from .shard_checks import check_manifest
 from .shard_rows import TENSORS, ShardRows, open_shard
-from .storage import atomic_save_tensors, atomic_write, file_sha256
+from .storage import atomic_write, file_sha256, read_header, save_sealed
 
 
 FORMAT_VERSION = 1
@@ -73,10 +72,13 @@ class Shard:
 
 
 def save_shard(path: Path, shard: Shard, config_id: str) -> None:
-    """Write one shard atomically; its header names the adapter and the configuration it was made with."""
+    """Write one shard atomically; its header names the adapter and the configuration it was made with.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
     tensors = {name: getattr(shard, name) for name in TENSORS if getattr(shard, name) is not None}
-    header = json.dumps({"adapter": shard.adapter, "config_id": config_id}, sort_keys=True)
-    atomic_save_tensors(path, tensors, header)
+    save_sealed(path, tensors, {"adapter": shard.adapter, "config_id": config_id})
 
 
 def load_shard(path: Path) -> Shard:
@@ -87,9 +89,8 @@ def load_shard(path: Path) -> Shard:
 
 def shard_config_id(path: Path) -> str | None:
     """The configuration that an existing shard was made with; None where there is no readable shard."""
-    with contextlib.suppress(OSError, SafetensorError, KeyError, TypeError, ValueError):
-        with safe_open(path, "pt") as file:
-            return json.loads(file.metadata()["header"])["config_id"]
+    with contextlib.suppress(OSError, KeyError, ValueError):
+        return read_header(path)["config_id"]
     return None
 
 

@@ -21,6 +21,8 @@ for _name in ("HF_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS
 for _name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE"):
     os.environ.pop(_name, None)
 
+import contextlib  # noqa: E402
+import resource  # noqa: E402
 import shutil  # noqa: E402
 import socket  # noqa: E402
 import warnings  # noqa: E402
@@ -77,6 +79,22 @@ def hub(monkeypatch):
     yield hub
     HUB_SERVER.new_hub()
     assert not hub.problems, "\n".join(hub.problems)
+
+
+@pytest.fixture
+def file_size_limit():
+    """The system refuses to write beyond so many bytes of any file, as a quota does."""
+
+    @contextlib.contextmanager
+    def limited(size: int):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
 
 
 @pytest.fixture(autouse=True)

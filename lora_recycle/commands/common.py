@@ -55,6 +55,16 @@ def add_on_error_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_resume_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="go on with what an interrupted run of the same settings left in the output folder, which is what "
+        "happens by default; --no-resume deletes it and starts again",
+    )
+
+
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", metavar="D", help="where to compute, as torch names it: cpu, cuda, cuda:1, mps")
 

@@ -9,7 +9,16 @@ from pathlib import Path
 from ..distillation.config import DistillationConfig
 from ..errors import ConfigError
 from .arguments import add_config_arguments, build_config
-from .common import add_pool_arguments, hint, is_main_process, load_pool, note, table, tell_skipped
+from .common import (
+    add_pool_arguments,
+    add_resume_argument,
+    hint,
+    is_main_process,
+    load_pool,
+    note,
+    table,
+    tell_skipped,
+)
 
 
 EPILOG = """\
@@ -22,7 +31,7 @@ examples:
   lora-recycle distill pool --output average --init average --steps 0      the exact average, no training
   lora-recycle distill pool --output merged --steps 0                       the same, not diluted by a mixed pool
 
-A killed run goes on where it was when the command is run again.
+A killed run goes on where it was when the command is run again, with --resume or without.
 """
 
 
@@ -41,6 +50,7 @@ def add_parser(subparsers, **options) -> argparse.ArgumentParser:
         metavar="NAME",
         help="trackers that get the numbers of every step: tensorboard (writes DIR/work/trackers), wandb, mlflow ...",
     )
+    add_resume_argument(parser)
     add_config_arguments(parser, DistillationConfig)
     return parser
 
@@ -67,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     trainer = MetaLoraTrainer(pool, surrogate, config, callbacks)
     if is_main_process():
         tell_skipped(trainer.excluded, len(trainer.pool))
-    trainer.train(folder, progress=not args.quiet)
+    trainer.train(folder, progress=not args.quiet, resume=args.resume)
     if not is_main_process():
         return
     save_meta_lora(wrap_student(trainer), args.output)

@@ -10,6 +10,7 @@ from .arguments import add_config_arguments, build_config
 from .common import (
     add_class_names_argument,
     add_pool_arguments,
+    add_resume_argument,
     hint,
     is_main_process,
     load_pool,
@@ -32,7 +33,7 @@ examples:
   lora-recycle invert someone/clip-lora --class-names cat,dog,fox --output surrogate
   accelerate launch --num_processes 4 -m lora_recycle invert pool --output surrogate
 
-Finished shards of the same settings are kept when the command is run again.
+When the command is run again (with --resume or without) finished shards are kept and damaged ones are made again.
 """
 
 
@@ -46,6 +47,7 @@ def add_parser(subparsers, **options) -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="number type of the backbone (default: float32)"
     )
+    add_resume_argument(parser)
     add_config_arguments(parser, InversionConfig)
     return parser
 
@@ -65,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
         dtype=getattr(torch, args.dtype) if args.dtype else None,
     )
     inverter = LoraInverter(pool, config)
-    surrogate = inverter.run(args.output, progress=not args.quiet)
+    surrogate = inverter.run(args.output, progress=not args.quiet, resume=args.resume)
     if not is_main_process():
         return
     failed = [(entry["name"], entry["reason"]) for entry in inverter.failed]

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
 
 from ..errors import ConfigError, LoraRecycleError
+from ..interruption import Terminated, terminable
 from ..version import __version__
-from . import demo, distill, evaluate, import_file, inspect, invert, predict, push, tune_pool
+from . import demo, distill, evaluate, import_file, inspect, invert, predict, push, reproduce, tune_pool
 
 
 #: In the order of the work. Each imports torch only when it runs, so that the help answers at once.
-VERBS = (tune_pool, import_file, inspect, invert, distill, evaluate, predict, push, demo)
+VERBS = (tune_pool, import_file, inspect, invert, distill, evaluate, predict, push, reproduce, demo)
 
 #: Verbs whose work several processes share.
 SHARED = ("tune-pool", "invert", "distill")
@@ -28,27 +30,34 @@ examples:
   lora-recycle evaluate meta --data new_photos --pool pool
   lora-recycle predict meta --support examples photo.jpg
   lora-recycle push meta someone/meta-lora
+  lora-recycle reproduce someone/meta-lora                   is it what its sidecar says?
 
 `lora-recycle VERB --help` lists the settings of a verb.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit code: 0, 1 for an error that the user can act on, 130 for Ctrl-C."""
+    """Run one verb and return the exit code.
+
+    0; 1 for an error that the user can act on, or a `reproduce` that came out otherwise; 130 for Ctrl-C; 143 for
+    SIGTERM.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
     args = build_parser().parse_args(argv)
     args.debug, args.quiet = getattr(args, "debug", False), getattr(args, "quiet", False)
     try:
-        with warnings.catch_warnings():
+        with terminable(), warnings.catch_warnings():
             if not args.debug:
                 warnings.simplefilter("ignore")
                 _silence_libraries()
             if args.verb not in SHARED:
                 _alone(args.verb)
-            args.run(args)
+            code = args.run(args)
             sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("lora-recycle: interrupted; what was finished is kept.", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interrupt:
+        terminated = isinstance(interrupt, Terminated)
+        print(f"\nlora-recycle: {'terminated' if terminated else 'interrupted'}{_way_on(args, argv)}", file=sys.stderr)
+        return 143 if terminated else 130
     except BrokenPipeError:  # `lora-recycle inspect pool | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -57,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"lora-recycle: {_process()}error: {one_line(error)}", file=sys.stderr, flush=True)
         return 1
-    return 0
+    return code or 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -99,6 +108,16 @@ def _alone(verb: str) -> None:
 def _process() -> str:
     """Which process of a launch this is, for messages; empty where it is the only one."""
     return f"process {os.environ.get('RANK', '?')}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+
+
+def _way_on(args: argparse.Namespace, argv: list[str]) -> str:
+    """How to go on after an interruption, as the end of a sentence."""
+    if not hasattr(args, "resume"):
+        return "; what was finished is kept."
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        return "; what was finished is kept. Launch the same command again, with --resume, to go on."
+    again = [word for word in argv if word not in ("--resume", "--no-resume")]
+    return f"; what was finished is kept. To go on: {shlex.join(['lora-recycle', *again, '--resume'])}"
 
 
 def one_line(error: BaseException) -> str:

@@ -137,7 +137,12 @@ def _invert(
         curves[name] = inverter.losses
         atomic_write(path, json.dumps(curves).encode())
 
-    surrogate = inverter.run(output / "surrogate", progress=progress, on_shard=remember)
+    folder, resume = output / "surrogate", True
+    try:
+        inverter.check_folder(folder)
+    except ConfigError:  # the demo's own, of other settings
+        resume = False
+    surrogate = inverter.run(folder, progress=progress, on_shard=remember, resume=resume)
     names = [Path(entry["file"]).name for entry in surrogate.manifest["shards"]]
     known = [curves[name] for name in names if len(curves.get(name, ())) == config.iterations]
     return surrogate, [sum(values) / len(known) for values in zip(*known, strict=True)]

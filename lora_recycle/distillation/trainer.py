@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from ..embedded import backbone_name
 from ..errors import ConfigError, DataError
 from ..heartbeat import Heartbeat, beat, waiting
+from ..interruption import Interruption
+from ..locks import only_run_in
 from ..pool import AdapterPool
 from ..processes import deal, mixed_precision
 from ..prototypes import centre_logits
@@ -25,7 +27,7 @@ from ..rows import RowFile
 from ..surrogate import SurrogateDataset
 from .batches import Batch, BatchMaker, Prefetcher
 from .callbacks import ProgressBar, TrainerCallback
-from .checkpoints import load_checkpoint, save_checkpoint
+from .checkpoints import Checkpoints
 from .config import DistillationConfig
 from .episodes import EpisodeSampler, SurrogateEpisode, class_identities
 from .images import SurrogateImages, leave_out, match_shards
@@ -96,6 +98,7 @@ class MetaLoraTrainer:
         self.skipped: list[int] = []
         #: set by a callback to end the training
         self.should_stop = False
+        self._interrupted = False
         self._temporary: tempfile.TemporaryDirectory | None = None
         self._unread: list[tuple[int, float, dict[str, torch.Tensor]]] = []
         self._watching: list[TrainerCallback] = []
@@ -113,58 +116,82 @@ class MetaLoraTrainer:
         yield
         self._seconds[name] += time.perf_counter() - started
 
-    def train(self, output_dir: str | Path | None = None, *, progress: bool = True) -> Student:
-        """Run all steps and return the student. With `output_dir`, checkpoints lie there and a killed run resumes.
+    def train(self, output_dir: str | Path | None = None, *, progress: bool = True, resume: bool = True) -> Student:
+        """Run all steps and return the student.
+
+        With `output_dir`, checkpoints lie there, and a run that was killed goes on as if nothing had been; Ctrl-C and
+        SIGTERM end it after a step that is saved. With `resume=False` the checkpoints there are deleted first.
 
         Raises:
             DataError: the surrogate data is of another pool, damaged, or has too few classes for an episode.
+            ConfigError: `output_dir` holds a run of another recipe, pool or surrogate data.
+            StorageError: another run is at work in `output_dir`, or nothing can be written there.
         """
         if self.config.steps == 0:
             return self.student
+        with only_run_in(output_dir, self.accelerator.is_main_process):
+            if output_dir is not None and not resume and self.accelerator.is_main_process:
+                self._checkpoints(output_dir).clear()
+            self.accelerator.wait_for_everyone()
+            return self._train(output_dir, progress)
+
+    def _train(self, output_dir: str | Path | None, progress: bool) -> Student:
         self._watching = [*([ProgressBar()] if progress else []), *self.callbacks]
         start = self.prepare(output_dir, progress=progress)
+        interruption = Interruption(patient=self.accelerator.num_processes > 1)
         with Heartbeat("distill"):
             self._tell("on_train_begin", start)
             try:
                 for step in range(start, self.config.steps):
                     self.step(step)
                     self._tell("on_step_end", step)
-                    if self._look_up(step, output_dir):
+                    if self._look_up(step, output_dir, interruption):
                         break
                 self._parallel.update_student()
+                if self._interrupted:
+                    interruption.deliver()
             finally:
+                interruption.release()
                 self.close()
                 self._tell("on_train_end")
         return self.student
 
-    def _look_up(self, step: int, output_dir: str | Path | None) -> bool:
-        """Now and then read the losses and save; whether training is to stop early."""
+    def _look_up(self, step: int, output_dir: str | Path | None, interruption: Interruption) -> bool:
+        """Now and then read the losses and save; whether training is to stop early.
+
+        Ctrl-C and SIGTERM are seen after every step; several processes agree on them when they read their losses.
+        """
         last = step + 1 == self.config.steps
         saving, stopping = last or (step + 1) % self.config.checkpoint_every == 0, False
-        if saving or len(self._unread) >= READ_EVERY:
+        looking = saving or len(self._unread) >= READ_EVERY
+        if looking or self.accelerator.num_processes == 1:
+            self._interrupted = self._on_any(interruption.asked)
+        if looking or self._interrupted:
             self._read_losses()
-            stopping = self._on_any(torch.tensor(self.should_stop)).item()
+            stopping = self._on_any(self.should_stop) or self._interrupted
         sound = last or not longest_tail(self.skipped, step)  # what led to a spike is not to replace what did not
         if output_dir is not None and (stopping or (saving and sound)):
-            self._save(Path(output_dir) / "checkpoint.safetensors", step + 1)
+            self._save(output_dir, step + 1)
         return stopping
 
-    def _save(self, path: Path, step: int) -> None:
+    def _save(self, output_dir: str | Path, step: int) -> None:
         with self._timed("host"):
             self._parallel.update_student()
             optimizer, parameters = self._parallel.whole_optimizer(), self.student.trainable()
             if self.accelerator.is_main_process:
-                save_checkpoint(path, parameters, optimizer, step, self._identity(), self.history)
+                self._checkpoints(output_dir).save(parameters, optimizer, step, self.history)
 
     def _tell(self, event: str, *values) -> None:
         for callback in self._watching:
             getattr(callback, event)(self, *values)
 
-    def _on_any(self, flag: torch.Tensor) -> torch.Tensor:
-        """Whether a flag, a bool scalar, is set in any process: all must do the same."""
+    def _on_any(self, flag: bool | torch.Tensor) -> bool | torch.Tensor:
+        """Whether a flag is set in any process: all must do the same."""
         if self.accelerator.num_processes == 1:
             return flag
-        return self.accelerator.reduce(flag.float().to(self.accelerator.device), "sum") > 0
+        device = self.accelerator.device
+        total = self.accelerator.reduce(torch.as_tensor(flag, dtype=torch.float32, device=device), "sum") > 0
+        return total if isinstance(flag, torch.Tensor) else total.item()
 
     def prepare(self, output_dir: str | Path | None = None, *, progress: bool = True) -> int:
         """Everything before the first step: data checked, teachers asked, optimiser made, checkpoint loaded.
@@ -189,18 +216,18 @@ class MetaLoraTrainer:
         # dropout of the backbone's own would only add noise, and make a resumed run another one
         self._parallel = ParallelStudent(self.student.eval(), state, config.lr)
         self._guard = SpikeGuard(config.spike_factor, state.device)
-        start = 0 if output_dir is None else self._resume(Path(output_dir) / "checkpoint.safetensors")
+        start = 0 if output_dir is None else self._resume(output_dir)
         batches, end = config.gradient_accumulation_steps, config.steps * config.gradient_accumulation_steps
         self._prefetcher = Prefetcher(self.make_batch, end, pin_memory=state.device.type == "cuda")
         if start < config.steps:
             self._prefetcher.begin(start * batches)
         return start
 
-    def _resume(self, checkpoint: Path) -> int:
-        if not checkpoint.is_file():
-            return 0
+    def _resume(self, output_dir: str | Path) -> int:
         optimizer, parameters = self._parallel.whole_optimizer(), self.student.trainable()
-        start, self.history = load_checkpoint(checkpoint, parameters, optimizer, self._identity())
+        start, self.history = self._checkpoints(output_dir).load(parameters, optimizer)
+        if start == 0:
+            return 0
         self._parallel.take(optimizer)
         steps = zip(*self.history.values(), strict=True)
         self.skipped = self._guard.replay([sum(torch.tensor(value) for value in values) for values in steps])
@@ -342,10 +369,14 @@ class MetaLoraTrainer:
             return F.cross_entropy(logits, torch.arange(ways, device=logits.device).repeat_interleave(queries))
         return F.kl_div(logits.log_softmax(1), teacher.log_softmax(1), log_target=True, reduction="batchmean")
 
-    def _identity(self) -> str:
-        sources = [info.sha256 for info in self.pool.infos]
-        parts = [self.config.to_dict(), sources, [entry["sha256"] for entry in self.surrogate.manifest["shards"]]]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    def _checkpoints(self, output_dir: str | Path) -> Checkpoints:
+        identity = {
+            "config": self.config.to_dict(),
+            "adapters": [info.sha256 for info in self.pool.infos],
+            "surrogate": [entry["sha256"] for entry in self.surrogate.manifest["shards"]],
+            "precision": [str(self.pool.backbone.dtype), self.accelerator.mixed_precision],
+        }
+        return Checkpoints(Path(output_dir), identity)
 
 
 def learning_rate(config: DistillationConfig, step: int) -> float:

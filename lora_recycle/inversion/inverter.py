@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 import time
@@ -17,14 +18,17 @@ from ..backbones import Backbone
 from ..errors import ConfigError, DivergenceError
 from ..heartbeat import Heartbeat, beat
 from ..hub.adapters import AdapterInfo
+from ..locks import only_run_in
 from ..pool import Adapter, AdapterPool
 from ..processes import deal, mixed_precision, process_state
 from ..sparsity import num_kept, select_top
-from ..surrogate import Shard, SurrogateDataset, save_shard, shard_config_id, write_manifest
+from ..storage import tensors_sha256
+from ..surrogate import Shard, SurrogateDataset, save_shard, write_manifest
 from ..version import __version__
 from .batch import InversionBatch, Objective
 from .config import InversionConfig
 from .priors import build_priors
+from .resume import is_finished, refuse_other_recipe, start_over
 from .starts import draw_starts
 
 
@@ -55,20 +59,44 @@ class LoraInverter:
         self.failed: list[dict[str, str]] = []
 
     def run(
-        self, output_dir: str | Path, *, progress: bool = True, on_shard: Callable[[str, Shard], None] | None = None
+        self,
+        output_dir: str | Path,
+        *,
+        progress: bool = True,
+        on_shard: Callable[[str, Shard], None] | None = None,
+        resume: bool = True,
     ) -> SurrogateDataset:
-        """Write one shard for each adapter and the manifest. Finished shards of the same settings are kept.
+        """Write one shard for each adapter and the manifest.
 
-        Several processes (`accelerate launch`) share the adapters, each going to the process that is free first; the
-        bytes do not depend on who made what. An adapter whose images diverge is left out, and listed in `failed` and
-        in the manifest.
+        Finished shards of an earlier run are kept, damaged ones made again; with `resume=False` all that is there is
+        deleted first. Several processes (`accelerate launch`) share the adapters, each going to the process that is
+        free first; the bytes do not depend on who made what. An adapter whose images diverge is left out, and listed
+        in `failed` and in the manifest.
 
         Raises:
+            ConfigError: `output_dir` holds shards of another recipe.
             DivergenceError: all adapters diverge.
             ProcessError: another process fell silent.
+            StorageError: another run is at work in `output_dir`, or nothing can be written there.
         """
         state, output_dir = process_state(), Path(output_dir)
-        names, failed = _shard_names(self.pool), []
+        with only_run_in(output_dir, state.is_main_process):
+            if state.is_main_process and resume:
+                self.check_folder(output_dir)
+            elif state.is_main_process:
+                start_over(output_dir)
+            state.wait_for_everyone()
+            self._run(output_dir, progress, on_shard)
+        return SurrogateDataset.from_pretrained(output_dir)
+
+    def check_folder(self, output_dir: str | Path) -> None:
+        """Raise `ConfigError` where the folder holds shards of another recipe, which `run` would not go on with."""
+        identities = map(self._identity, self.pool.infos)
+        named = dict(zip(_shard_names(self.pool), identities, strict=True))
+        refuse_other_recipe(Path(output_dir), named, self.config.to_dict())
+
+    def _run(self, output_dir: Path, progress: bool, on_shard: Callable[[str, Shard], None] | None) -> None:
+        state, names, failed = process_state(), _shard_names(self.pool), []
         bar = tqdm(total=len(names), desc="invert", unit="adapter", disable=not (progress and state.is_main_process))
         with bar, Heartbeat("invert") as heart:
             for i in deal(len(names)):
@@ -88,12 +116,11 @@ class LoraInverter:
                 files = [output_dir / "shards" / name for i, name in enumerate(names) if i not in failed]
                 write_manifest(output_dir, self._header() | ({"failed": self.failed} if failed else {}), files)
             heart.wait_for_all()
-        return SurrogateDataset.from_pretrained(output_dir)
 
     def _write_shard(self, index: int, path: Path, bar: tqdm, on_shard: Callable[[str, Shard], None] | None) -> None:
         info, started = self.pool.infos[index], time.perf_counter()
         identity = self._identity(info)
-        if shard_config_id(path) == identity:
+        if is_finished(path, identity):
             return
         beat(f"adapter {info.name}")
         shard = self.invert(index)
@@ -201,7 +228,21 @@ class LoraInverter:
             parts.append([other.sha256 for other in self.pool.infos])
         if self.accelerator.mixed_precision != "no":
             parts.append(self.accelerator.mixed_precision)
+        if self.backbone.dtype != torch.float32:
+            parts.append(str(self.backbone.dtype))
+        if self.data_sha256:
+            parts.append(self.data_sha256)
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+    @functools.cached_property
+    def data_sha256(self) -> dict[str, str]:
+        """Checksums of what the settings name by its path: starting images, and another meta-LoRA as reference."""
+        found = {}
+        if self.stock is not None:
+            found["start_images"] = tensors_sha256({"pixels": self.stock})
+        if self.reference is not None and self.config.hard_reference not in ("backbone", "average"):
+            found["hard_reference"] = tensors_sha256(self.reference.model.state_dict())
+        return found
 
     def _header(self) -> dict:
         return {
@@ -209,6 +250,8 @@ class LoraInverter:
             "backbone": {"name": self.backbone.name, "revision": self.backbone.revision},
             "image_processor": self.backbone.processor_settings(),
             "config": self.config.to_dict(),
+            "data_sha256": self.data_sha256,
+            "precision": [str(self.backbone.dtype), self.accelerator.mixed_precision],
         }
 
 

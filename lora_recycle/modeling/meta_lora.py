@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +20,8 @@ from ..backbones import Backbone
 from ..embedded import backbone_name, resolve_meta_lora
 from ..errors import AdapterError, DataError
 from ..hub.adapters import load_adapter, pull_adapter
-from ..hub.files import PICTURE_FILE, SIDECAR_FILE
-from ..storage import atomic_write
+from ..hub.files import CARD_FILE, PICTURE_FILE, SIDECAR_FILE
+from ..storage import atomic_write, replacing_files
 from ..version import __version__
 from ..weight_changes import wear_layers
 from .heads import make_head
@@ -233,8 +234,10 @@ class MetaLoRAForFewShotClassification(nn.Module):
         config = self.peft_model.peft_config["default"]
         config.base_model_name_or_path = backbone_name(config.base_model_name_or_path)
         config.target_modules = sorted(config.target_modules)  # PEFT writes a set in any order
-        with wear_layers(self.backbone.model, self._merged):
-            self.peft_model.save_pretrained(folder, safe_serialization=True)
+        with replacing_files(folder) as partial, wear_layers(self.backbone.model, self._merged):
+            if (folder / CARD_FILE).is_file():
+                shutil.copyfile(folder / CARD_FILE, partial / CARD_FILE)  # PEFT only adds to a card that is there
+            self.peft_model.save_pretrained(partial, safe_serialization=True)
         settings = {
             "head": self.head.name,
             "metric": self.settings.get("metric", "cosine"),

@@ -5,14 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import peft
-import torch
-import transformers
-
 from ..distillation.trainer import MetaLoraTrainer
+from ..embedded import backbone_name
 from ..hub.cards import meta_lora_card
-from ..storage import atomic_write
-from ..version import __version__
+from ..pool import AdapterPool
+from ..provenance import hardware, versions
+from ..storage import atomic_write, tensors_sha256
 from .meta_lora import MetaLoRAForFewShotClassification
 
 
@@ -35,16 +33,36 @@ def save_meta_lora(model: MetaLoRAForFewShotClassification, folder: str | Path) 
 
 
 def _settings(trainer: MetaLoraTrainer) -> dict[str, Any]:
+    """All that made the student: recipes and seeds, adapters and surrogate data by checksum, versions, machine."""
+    manifest = {} if trainer.surrogate is None else trainer.surrogate.manifest
+    backbone, state = trainer.pool.backbone, trainer.accelerator
     return {
-        "sources": [info.to_source() for info in trainer.pool.infos],
+        "sources": _sources(trainer.pool, manifest),
+        "backbone": {
+            "name": backbone_name(backbone.name),
+            "revision": backbone.revision,
+            "sha256": tensors_sha256(backbone.model.state_dict()),
+        },
         "distillation": trainer.config.to_dict(),
-        "inversion": None if trainer.surrogate is None else trainer.surrogate.manifest["config"],
+        "inversion": manifest.get("config"),
+        "inversion_precision": manifest.get("precision"),
+        "inversion_data_sha256": manifest.get("data_sha256"),
         "metric": trainer.config.metric,
         "temperature": trainer.config.temperature,
-        "versions": {
-            "lora_recycle": __version__,
-            "torch": str(torch.__version__),
-            "transformers": transformers.__version__,
-            "peft": peft.__version__,
-        },
+        "versions": versions(),
+        "hardware": hardware(backbone.device, state.num_processes, state.mixed_precision),
     }
+
+
+def _sources(pool: AdapterPool, manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each adapter with the checksum of its surrogate images, and with the class names that made its head."""
+    entries = {entry["adapter"]["sha256"]: entry for entry in manifest.get("shards", ())}
+    sources = []
+    for info in pool.infos:
+        source, entry = info.to_source(), entries.get(info.sha256)
+        if entry is not None:
+            source["surrogate_sha256"] = entry["sha256"]
+            if entry["adapter"].get("prompt"):
+                source |= {key: entry["adapter"].get(key) for key in ("prompt", "labels")}
+        sources.append(source)
+    return sources

@@ -36,6 +36,10 @@ def train(pool, surrogate, config, folder=None):
     return trainer.train(folder, progress=False), trainer
 
 
+def checkpoints(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("checkpoint-*")}
+
+
 def weights(student):
     return [p.detach().clone() for p in student.trainable()]
 
@@ -148,16 +152,22 @@ def test_a_finished_run_is_not_run_again(tiny_pool, tiny_surrogate, tmp_path):
 
 def test_a_checkpoint_of_another_recipe_or_pool_is_refused(tiny_pool, tiny_surrogate, tmp_path):
     train(tiny_pool, tiny_surrogate, recipe(), tmp_path)
-    before = (tmp_path / "checkpoint.safetensors").read_bytes()
-    for pool, config in ((tiny_pool, recipe(lr=0.5)), (tiny_pool.subset([0, 1]), recipe())):
-        with pytest.raises(ConfigError, match="checkpoint of another recipe, pool or surrogate data"):
+    before = checkpoints(tmp_path)
+    for pool, config, told in (
+        (tiny_pool, recipe(lr=0.5), "lr: 0.001 there, 0.5 here"),
+        (tiny_pool.subset([0, 1]), recipe(), "the adapters, their surrogate data or the precision differ"),
+    ):
+        with pytest.raises(ConfigError, match=rf"of another recipe, pool or surrogate data \({told}\).*--no-resume"):
             train(pool, tiny_surrogate, config, tmp_path)
-    assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
+    assert checkpoints(tmp_path) == before and len(before) == 1
+    trainer = MetaLoraTrainer(tiny_pool, tiny_surrogate, recipe(lr=0.5))
+    trainer.train(tmp_path, progress=False, resume=False)
+    assert checkpoints(tmp_path).keys() == before.keys() and checkpoints(tmp_path) != before
 
 
-def test_a_damaged_checkpoint_is_refused(tiny_pool, tiny_surrogate, tmp_path):
-    (tmp_path / "checkpoint.safetensors").write_bytes(b"\x10\x00")
-    with pytest.raises(DataError, match="the checkpoint is damaged"):
+def test_where_all_checkpoints_are_damaged_none_is_taken(tiny_pool, tiny_surrogate, tmp_path):
+    (tmp_path / "checkpoint-00000002.safetensors").write_bytes(b"\x10\x00")
+    with pytest.raises(DataError, match="the checkpoint is damaged .*, and no other is left. .*--no-resume"):
         train(tiny_pool, tiny_surrogate, recipe(), tmp_path)
 
 
@@ -270,7 +280,7 @@ def test_a_bound_on_teachers_bounds_what_is_asked(tiny_pool, tiny_surrogate, tmp
 
 def test_teachers_are_asked_once_for_a_folder(tiny_pool, tiny_surrogate, tmp_path, monkeypatch):
     first, _ = train(tiny_pool, tiny_surrogate, recipe(), tmp_path)
-    (tmp_path / "checkpoint.safetensors").unlink()
+    next(iter(tmp_path.glob("checkpoint-*"))).unlink()
     before = {path: path.read_bytes() for path in (tmp_path / "stored").iterdir()}
     assert {path.suffix for path in before} == {".npy", ".json"}
     monkeypatch.setattr(teachers_module, "_ask", lambda *_: pytest.fail("asked again"))

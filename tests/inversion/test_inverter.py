@@ -146,7 +146,7 @@ def test_the_pool_is_left_as_it_was(tiny_pool):
     assert all(p.grad is None for p in tiny_pool.backbone.parameters())
 
 
-def test_finished_shards_are_kept_and_other_settings_made_again(tiny_pool, tmp_path, monkeypatch):
+def test_finished_shards_are_kept_and_other_settings_refused_unless_asked_for(tiny_pool, tmp_path, monkeypatch):
     pool, made = tiny_pool.subset([0, 1]), []
     surrogate = LoraInverter(pool, quick()).run(tmp_path, progress=False, on_shard=lambda name, _: made.append(name))
     files = [tmp_path / entry["file"] for entry in surrogate.manifest["shards"]]
@@ -162,18 +162,24 @@ def test_finished_shards_are_kept_and_other_settings_made_again(tiny_pool, tmp_p
         patch.setattr(StoredAdapter, "load", lambda self: pytest.fail("read"))
         LoraInverter(tiny_pool.subset([0, 1]), quick()).run(tmp_path, progress=False)  # nothing is left to do
     changed = LoraInverter(pool, quick(lr=0.02))
-    changed.run(tmp_path, progress=False, on_shard=lambda name, _: made.append(name))
+    with pytest.raises(ConfigError, match=r"of another recipe \(lr: 0.05 there, 0.02 here\).*2 in all.*--no-resume"):
+        changed.run(tmp_path, progress=False)
+    assert files[0].stat().st_mtime_ns == times[0]
+    changed.run(tmp_path, progress=False, on_shard=lambda name, _: made.append(name), resume=False)
     assert len(made) == 2 and files[0].stat().st_mtime_ns > times[0]
 
 
-def test_a_damaged_shard_is_made_again(tiny_pool, tmp_path):
+def test_a_damaged_shard_is_made_again(tiny_pool, tmp_path, caplog):
     pool = tiny_pool.subset([0])
     surrogate = LoraInverter(pool, quick()).run(tmp_path, progress=False)
     path = tmp_path / surrogate.manifest["shards"][0]["file"]
     whole = path.read_bytes()
-    path.write_bytes(whole[:-100])
-    LoraInverter(pool, quick()).run(tmp_path, progress=False)
-    assert path.read_bytes() == whole
+    flipped = whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:]
+    for damaged in (whole[:-100], flipped, b""):
+        path.write_bytes(damaged)
+        caplog.clear()
+        LoraInverter(pool, quick()).run(tmp_path, progress=False)
+        assert path.read_bytes() == whole and f"{path} is damaged; it is made again." in caplog.text
 
 
 @pytest.mark.parametrize("start", ["noise", "dead-leaves", "fractal", "strokes"])
@@ -290,3 +296,20 @@ def test_a_backbone_in_bfloat16_is_inverted(tiny_pool_path, hard_weight):
     shard = LoraInverter(pool, quick(**settings)).invert(2)
     assert shard.teacher_logits.dtype == torch.float32 and shard.teacher_logits.isfinite().all()
     assert shard.teacher_features.dtype == torch.float16 and shard.kept_tokens.shape[1] == 8
+
+
+def test_other_images_under_the_same_path_are_another_recipe(tiny_pool, tmp_path):
+    config, pool = (
+        {"iterations": 0, "starts": {"images": 1.0}, "start_images": str(tmp_path / "in")},
+        tiny_pool.subset([0]),
+    )
+    (tmp_path / "in").mkdir()
+    for shade in (10, 20):
+        Image.new("RGB", (32, 32), (shade, 0, 0)).save(tmp_path / "in" / "a.png")
+        inverter = LoraInverter(pool, quick(**config))
+        if shade == 10:
+            surrogate = inverter.run(tmp_path / "out", progress=False)
+            assert surrogate.manifest["data_sha256"] == inverter.data_sha256 and len(inverter.data_sha256) == 1
+        else:
+            with pytest.raises(ConfigError, match="another adapter, backbone, precision or data"):
+                inverter.run(tmp_path / "out", progress=False)
