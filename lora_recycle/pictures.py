@@ -115,12 +115,10 @@ def _from_pixels(image: Any) -> Image.Image:
 
 
 def _reason(error: Exception, image: Any) -> str:
-    if isinstance(image, Path) and image.suffix.lower() in (".heic", ".heif"):
-        return (
-            "HEIC pictures need `pip install pillow-heif` and pillow_heif.register_heif_opener(), or save it as JPEG"
-        )
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if isinstance(image, Path) and image.suffix.lower() in (".heic", ".heif"):
+        return "HEIC needs the package pillow-heif and its register_heif_opener(); or save it as JPEG"
     if isinstance(error, Image.DecompressionBombError):
         return f"{error} Make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
     if isinstance(error, Image.UnidentifiedImageError):
