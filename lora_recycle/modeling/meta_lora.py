@@ -190,7 +190,7 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
         parts = [self.features(pixel_values) for pixel_values in batches]
         if not parts:  # all of them failed
             return torch.zeros(0, self.backbone.hidden_size, device=self.device)
-        return torch.cat(parts)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def new_task(self) -> SharedTask:
         """A task of its own on this model's backbone, to be fitted: what many users or many problems need at once."""
