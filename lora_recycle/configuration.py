@@ -83,7 +83,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:  # brackets nested a thousand deep
         raise ConfigError(f"{path}: not valid YAML ({str(error).splitlines()[0]}).") from error
     if values is None:
         return {}

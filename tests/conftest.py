@@ -30,6 +30,7 @@ from pathlib import Path  # noqa: E402
 from types import SimpleNamespace  # noqa: E402
 
 import huggingface_hub  # noqa: E402
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from helpers_tiny import save_tiny_backbone, toy_images  # noqa: E402
@@ -40,6 +41,10 @@ from lora_recycle.inversion.inverter import LoraInverter  # noqa: E402
 from lora_recycle.pool import AdapterPool  # noqa: E402
 from lora_recycle.tuning import tune_adapter  # noqa: E402
 from lora_recycle.tuning_config import TuningConfig  # noqa: E402
+
+
+hypothesis.settings.register_profile("repeatable", derandomize=True, database=None, max_examples=25, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -114,6 +114,7 @@ def test_no_steps_needs_no_loss():
     [
         (b"steps: [1, 2", "recipe.yaml: not valid YAML"),
         (b"\xff\xfe\x00", "recipe.yaml: not valid YAML"),
+        (b"steps: " + b"[" * 5000, "recipe.yaml: not valid YAML"),
         (b"- steps\n- lr\n", "a recipe is a mapping of settings, got a list"),
     ],
 )

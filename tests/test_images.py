@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from lora_recycle.errors import DataError
-from lora_recycle.images import load_labelled_images, load_unlabelled_images, to_rgb
+from lora_recycle.images import load_labelled_images, load_unlabelled_images
+from lora_recycle.pictures import to_rgb
 
 
 @pytest.fixture(autouse=True)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+from collections.abc import Iterator
+
 import torch
+from peft import PeftModel
 from torch import nn
 
 from ..backbones import Backbone
 from ..errors import AdapterError
-from ..weight_changes import never_called, tuner_layers
+from ..weight_changes import never_called, tuner_layers, wear_layers
 
 
 #: Largest relative change of the hidden states that merging may make: rounding, of weights in half precision too.
@@ -22,7 +27,7 @@ def merge_layers(backbone: Backbone) -> dict[str, nn.Module]:
     PEFT's own merged layers would still cost tens of Python calls at each forward, so they go altogether.
 
     Returns:
-        The layers by path, for [`weight_changes.wear_layers`], which saving needs.
+        The layers by path, for [`worn_for_saving`].
 
     Raises:
         AdapterError: the merged backbone answers otherwise. It is left as it was.
@@ -56,3 +61,16 @@ def merge_layers(backbone: Backbone) -> dict[str, nn.Module]:
         f"{backbone.name}: this adapter cannot be folded into the weights without changing what it says. "
         "Use the model without merge()."
     )
+
+
+@contextlib.contextmanager
+def worn_for_saving(peft_model: PeftModel, layers: dict[str, nn.Module]) -> Iterator[PeftModel]:
+    """The PEFT model with the `layers` that merging took off back in place, on copies of the modules that share all
+    weights: threads that predict meanwhile must not meet layers that come and go."""
+    if not layers:
+        yield peft_model
+        return
+    tensors = [t for module in (peft_model, *layers.values()) for t in (*module.parameters(), *module.buffers())]
+    copied, layers = copy.deepcopy((peft_model, layers), {id(tensor): tensor for tensor in tensors})
+    with wear_layers(copied.get_base_model(), layers):
+        yield copied

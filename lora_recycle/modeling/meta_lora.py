@@ -23,10 +23,10 @@ from ..hub.adapters import load_adapter, pull_adapter
 from ..hub.files import CARD_FILE, PICTURE_FILE, SIDECAR_FILE
 from ..storage import atomic_write, replacing_files
 from ..version import __version__
-from ..weight_changes import wear_layers
+from .classifier import FewShotClassifier, SharedTask, mixed_probabilities
 from .heads import make_head
-from .merging import merge_layers
-from .preprocessing import as_batch, to_pixel_values
+from .merging import merge_layers, worn_for_saving
+from .preprocessing import as_batch, pixel_batches, to_pixel_values
 from .publishing import push_adapter_folder
 from .sidecar import TASK_FILE, read_picture, read_sidecar, task_file
 from .task import FewShotTask, load_task, save_task
@@ -41,8 +41,10 @@ class FewShotOutput(ModelOutput):
     prototypes: torch.Tensor | None = None
 
 
-class MetaLoRAForFewShotClassification(nn.Module):
+class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
     """A frozen ViT that wears a meta-LoRA and classifies by a few-shot head, class centres by default.
+
+    `fit`, `predict`, `predict_proba` and `add_classes` are those of [`FewShotClassifier`].
 
     Args:
         backbone ([`Backbone`]): its linear layers are wrapped by PEFT in place.
@@ -59,7 +61,6 @@ class MetaLoRAForFewShotClassification(nn.Module):
         self.head = make_head(self.settings.get("head", "class_centres"), self.settings)
         #: PNG of some of the surrogate images that it learned from, where they are at hand
         self.picture: bytes | None = None
-        #: replaced as a whole by `fit` and `add_classes`, so that a prediction in another thread sees one task
         self._task: FewShotTask | None = None
         #: PEFT's layers after `merge`, by the module that each stood around
         self._merged: dict[str, nn.Module] = {}
@@ -122,11 +123,6 @@ class MetaLoRAForFewShotClassification(nn.Module):
     def device(self) -> torch.device:
         return self.backbone.device
 
-    @property
-    def label_names(self) -> list[Any]:
-        """The classes of the fitted task, in the order of the columns of `predict_proba`; empty before `fit`."""
-        return [] if self._task is None else list(self._task.label_names)
-
     def merge(self) -> MetaLoRAForFewShotClassification:
         """Fold the meta-LoRA into the backbone's weights, for use: a forward then costs what the bare backbone's does.
 
@@ -171,7 +167,7 @@ class MetaLoRAForFewShotClassification(nn.Module):
         return FewShotOutput(loss=loss, logits=logits, prototypes=self.head.centres(statistics))
 
     def preprocess(self, images) -> torch.Tensor:
-        """What the backbone takes: PIL images, arrays, file names, or uint8 tensors (N, 3, H, W) to (N, 3, S, S).
+        """What the backbone takes: images in any form that `fit` takes to (N, 3, S, S).
 
         Floating-point tensors of the right size are taken as normalised already.
         """
@@ -181,52 +177,64 @@ class MetaLoRAForFewShotClassification(nn.Module):
         return to_pixel_values(images, self.backbone)
 
     @torch.inference_mode()
-    def embed(self, images, batch_size: int = 64) -> torch.Tensor:
-        """Images in any form that `preprocess` takes to embeddings (N, D) on the model's device."""
-        images = as_batch(images)
-        if not len(images):
-            raise DataError("No images were given.")
-        parts = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
-        return torch.cat([self.features(self.preprocess(part)) for part in parts])
+    def embed(
+        self, images, batch_size: int = 64, *, failures: dict[int, str] | None = None, progress: bool = False
+    ) -> torch.Tensor:
+        """Images in any form that `fit` takes to embeddings (N, D) on the model's device.
 
-    def fit(self, images, labels: Sequence[Any]) -> MetaLoRAForFewShotClassification:
-        """Learn a task from its support images: one forward pass, no tuning. Labels may be names or numbers.
+        Files are decoded by threads, two batches at a time, so that their number does not matter to memory.
+
+        Args:
+            failures: takes the number and the error of each image that cannot be read, which is left out.
+        """
+        batches = pixel_batches(as_batch(images), self.backbone, batch_size, failures, progress)
+        parts = [self.features(pixel_values) for pixel_values in batches]
+        if not parts:  # all of them failed
+            return torch.zeros(0, self.backbone.hidden_size, device=self.device)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def new_task(self) -> SharedTask:
+        """A task of its own on this model's backbone, to be fitted: what many users or many problems need at once."""
+        return SharedTask(self)
+
+    def load_task(self, path: str | Path) -> SharedTask:
+        """A task that `SharedTask.save` wrote, of which nothing is trusted.
 
         Raises:
-            DataError: no images, another number of labels, or one class only.
+            AdapterError: it is damaged, or fits another backbone.
+            DataError: there is no such file, or another kind of head fitted it.
         """
-        if len(set(_as_list(labels))) < 2:
-            raise DataError("A support set needs at least two classes, or there is nothing to tell apart.")
-        self._task = FewShotTask.fitted(*self._labelled(images, labels), self.head)
-        return self
+        task = SharedTask(self)
+        task._task = load_task(Path(path), self.head, self.backbone.hidden_size)
+        if task._task is None:
+            raise DataError(f"{path}: there is no fitted task here that the head {self.head.name} can use.")
+        return task
 
-    def add_classes(self, images, labels: Sequence[Any]) -> MetaLoRAForFewShotClassification:
-        """Add classes to a fitted task, or images to its classes, without seeing the earlier images again."""
-        task = self._fitted()
-        self._task = FewShotTask.fitted(*self._labelled(images, labels), self.head, task)
-        return self
+    def predict_tasks(self, images, tasks: Sequence[FewShotClassifier], batch_size: int = 64) -> list[Any]:
+        """The label of each image by the task of its place: images of many tasks in one forward pass.
 
-    def predict_proba(self, images) -> torch.Tensor:
-        """Class probabilities, columns in the order of `label_names`: (N, classes), float32 on the CPU.
+        Args:
+            images: N images in any form that `fit` takes.
+            tasks: N tasks, `new_task()` of this model each; the same one may come again.
 
-        A transductive head (`model.head.transductive`) takes the N images as one query set: the answer for an image
-        depends on the others, so images that belong together should come in one call.
+        Raises:
+            DataError: another number of tasks, or one that is not fitted or another model's.
         """
-        return self._probabilities(self._fitted(), images)
+        return [task.label_names[int(row.argmax())] for task, row in self._mixed(images, tasks, batch_size)]
 
-    def predict(self, images) -> list[Any]:
-        """The label of each image, as it was given to `fit`. Transductive heads as in `predict_proba`."""
-        task = self._fitted()
-        return [task.label_names[i] for i in self._probabilities(task, images).argmax(-1).tolist()]
+    def predict_proba_tasks(
+        self, images, tasks: Sequence[FewShotClassifier], batch_size: int = 64
+    ) -> list[torch.Tensor]:
+        """Class probabilities of each image by the task of its place, (classes of the task,) each, on the CPU."""
+        return [row for _, row in self._mixed(images, tasks, batch_size)]
 
-    @torch.inference_mode()
-    def _probabilities(self, task: FewShotTask, images) -> torch.Tensor:
-        return task.logits(self.embed(images), self.head).float().softmax(-1).cpu()
-
-    @property
-    def prototypes(self) -> torch.Tensor:
-        """Class centres of the fitted task: (classes, D)."""
-        return self.head.centres(self._fitted().statistics)
+    def _mixed(self, images, tasks: Sequence[FewShotClassifier], batch_size: int):
+        images = as_batch(images)
+        if len(images) != len(tasks):
+            raise DataError(f"{len(images)} images, but {len(tasks)} tasks: each image needs the task it belongs to.")
+        if any(getattr(task, "model", task) is not self for task in tasks):
+            raise DataError("A task belongs to another model. Make tasks with new_task() of the model that is asked.")
+        return mixed_probabilities(tasks, self.embed(images, batch_size))
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write a plain PEFT adapter with our sidecar, and the fitted task where there is one."""
@@ -234,10 +242,10 @@ class MetaLoRAForFewShotClassification(nn.Module):
         config = self.peft_model.peft_config["default"]
         config.base_model_name_or_path = backbone_name(config.base_model_name_or_path)
         config.target_modules = sorted(config.target_modules)  # PEFT writes a set in any order
-        with replacing_files(folder) as partial, wear_layers(self.backbone.model, self._merged):
+        with replacing_files(folder) as partial, worn_for_saving(self.peft_model, self._merged) as worn:
             if (folder / CARD_FILE).is_file():
                 shutil.copyfile(folder / CARD_FILE, partial / CARD_FILE)  # PEFT only adds to a card that is there
-            self.peft_model.save_pretrained(partial, safe_serialization=True)
+            worn.save_pretrained(partial, safe_serialization=True)
         settings = {
             "head": self.head.name,
             "metric": self.settings.get("metric", "cosine"),
@@ -280,18 +288,6 @@ class MetaLoRAForFewShotClassification(nn.Module):
             self.save_pretrained(folder)
             return push_adapter_folder(folder, repo_id, commit_message=commit_message, **options)
 
-    def _labelled(self, images, labels) -> tuple[torch.Tensor, list[Any]]:
-        labels = _as_list(labels)
-        features = self.embed(images)
-        if len(features) != len(labels):
-            raise DataError(f"{len(features)} images, but {len(labels)} labels: each image needs one.")
-        return features.float(), labels
-
-    def _fitted(self) -> FewShotTask:
-        if self._task is None:
-            raise DataError("This model has no task yet. Call fit(images, labels) first.")
-        return self._task
-
 
 def _check_support(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     labels = torch.as_tensor(labels)
@@ -303,8 +299,3 @@ def _check_support(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     if not torch.equal(present.cpu(), torch.arange(len(present))):
         raise DataError(f"Support labels must number the classes 0 to {len(present) - 1}, got {present.tolist()}.")
     return labels.long()
-
-
-def _as_list(labels: Sequence[Any]) -> list[Any]:
-    """Labels as plain Python values, so that equal ones are equal and JSON can hold them."""
-    return [label.item() if hasattr(label, "item") else label for label in labels]

@@ -2,24 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from tqdm.auto import tqdm
 
 from ..backbones import Backbone
+from ..decoding import decoded
 from ..errors import DataError
-from ..images import to_picture
+from ..image_sources import ImageSource, dataset_source, is_dataset
 
 
 def as_batch(images):
-    """A sequence of images; one image alone becomes a sequence of one."""
+    """A sequence of images, a tensor, or the source of a `datasets.Dataset`; one image becomes a sequence of one.
+
+    Raises:
+        DataError: nothing that images can be taken from.
+    """
     if isinstance(images, torch.Tensor) and images.is_floating_point():
         return images.unsqueeze(0) if images.ndim == 3 else images
-    single = isinstance(images, (Image.Image, str, Path)) or getattr(images, "ndim", 4) in (2, 3)
-    return [images] if single else images
+    if isinstance(images, (Image.Image, str, Path, bytes)) or getattr(images, "ndim", 4) in (2, 3):
+        return [images]
+    if isinstance(images, (torch.Tensor, np.ndarray, ImageSource)):
+        return images
+    if is_dataset(images):
+        return dataset_source(images, labelled=False)
+    if not isinstance(images, Iterable):
+        raise DataError(f"No images can be read from a {type(images).__name__}: pass PIL images, arrays or paths.")
+    images = images if isinstance(images, (list, tuple)) else list(images)  # a generator, as Path.glob gives
+    normalised = len(images) > 0 and all(isinstance(i, torch.Tensor) and i.is_floating_point() for i in images)
+    return torch.stack(tuple(images)) if normalised and len({i.shape for i in images}) == 1 else images
+
+
+def pixel_batches(
+    images, backbone: Backbone, batch_size: int, failures: dict[int, str] | None = None, progress: bool = False
+) -> Iterator[torch.Tensor]:
+    """Normalised images (B, 3, S, S) in batches of at most `batch_size`, on the backbone's device.
+
+    Files are decoded by threads while the caller works on the batch before, and no more than two batches are in
+    memory. Floating-point tensors of the right size are taken as normalised already.
+
+    Args:
+        images: what [`as_batch`] gives.
+        failures: takes the number and the error of each image that cannot be read, which is then left out.
+
+    Raises:
+        DataError: no images, or, without `failures`, one that cannot be read.
+    """
+    if not len(images):
+        raise DataError("No images were given.")
+    if isinstance(images, torch.Tensor) and (images.is_floating_point() or _fits(images, backbone)):
+        for part in images.split(batch_size):
+            yield part if part.is_floating_point() else _normalised(part, backbone)
+        return
+    rows: list[np.ndarray] = []
+    bar = tqdm(_pixels(images, backbone), "images", len(images), unit="image", disable=not progress)
+    for number, found in enumerate(bar):
+        if not isinstance(found, DataError):
+            rows.append(found)
+        elif failures is None:
+            raise found
+        else:
+            failures[number] = str(found)
+        if len(rows) == batch_size:
+            yield _stacked(rows, backbone)
+            rows = []
+    if rows:
+        yield _stacked(rows, backbone)
 
 
 def to_pixel_values(images: Sequence, backbone: Backbone) -> torch.Tensor:
@@ -31,19 +84,50 @@ def to_pixel_values(images: Sequence, backbone: Backbone) -> torch.Tensor:
     Raises:
         DataError: no images, or one that cannot be read.
     """
-    if not len(images):
-        raise DataError("No images were given.")
+    return torch.cat(list(pixel_batches(images, backbone, max(1, len(images)))))
+
+
+def _fits(images: torch.Tensor, backbone: Backbone) -> bool:
+    """Whether a tensor only needs normalising."""
+    size, processor = backbone.image_size, backbone.processor
+    ready = images.dtype == torch.uint8 and images.shape[1:] == (3, size, size)
+    return ready and _is_standard(processor) and _only_resizes(processor, size)
+
+
+def _pixels(images: Any, backbone: Backbone) -> Iterator[np.ndarray | DataError]:
+    """Each image as uint8 (S, S, 3), or, of a processor that does more than resize, what it makes: (3, S, S)."""
     processor, size = backbone.processor, backbone.image_size
-    if not _is_standard(processor):
-        pictures = [to_picture(image) for image in images]
-        return processor(images=pictures, return_tensors="pt")["pixel_values"]
-    sized = _only_resizes(processor, size)
-    ready = isinstance(images, torch.Tensor) and images.dtype == torch.uint8 and images.shape[1:] == (3, size, size)
-    if sized and ready:
-        pixels = images
+    if isinstance(images, ImageSource):
+        items = images.fetch(list(range(len(images))))
     else:
-        pictures = [to_picture(image) for image in images]
-        pixels = _resized(pictures, size, int(processor.resample)) if sized else _processed(pictures, processor)
+        items = ((None if isinstance(image, (str, Path)) else f"image {i}", image) for i, image in enumerate(images))
+    resized = _is_standard(processor) and _only_resizes(processor, size)
+    only_uint8 = {"do_rescale": False, "do_normalize": False} if _is_standard(processor) else {}
+
+    def convert(picture: Image.Image) -> np.ndarray:
+        if resized:
+            same = picture.size == (size, size)
+            return np.asarray(picture if same else picture.resize((size, size), int(processor.resample)))
+        return processor(images=[picture], return_tensors="np", **only_uint8)["pixel_values"][0]
+
+    return decoded(items, convert, _at_least(processor))
+
+
+def _at_least(processor) -> int | None:
+    """Sides that a JPEG must keep: twice what it is resized to, so that nothing of the result is lost."""
+    sides = [getattr(processor.size, side, None) for side in ("height", "width", "shortest_edge", "longest_edge")]
+    return 2 * max(side or 0 for side in sides) if processor.do_resize else None
+
+
+def _stacked(rows: list[np.ndarray], backbone: Backbone) -> torch.Tensor:
+    pixels = torch.from_numpy(np.stack(rows))
+    if not _is_standard(backbone.processor):
+        return pixels.to(backbone.device)
+    return _normalised(pixels if pixels.shape[1] == 3 else pixels.permute(0, 3, 1, 2).contiguous(), backbone)
+
+
+def _normalised(pixels: torch.Tensor, backbone: Backbone) -> torch.Tensor:
+    """uint8 (B, 3, S, S) to float32 on the device."""
     scale = 1 / (255 * backbone.std)
     return pixels.to(backbone.device).float().mul_(scale).sub_(backbone.mean / backbone.std)
 
@@ -58,16 +142,3 @@ def _only_resizes(processor, size: int) -> bool:
     wanted = {"height": size, "width": size}
     exact = all(getattr(processor.size, side, None) == length for side, length in wanted.items())
     return bool(processor.do_resize) and exact and not getattr(processor, "do_center_crop", None)
-
-
-def _resized(pictures: list[Image.Image], size: int, resample: int) -> torch.Tensor:
-    """RGB pictures to uint8 (N, 3, size, size)."""
-    pixels = np.empty((len(pictures), size, size, 3), np.uint8)
-    for row, picture in zip(pixels, pictures, strict=True):
-        row[:] = picture if picture.size == (size, size) else picture.resize((size, size), resample)
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-
-
-def _processed(pictures: list[Image.Image], processor) -> torch.Tensor:
-    """What the processor resizes and crops: uint8 (N, 3, S, S)."""
-    return processor(images=pictures, return_tensors="pt", do_rescale=False, do_normalize=False)["pixel_values"]

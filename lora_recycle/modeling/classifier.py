@@ -1,0 +1,184 @@
+"""What is done with a fitted task, whether a model holds it or shares its backbone with other tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from ..errors import DataError
+from .heads import FewShotHead
+from .support import support_set, without_failures
+from .task import FewShotTask, save_task
+
+
+Self = TypeVar("Self", bound="FewShotClassifier")
+
+
+class FewShotClassifier:
+    """Learns one task from its support images and classifies by it.
+
+    `images` may be PIL images, arrays (H, W, 3), paths, file:// URLs, a `datasets.Dataset`, uint8 tensors
+    (N, 3, H, W), or floating-point ones, which are taken as normalised; one image alone is a list of one. An image
+    that cannot be read raises `DataError`, unless `failures` is given: a dictionary that takes its number and the
+    reason.
+
+    The task is replaced as a whole, so that a prediction in another thread sees the one or the other.
+    """
+
+    head: FewShotHead
+    _task: FewShotTask | None = None
+
+    def embed(self, images, batch_size: int = 64, *, failures=None, progress: bool = False) -> torch.Tensor:
+        """Images to embeddings (N, D) on the model's device, without those that `failures` takes."""
+        raise NotImplementedError
+
+    @property
+    def label_names(self) -> list[Any]:
+        """The classes of the fitted task, in the order of the columns of `predict_proba`; empty before `fit`."""
+        return [] if self._task is None else list(self._task.label_names)
+
+    @property
+    def prototypes(self) -> torch.Tensor:
+        """Class centres of the fitted task: (classes, D)."""
+        return self.head.centres(self._fitted().statistics)
+
+    def fit(
+        self: Self, images, labels: Sequence[Any] | None = None, *, failures: dict[int, str] | None = None
+    ) -> Self:
+        """Learn a task from its support images: one forward pass, no tuning.
+
+        Args:
+            images: with `labels`, images in any form. Without, what has labels: a folder of class folders, a parquet
+                file, a saved or loaded data set (its train split, if it has several), or a Hub data set id.
+            labels: names or numbers, one for each image.
+            failures: takes the images that cannot be read, which are left out.
+
+        Raises:
+            DataError: no images, another number of labels, one class only, or a class whose images all failed.
+        """
+        images, names = support_set(images, labels)
+        if len(set(names)) < 2:
+            raise DataError("A support set needs at least two classes, or there is nothing to tell apart.")
+        self._task = FewShotTask.fitted(*self._embedded(images, names, failures), self.head)
+        return self
+
+    def add_classes(
+        self: Self, images, labels: Sequence[Any] | None = None, *, failures: dict[int, str] | None = None
+    ) -> Self:
+        """Add classes to a fitted task, or images to its classes, without seeing the earlier images again.
+
+        What it takes is what `fit` takes.
+        """
+        task = self._fitted()
+        images, names = support_set(images, labels)
+        self._task = FewShotTask.fitted(*self._embedded(images, names, failures), self.head, task)
+        return self
+
+    def predict_proba(self, images, *, failures: dict[int, str] | None = None, progress: bool = False) -> torch.Tensor:
+        """Class probabilities, columns in the order of `label_names`: (N, classes), float32 on the CPU.
+
+        A transductive head (`model.head.transductive`) takes the N images as one query set: the answer for an image
+        depends on the others, so images that belong together should come in one call.
+
+        Args:
+            failures: takes the images that cannot be read; their rows are NaN.
+        """
+        return self._probabilities(self._fitted(), images, failures, progress)
+
+    def predict(self, images, *, failures: dict[int, str] | None = None) -> list[Any]:
+        """The label of each image, as it was given to `fit`: the largest of `predict_proba`, the first one of equals.
+
+        Args:
+            failures: takes the images that cannot be read; their labels are None.
+        """
+        task = self._fitted()
+        return best_labels(task, self._probabilities(task, images, failures), failures)
+
+    @torch.inference_mode()
+    def _probabilities(self, task: FewShotTask, images, failures=None, progress: bool = False) -> torch.Tensor:
+        if failures is not None:
+            failures.clear()  # of an earlier call
+        features = self.embed(images, failures=failures, progress=progress)
+        if not failures:
+            return probabilities_of(task, features, self.head)
+        every = torch.full((len(features) + len(failures), len(task.label_names)), torch.nan)
+        if len(features):
+            read = [number for number in range(len(every)) if number not in failures]
+            every[read] = probabilities_of(task, features, self.head)
+        return every
+
+    def _embedded(self, images, names: list[Any], failures: dict[int, str] | None):
+        """Embeddings of the images that can be read, float32, and their labels."""
+        if failures is not None:
+            failures.clear()  # of an earlier call
+        features = self.embed(images, failures=failures)
+        return features.float(), without_failures(names, failures or {})
+
+    def _fitted(self) -> FewShotTask:
+        if self._task is None:
+            raise DataError("This model has no task yet. Call fit(images, labels) first.")
+        return self._task
+
+
+def probabilities_of(task: FewShotTask, features: torch.Tensor, head: FewShotHead) -> torch.Tensor:
+    """(N, D) on any device to (N, classes), float32 on the CPU."""
+    return task.logits(features, head).float().softmax(-1).cpu()
+
+
+def best_labels(task: FewShotTask, probabilities: torch.Tensor, failures: dict[int, str] | None = None) -> list[Any]:
+    """The label of the largest probability of each row, None for failures."""
+    labels = [task.label_names[column] for column in probabilities.argmax(-1).tolist()]
+    for number in failures or ():
+        labels[number] = None
+    return labels
+
+
+class SharedTask(FewShotClassifier):
+    """One of many tasks on one model, made by `model.new_task()`: what `fit` learned, a few kilobytes, no weights.
+
+    It answers as the model itself would after the same `fit`, and keeps its own classes whatever the model or other
+    tasks learn meanwhile.
+    """
+
+    def __init__(self, model: FewShotClassifier):
+        self.model = model
+
+    @property
+    def head(self) -> FewShotHead:
+        return self.model.head
+
+    def embed(self, images, batch_size: int = 64, *, failures=None, progress: bool = False) -> torch.Tensor:
+        return self.model.embed(images, batch_size, failures=failures, progress=progress)
+
+    def save(self, path: str | Path) -> None:
+        """Write the task alone, one safetensors file, for `model.load_task`."""
+        save_task(Path(path), self._fitted())
+
+
+@torch.inference_mode()
+def mixed_probabilities(
+    tasks: Sequence[FewShotClassifier], features: torch.Tensor
+) -> list[tuple[FewShotTask, torch.Tensor]]:
+    """For each query of (N, D), which belongs to the task of its place: what that task knows, and (classes,)."""
+    rows: dict[FewShotClassifier, list[int]] = {}
+    for number, task in enumerate(tasks):
+        rows.setdefault(task, []).append(number)
+    fitted = [task._fitted() for task in rows]
+    order, sizes = [row for own in rows.values() for row in own], [len(own) for own in rows.values()]
+    parts = features[order].split(sizes)
+    scores = [
+        known.logits(part, task.head).float().softmax(-1)
+        for task, known, part in zip(rows, fitted, parts, strict=True)
+    ]
+    flat = torch.cat([score.flatten() for score in scores]).cpu()  # one copy from the device, not one for each task
+    found = [
+        row
+        for score, part in zip(scores, flat.split([s.numel() for s in scores]), strict=True)
+        for row in part.view_as(score)
+    ]
+    known = [task for task, size in zip(fitted, sizes, strict=True) for _ in range(size)]
+    places = sorted(range(len(order)), key=order.__getitem__)
+    return [(known[place], found[place]) for place in places]

@@ -1,0 +1,72 @@
+"""Support sets in the forms that users have them, to images and one label for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+from ..image_sources import dataset_source, is_dataset, open_source
+from ..pictures import local_path
+from .preprocessing import as_batch
+
+
+#: Of a folder or data set in splits, examples are taken from the one that is for learning.
+LEARNING_FIRST = ("train", "validation", "valid", "val", "test")
+
+
+def support_set(images: Any, labels: Sequence[Any] | None) -> tuple[Any, list[Any]]:
+    """Images as [`preprocessing.as_batch`] gives them, and their labels as plain Python values.
+
+    Args:
+        images: with `labels` images in any form; without, a folder of class folders, a parquet file, a saved or a
+            loaded data set, or a Hub data set id.
+
+    Raises:
+        DataError: another number of labels, labels that are no names or numbers, or none and none to be found.
+    """
+    if labels is None:
+        source = _labelled_source(images)
+        return source, [source.label_names[label] for label in source.labels.tolist()]
+    batch, names = as_batch(images), as_labels(labels)
+    if len(batch) and len(batch) != len(names):
+        raise DataError(f"{len(batch)} images, but {len(names)} labels: each image needs one.")
+    return batch, names
+
+
+def _labelled_source(images: Any):
+    if is_dataset(images):
+        return dataset_source(images, labelled=True, order=LEARNING_FIRST)
+    if not isinstance(images, (str, Path)):
+        raise DataError(
+            "Labels are missing: pass one for each image, or a folder with one folder of images for each class."
+        )
+    return open_source(local_path(images) if "://" in str(images) else images, order=LEARNING_FIRST)
+
+
+def as_labels(labels: Sequence[Any]) -> list[Any]:
+    """Labels as plain Python values, so that equal ones are equal and JSON can hold them.
+
+    Raises:
+        DataError: something else than names and numbers.
+    """
+    plain = [label.item() if hasattr(label, "item") else label for label in labels]
+    for label in plain:
+        if not isinstance(label, (str, int, float)) or label != label:
+            raise DataError(f"Labels must be names or numbers, got {label!r}.")
+    return plain
+
+
+def without_failures(labels: list[Any], failures: dict[int, str]) -> list[Any]:
+    """The labels of the images that could be read.
+
+    Raises:
+        DataError: none of the images of a class could be.
+    """
+    kept = [label for number, label in enumerate(labels) if number not in failures]
+    present = set(kept)
+    for number, reason in failures.items():
+        if labels[number] not in present:
+            raise DataError(f"No image of the class {labels[number]!r} can be read. The first: {reason}")
+    return kept
