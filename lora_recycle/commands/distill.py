@@ -9,7 +9,7 @@ from pathlib import Path
 from ..distillation.config import DistillationConfig
 from ..errors import ConfigError
 from .arguments import add_config_arguments, build_config
-from .common import add_pool_arguments, hint, is_main_process, load_pool, table, tell_skipped
+from .common import add_pool_arguments, hint, is_main_process, load_pool, note, table, tell_skipped
 
 
 EPILOG = """\
@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> None:
     from ..distillation.trainer import MetaLoraTrainer
     from ..hub.sources import one_id
     from ..modeling.saving import save_meta_lora, wrap_student
+    from ..pages.report import write_training_report
     from ..surrogate import SurrogateDataset
 
     surrogate = None
@@ -55,7 +56,11 @@ def run(args: argparse.Namespace) -> None:
     trainer.train(Path(args.output) / "work", progress=not args.quiet)
     if not is_main_process():
         return
-    save_meta_lora(wrap_student(trainer), args.output)
+    model = wrap_student(trainer)
+    save_meta_lora(model, args.output)
+    if trainer.history:
+        report = write_training_report(Path(args.output) / "report.html", trainer, model.settings, args.output)
+        note(f"Report: {report}")
     rows = [(name, round(values[0], 4), round(values[-1], 4)) for name, values in trainer.history.items()]
     print(
         table(("loss", "first step", "last step"), rows) if rows else f"{args.output}: the initialisation, untrained"
