@@ -41,6 +41,7 @@ svg.patterns { position: absolute; width: 0; height: 0; } .hatch { stroke: var(-
 .spoke { stroke: var(--soft); stroke-width: .5; opacity: .5; }
 .mark { fill: none; stroke: var(--best); stroke-width: 1.5; } .mark.second { stroke: var(--other); }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+table { min-width: min(100%, 30rem); }
 caption { text-align: left; color: var(--soft); }
 th, td { padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line); text-align: right;
   white-space: nowrap; }
