@@ -26,7 +26,7 @@ STYLE = """
 .answers li span { overflow-wrap: anywhere; } .answers li b { font-variant-numeric: tabular-nums; }
 .answers .bar { grid-column: 1 / -1; height: .45rem; border: 1px solid var(--body-text-color); border-radius: 3px; }
 .answers .bar i { display: block; height: 100%; background: var(--body-text-color); }
-.answers p { margin: .5rem 0 0; font-size: .85rem; color: var(--body-text-color-subdued); }
+.answers p { margin: .5rem 0 0; font-size: .85rem; opacity: .85; }
 """
 
 

@@ -37,6 +37,19 @@ button:focus-visible, a:focus-visible, input:focus-visible, textarea:focus-visib
 footer { display: none !important; }
 """
 )
+# All drop zones would be called alike by screen readers, and answers would come unheard.
+_NAMES_FOR_READERS = """() => {
+  const name = () => document.querySelectorAll('.drop-zone').forEach((zone) => {
+    const label = zone.querySelector('[data-testid="block-label"]')?.textContent.trim();
+    zone.querySelectorAll('button[aria-dropeffect]').forEach((button) => {
+      const text = `${label}: choose or drop files`;
+      if (label && button.getAttribute('aria-label') !== text) button.setAttribute('aria-label', text);
+    });
+  });
+  new MutationObserver(name).observe(document.body, { childList: true, subtree: true });
+  document.getElementById('answers').setAttribute('aria-live', 'polite');
+  name();
+}"""
 _INTRO = """# Few-shot image classification
 Show a few images of each class, then new ones. The model learns them in one forward pass; nothing is tuned.
 """
@@ -75,6 +88,7 @@ def build_page(model: str = "demo", *, device: Any = None, folders: bool = True)
         classify.click(_classify(load), [queries, *task], answers, **one)
         save.click(_save(load, page), task, saved, **one)
         choose.click(_choose(load, folders), asked, [chosen, about], **one)
+        page.load(js=_NAMES_FOR_READERS)
         asked.submit(_choose(load, folders), asked, [chosen, about], **one)
     return page
 
@@ -150,7 +164,14 @@ def _classes() -> tuple[list[gr.Textbox], list[gr.Gallery]]:
 
 def _drop_zone(label: str) -> gr.Gallery:
     return gr.Gallery(
-        label=label, file_types=["image"], interactive=True, columns=4, height=180, object_fit="cover", buttons=[]
+        label=label,
+        file_types=["image"],
+        interactive=True,
+        columns=4,
+        height=180,
+        object_fit="contain",
+        buttons=[],
+        elem_classes="drop-zone",
     )
 
 

@@ -143,6 +143,4 @@ def _as_seen(backbone: Backbone, pixel_values: torch.Tensor) -> torch.Tensor:
 
 def _check_number(count: int, what: str) -> None:
     if count > MAX_IMAGES:
-        raise DataError(
-            f"{count} {what} are too many for the page, which takes {MAX_IMAGES}. Use lora-recycle predict."
-        )
+        raise DataError(f"{count} {what} are more than the page takes ({MAX_IMAGES}). Use lora-recycle predict.")
