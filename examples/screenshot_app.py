@@ -1,4 +1,4 @@
-"""Take the picture of the page that docs/app.md shows, with drawn shapes as images. Needs chromium and the extra [test].
+"""Take the picture of the page in docs/app.md, with drawn shapes as images. Needs chromium and the extra [test].
 
 python examples/screenshot_app.py docs/app.png
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import webbrowser
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
@@ -118,7 +119,6 @@ def launch(
         page.launch(
             server_name=host,
             server_port=port,
-            inbrowser=browser,
             prevent_thread_lock=True,
             quiet=True,
             theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
@@ -131,6 +131,11 @@ def launch(
         )
     except OSError as error:
         raise ConfigError(f"The page cannot listen on {host}:{port or 7860} ({error}). Try another --port.") from error
+    except ValueError:  # Gradio gives its own page three seconds to answer, which a busy machine may not manage
+        if not page.is_running:
+            raise
+    if browser:
+        webbrowser.open(page.local_url)
     return page
 
 

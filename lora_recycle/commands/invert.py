@@ -7,7 +7,7 @@ import shlex
 
 from ..inversion.config import InversionConfig
 from .arguments import add_config_arguments, build_config
-from .common import add_class_names_argument, add_pool_arguments, hint, is_main_process, load_pool, table
+from .common import add_class_names_argument, add_pool_arguments, hint, is_main_process, load_pool, note, table
 
 
 EPILOG = """\
@@ -58,4 +58,5 @@ def run(args: argparse.Namespace) -> None:
     shards = surrogate.manifest["shards"]
     rows = [(s["adapter"]["name"], s["num_images"], s["accuracy"], s["confidence"]) for s in shards]
     print(table(("adapter", "images", "accuracy", "confidence"), rows))
+    note(f"See them: lora-recycle inspect {shlex.quote(args.output)} --images")
     hint(f"lora-recycle distill {shlex.join(args.pool)} --surrogate {shlex.quote(args.output)} --output meta_lora")

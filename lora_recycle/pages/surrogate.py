@@ -17,13 +17,14 @@ from ..errors import DataError
 from ..images import LabelledImages
 from ..surrogate import SurrogateDataset
 from .charts import charts, scatter
-from .maps import principal_map, share_nearest_to_own, turned
+from .maps import principal_map, share_nearest_to_own, share_same_neighbour, turned
 from .page import table, write_page
 from .pictures import gallery
 
 
 IMAGES_SHOWN = 96
 MAP_CLASSES, MAP_IMAGES = 12, 20  # most classes of each kind on the map, and images of each class
+AGREEMENT_IMAGES = 100  # of each adapter
 
 
 @dataclasses.dataclass
@@ -96,7 +97,7 @@ def write_surrogate_page(
     settings = json.dumps(surrogate.manifest.get("config", {}), indent=2)
     sections = [
         ("Images", gallery(sample.pixels, captions, kept, patch_size, note)),
-        ("Map of the embeddings", "" if images is None else _maps(images, views)),
+        ("Map of the embeddings", "" if images is None else _maps(images, views) + _agreement(surrogate, views)),
         ("Adapters", table(caption, ("adapter", "images", "accuracy", "confidence"), scores)),
         ("Settings", f"<pre>{escape(settings)}</pre>"),
     ]
@@ -135,6 +136,21 @@ def _maps(images: MapImages, views: Sequence[tuple[str, Backbone]]) -> str:
     )
     caption = "Per cent of images nearest to the centre of their own class among those of its kind, in all dimensions."
     return note + charts(figures) + table(caption, ("", *dict.fromkeys(images.kinds)), rows)
+
+
+def _agreement(surrogate: SurrogateDataset, views: Sequence[tuple[str, Backbone]]) -> str:
+    """How often each view finds the same image nearest as the adapter that the images are of."""
+    parts: dict[str, list[float]] = {name: [] for name, _ in views}
+    for number in _spread(surrogate.num_shards, MAP_CLASSES):
+        shard = surrogate.shard(number)
+        rows = _spread(len(shard), AGREEMENT_IMAGES)
+        if len(rows) > 1:
+            for name, backbone in views:
+                features = extract_features(backbone, shard.pixels[rows])
+                parts[name].append(share_same_neighbour(features, shard.teacher_features[rows]))
+    rows = [(name, f"{100 * sum(shares) / len(shares):.1f}") for name, shares in parts.items() if shares]
+    caption = "Per cent of images whose nearest other image of their adapter is the same as for that adapter."
+    return table(caption, ("", "agreement"), rows) if rows else ""
 
 
 def _share(features: torch.Tensor, images: MapImages, kind: str) -> str:
