@@ -1,9 +1,11 @@
-"""Take the picture of the page in docs/app.md, with drawn shapes as images. Needs chromium and the extra [test].
+"""Take the picture of the page in docs/app.md, with patterns drawn for it. Needs chromium and the extra [test].
 
-python examples/screenshot_app.py docs/app.png
+python examples/screenshot_app.py docs/app.webp
 """
 
 import argparse
+import io
+import itertools
 import random
 import shutil
 import sys
@@ -16,19 +18,23 @@ from playwright.sync_api import sync_playwright
 from lora_recycle.app.page import launch
 
 
-SHAPES = {"disc": (0, 40), "triangle": (3, 46), "square": (4, 44)}  # corners and radius
+KINDS = ("stripes", "dots", "disc")
 SIDE, WIDTH = 128, 900
 
 
-def draw(shape: str, rng: random.Random, path: Path) -> str:
-    """A light shape, somewhere and turned anyhow, on a dark ground."""
-    corners, radius = SHAPES[shape]
+def draw(kind: str, rng: random.Random, path: Path) -> str:
+    """Light stripes, dots or one disc, somewhere, on a dark ground."""
     picture = Image.new("RGB", (SIDE, SIDE), tuple(rng.randrange(20, 90) for _ in range(3)))
-    middle, colour = (rng.randrange(48, 80), rng.randrange(48, 80)), tuple(rng.randrange(150, 256) for _ in range(3))
-    if corners:
-        ImageDraw.Draw(picture).regular_polygon((middle, radius), corners, rng.randrange(360), fill=colour)
+    colour, pen = tuple(rng.randrange(150, 256) for _ in range(3)), ImageDraw.Draw(picture)
+    if kind == "disc":
+        pen.circle((rng.randrange(48, 80), rng.randrange(48, 80)), 40, fill=colour)
+    elif kind == "dots":
+        for x, y in itertools.product(range(rng.randrange(24), SIDE, 24), range(rng.randrange(24), SIDE, 24)):
+            pen.circle((x, y), 7, fill=colour)
     else:
-        ImageDraw.Draw(picture).circle(middle, radius, fill=colour)
+        slope = rng.randrange(-60, 60)
+        for x in range(-SIDE, 2 * SIDE, 24):
+            pen.line((x, 0, x + slope, SIDE), colour, 10)
     picture.save(path)
     return str(path)
 
@@ -39,10 +45,10 @@ def use_page(tab, url: str, folder: Path) -> None:
     tab.goto(url)
     tab.get_by_role("button", name="Add a class").click()
     tab.get_by_label("Name of class 3").wait_for()
-    for number, shape in enumerate(SHAPES, 1):
-        tab.get_by_label(f"Name of class {number}").fill(shape)
-        drop(tab, f"Images of class {number}", [draw(shape, rng, folder / f"{shape}{i}.png") for i in range(4)])
-    drop(tab, "New images", [draw(shape, rng, folder / f"new-{shape}.png") for shape in SHAPES])
+    for number, kind in enumerate(KINDS, 1):
+        tab.get_by_label(f"Name of class {number}").fill(kind)
+        drop(tab, f"Images of class {number}", [draw(kind, rng, folder / f"{kind}{i}.png") for i in range(4)])
+    drop(tab, "New images", [draw(kind, rng, folder / f"new-{kind}.png") for kind in KINDS])
     tab.get_by_role("button", name="Classify").click()
     tab.locator("#answers figure").nth(2).wait_for()
 
@@ -66,10 +72,10 @@ def main() -> None:
         tab = browser.new_page(viewport={"width": WIDTH, "height": 800})
         tab.set_default_timeout(120_000)
         use_page(tab, served.local_url, Path(folder))
-        tab.screenshot(path=output, full_page=True)
+        picture = tab.screenshot(full_page=True)
         browser.close()
     served.close()
-    Image.open(output).convert("RGB").quantize(64).save(output, optimize=True)
+    Image.open(io.BytesIO(picture)).convert("RGB").save(output, quality=70, method=6)
     print(f"{output}: {output.stat().st_size / 1e3:.0f} kB")
 
 

@@ -7,10 +7,11 @@ import os
 import webbrowser
 from collections.abc import Callable
 from html import escape
-from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, DataError, LoraRecycleError
+from ..hub.cards import is_repo_id
+from ..hub.sources import one_id
 from ..modeling.meta_lora import MetaLoRAForFewShotClassification
 from .answers import STYLE, answers_html
 from .session import FewShotSession
@@ -33,6 +34,7 @@ _CSS = (
     + """
 .gradio-container { max-width: 64rem !important; margin: 0 auto !important; }
 .classes { display: grid !important; grid-template-columns: repeat(auto-fill, minmax(min(100%, 18rem), 1fr)); }
+.drop-zone .grid-container { grid-template-columns: repeat(auto-fill, minmax(5.5rem, 1fr)) !important; }
 button:focus-visible, a:focus-visible, input:focus-visible, textarea:focus-visible {
   outline: 3px solid var(--body-text-color) !important; outline-offset: 2px; }
 footer { display: none !important; }
@@ -141,8 +143,6 @@ def launch(
 
 def load_model(name: str, device: Any = None) -> MetaLoRAForFewShotClassification:
     """The meta-LoRA of a folder or repo id. Raises `LoraRecycleError` where there is none."""
-    from ..hub.sources import one_id
-
     repo, revision = one_id(name)
     return MetaLoRAForFewShotClassification.from_pretrained(repo, revision=revision, device=device)
 
@@ -225,7 +225,8 @@ def _save(load: Callable, page: gr.Blocks) -> Callable:
 def _choose(load: Callable, folders: bool) -> Callable:
     def choose(name):
         name = name.strip()
-        if not folders and (Path(name).exists() or name.startswith((".", "/", "~"))) and name != "demo":
+        repo = one_id(name).name
+        if not folders and name != "demo" and not is_repo_id(repo):
             raise DataError("Name a repo of the Hub, as in org/name.")
         return name, _about(name, load(name))
 

@@ -15,11 +15,11 @@ COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (30, 40, 200)}
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
-    """Three noisy 48-pixel PNG files of each colour, by its name."""
+    """Five noisy 48-pixel PNG files of each colour, by its name."""
     folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
     files = {}
     for name, colour in COLOURS.items():
-        files[name] = [str(folder / f"{name}-{i}.png") for i in range(3)]
+        files[name] = [str(folder / f"{name}-{i}.png") for i in range(5)]
         for path in files[name]:
             pixels = np.clip(np.array(colour) + rng.integers(-30, 30, (48, 48, 3)), 0, 255)
             Image.fromarray(pixels.astype(np.uint8)).save(path)

@@ -41,10 +41,10 @@ def test_from_dropped_files_to_a_saved_task(visit, pictures, tmp_path):
     tab, _ = visit
     tab.get_by_role("button", name="Classify").click()
     tab.get_by_text("Add new images to classify first").wait_for()
-    drop(tab, "Images of class 1", pictures["red"][:2])
+    drop(tab, "Images of class 1", pictures["red"][1:])
     drop(tab, "Images of class 2", pictures["blue"][:2])
     tab.get_by_label("Name of class 1").fill("red")
-    drop(tab, "New images", [pictures["red"][2], pictures["green"][2]])
+    drop(tab, "New images", [pictures["red"][0], pictures["green"][2]])
     assert answers(tab, "red")[0] == "red"
     shown = tab.locator("#answers figure").first
     assert "class 2" in shown.inner_text() and "%" in shown.inner_text() and "patches" in shown.inner_text()

@@ -41,5 +41,7 @@ def test_app_serves_everybody_but_shows_no_folders(monkeypatch):
     monkeypatch.setenv("META_LORA", "me/meta")
     runpy.run_path(str(SPACE / "app.py"), run_name="__main__")
     assert calls == [(("me/meta",), {"host": "0.0.0.0", "browser": False, "folders": False})]
-    with pytest.raises(page.gr.Error, match="Name a repo of the Hub"):
-        page._choose(lambda name: None, folders=False)(str(SPACE))
+    monkeypatch.chdir(ROOT)
+    for folder in (str(SPACE), "examples/space", "examples/space@main", "./examples", "~"):
+        with pytest.raises(page.gr.Error, match="Name a repo of the Hub"):
+            page._choose(lambda name: None, folders=False)(folder)
