@@ -49,7 +49,7 @@ th.text, td.text { text-align: left; }
 pre { background: var(--panel); border: 1px solid var(--line); border-radius: 6px; padding: .8rem; overflow-x: auto; }
 @media print {
   :root { color-scheme: light; --ink: #000; --soft: #333; --line: #999; --page: #fff; --panel: #fff; --bar: #bbb;
-    --best: #333; --other: #000; }
+    --best: #777; --other: #000; }
   body { max-width: none; padding: 0; font-size: 10pt; } .scroll { overflow: visible; }
   figure, tr, caption { break-inside: avoid; } h2, caption { break-after: avoid; }
   pre { white-space: pre-wrap; overflow-wrap: anywhere; }
