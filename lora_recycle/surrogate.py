@@ -16,7 +16,7 @@ import dataclasses
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -67,8 +67,28 @@ class Shard:
     @property
     def confidence(self) -> float:
         """Mean probability that the adapter gives the intended class."""
-        probabilities = self.teacher_logits.softmax(1).gather(1, self.labels[:, None])
-        return probabilities.mean().item()
+        return self.confidences.mean().item()
+
+    @property
+    def confidences(self) -> torch.Tensor:
+        """Probability that the adapter gives the intended class of each image: (N,)."""
+        return self.teacher_logits.softmax(1).gather(1, self.labels[:, None]).squeeze(1)
+
+
+class SurrogateSample(NamedTuple):
+    """Some images of many adapters.
+
+    Args:
+        pixels: uint8 (N, 3, H, W).
+        labels: N names "class (adapter)".
+        kept_tokens: int16 (N, K) kept patches, None where tokens were not pruned.
+        confidence: (N,) probability that the image's adapter gives its class.
+    """
+
+    pixels: torch.Tensor
+    labels: list[str]
+    kept_tokens: torch.Tensor | None
+    confidence: torch.Tensor
 
 
 def save_shard(path: Path, shard: Shard, config_id: str) -> None:
@@ -162,14 +182,10 @@ class SurrogateDataset:
             raise DataError(f"{path}: missing, or not the file that {MANIFEST} describes. Run invert again.")
         return path
 
-    def sample(self, count: int) -> tuple[torch.Tensor, list[str], torch.Tensor | None]:
-        """About `count` images spread over the adapters and their classes, as pages and cards show them.
-
-        Returns:
-            uint8 (N, 3, H, W), N names "class (adapter)", and int16 (N, K) kept patches or None.
-        """
+    def sample(self, count: int) -> SurrogateSample:
+        """About `count` images spread over the adapters and their classes, as pages and cards show them."""
         number = min(self.num_shards, count)
-        images, labels, kept = [], [], []
+        images, labels, kept, confidence = [], [], [], []
         for i in torch.linspace(0, self.num_shards - 1, number).round().int().tolist():
             shard = self.shard(i)
             order = shard.labels.argsort(stable=True)  # by class, so that even steps show many classes
@@ -177,12 +193,13 @@ class SurrogateDataset:
             images.append(shard.pixels[chosen])
             labels += [f"{shard.label_names[c]} ({shard.adapter['name']})" for c in shard.labels[chosen].tolist()]
             kept.append(None if shard.kept_tokens is None else shard.kept_tokens[chosen])
+            confidence.append(shard.confidences[chosen])
         masks = None if any(part is None for part in kept) else torch.cat(kept)
-        return torch.cat(images), labels, masks
+        return SurrogateSample(torch.cat(images), labels, masks, torch.cat(confidence))
 
     def picture(self) -> bytes:
         """A small PNG of some of the images, for cards."""
-        return picture_grid(self.sample(IMAGES_ON_CARD)[0])
+        return picture_grid(self.sample(IMAGES_ON_CARD).pixels)
 
     def push_to_hub(
         self,

@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> None:
     from ..distillation.trainer import MetaLoraTrainer
     from ..hub.sources import one_id
     from ..modeling.saving import save_meta_lora, wrap_student
+    from ..pages.report import write_training_report
     from ..surrogate import SurrogateDataset
 
     surrogate = None
@@ -80,7 +81,11 @@ def run(args: argparse.Namespace) -> None:
     trainer.train(folder, progress=not args.quiet, resume=args.resume)
     if not is_main_process():
         return
-    save_meta_lora(wrap_student(trainer), args.output)
+    model = wrap_student(trainer)
+    save_meta_lora(model, args.output)
+    if trainer.history:
+        report = write_training_report(Path(args.output) / "report.html", trainer, model.settings, args.output)
+        note(f"Report: {report}")
     rows = [(name, round(values[0], 4), round(values[-1], 4)) for name, values in trainer.history.items()]
     print(
         table(("loss", "first step", "last step"), rows) if rows else f"{args.output}: the initialisation, untrained"

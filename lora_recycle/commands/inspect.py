@@ -8,7 +8,18 @@ import re
 import shlex
 from pathlib import Path
 
-from .common import POOL_HELP, add_class_names_argument, add_on_error_argument, hint, sources, table, tell_skipped
+from ..errors import ConfigError, DataError
+from .common import (
+    META_LORA_HELP,
+    POOL_HELP,
+    add_class_names_argument,
+    add_on_error_argument,
+    hint,
+    note,
+    sources,
+    table,
+    tell_skipped,
+)
 
 
 EPILOG = """\
@@ -17,6 +28,8 @@ examples:
   lora-recycle inspect pool/cats someone/vit-lora-birds@v1 a folder and a repo of the Hub
   lora-recycle inspect search:base_model:adapter:google/vit-base-patch16-224,peft --on-error skip
   lora-recycle inspect surrogate                           surrogate data that invert made
+  lora-recycle inspect surrogate --images                  a page of its images, masks and confidences
+  lora-recycle inspect surrogate --images --meta-lora meta_lora --data photos    and maps before and after
   lora-recycle inspect pool --json | jq '.[].sha256'
 """
 
@@ -31,7 +44,11 @@ def add_parser(subparsers, **options) -> argparse.ArgumentParser:
     parser.add_argument("what", nargs="+", metavar="WHAT", help=f"surrogate folders, and {POOL_HELP}")
     add_on_error_argument(parser)
     add_class_names_argument(parser)
-    parser.add_argument("--json", action="store_true", help="print everything that is known as JSON")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="print everything that is known as JSON")
+    output.add_argument("--images", action="store_true", help="write images.html into each surrogate folder")
+    parser.add_argument("--meta-lora", metavar="X", help=f"with --images: maps without and with it; {META_LORA_HELP}")
+    parser.add_argument("--data", metavar="PATH", help="with --images: real images on the map, in class folders")
     return parser
 
 
@@ -40,9 +57,14 @@ def run(args: argparse.Namespace) -> None:
     from ..hub.sources import BadAdapters, pull_adapters
     from ..surrogate import MANIFEST, SurrogateDataset
 
+    if (args.meta_lora or args.data) and not args.images:
+        raise ConfigError("--meta-lora and --data go with --images.")
     named = sources(args.what)
     folders = [name for name in named if (Path(name) / MANIFEST).is_file()]
     surrogates = [SurrogateDataset.from_pretrained(folder) for folder in folders]
+    if args.images:
+        _write_pages(args, surrogates, [name for name in named if name not in folders])
+        return
     bad = BadAdapters(args.on_error)
     infos = pull_adapters([name for name in named if name not in folders], bad, progress=not args.quiet)
     infos = name_classes(infos, args.class_names, [name for name, _ in bad.skipped])
@@ -63,6 +85,44 @@ def run(args: argparse.Namespace) -> None:
         if surrogates
         else f"lora-recycle invert {names} --output surrogate"
     )
+
+
+def _write_pages(args: argparse.Namespace, surrogates: list, others: list) -> None:
+    """A page in each surrogate folder; its path goes to stdout."""
+    if others or not surrogates:
+        raise DataError(f"{(others or args.what)[0]}: no surrogate data here; --images shows only that.")
+    from ..images import load_labelled_images
+    from ..pages.surrogate import map_images, read_patch_size, write_surrogate_page
+
+    for surrogate in surrogates:
+        views = _views(args, surrogate) if args.meta_lora or args.data else []
+        images = None
+        if views:
+            backbone = views[0][1]
+            size = (backbone.image_size, int(backbone.processor.resample))
+            images = map_images(surrogate, load_labelled_images(args.data, *size) if args.data else None)
+        patch_size = views[0][1].patch_size if views else read_patch_size(surrogate)
+        if patch_size is None:
+            note(f"{surrogate.folder}: the patch size of its backbone is not to be had, so masks are left out.")
+        path = surrogate.folder / "images.html"
+        print(write_surrogate_page(path, surrogate, patch_size=patch_size, images=images, views=views))
+    hint("lora-recycle distill POOL --surrogate " + shlex.join(args.what))
+
+
+def _views(args: argparse.Namespace, surrogate) -> list:
+    """The frozen backbone and, where one is named, the meta-LoRA on it."""
+    from ..backbones import Backbone
+    from ..hub.sources import one_id
+    from ..modeling.meta_lora import MetaLoRAForFewShotClassification
+
+    views, base = [], surrogate.manifest.get("backbone", {})
+    if args.meta_lora:
+        name, revision = one_id(args.meta_lora)
+        worn = MetaLoRAForFewShotClassification.from_pretrained(name, revision=revision).backbone
+        views, base = [("With the meta-LoRA", worn)], {"name": worn.name, "revision": worn.revision}
+    if not base.get("name"):
+        raise DataError(f"{surrogate.folder}: its manifest names no backbone. Name one with --meta-lora.")
+    return [("Frozen backbone", Backbone.from_pretrained(base["name"], revision=base.get("revision"))), *views]
 
 
 def _adapter_row(info) -> tuple:

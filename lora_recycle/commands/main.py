@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from ..errors import ConfigError, LoraRecycleError
 from ..interruption import Terminated, terminable
 from ..version import __version__
-from . import demo, distill, evaluate, import_file, inspect, invert, predict, push, reproduce, tune_pool
+from . import app, demo, distill, evaluate, import_file, inspect, invert, predict, push, reproduce, tune_pool
 
 
 #: In the order of the work. Each imports torch only when it runs, so that the help answers at once.
-VERBS = (tune_pool, import_file, inspect, invert, distill, evaluate, predict, push, reproduce, demo)
+VERBS = (tune_pool, import_file, inspect, invert, distill, evaluate, predict, app, push, reproduce, demo)
 
 #: Verbs whose work several processes share.
 SHARED = ("tune-pool", "invert", "distill")
@@ -29,6 +29,7 @@ examples:
   lora-recycle distill pool --surrogate surrogate --output meta
   lora-recycle evaluate meta --data new_photos --pool pool
   lora-recycle predict meta --support examples photo.jpg
+  lora-recycle app --model meta                              the same in the browser
   lora-recycle push meta someone/meta-lora
   lora-recycle reproduce someone/meta-lora                   is it what its sidecar says?
 

@@ -25,15 +25,14 @@ from ..images import LabelledImages, load_labelled_images
 from ..inversion.config import InversionConfig
 from ..inversion.inverter import LoraInverter
 from ..modeling.saving import save_meta_lora, wrap_student
+from ..pages.report import write_training_report
 from ..pool import AdapterPool
 from ..storage import atomic_write
 from ..surrogate import SurrogateDataset
-from .report import write_report
 
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
 IMAGES_PER_CLASS = 40  # of the real data sets that it is judged on
-IMAGES_SHOWN = 48
 
 _MARKER = "demo.json"  # says that a folder of checkpoints is the demo's own, and of which settings
 
@@ -87,9 +86,10 @@ def run_demo(
     model.settings["results"] = rows
     save_meta_lora(model, meta_lora)
     atomic_write(output / "results.json", json.dumps({"rows": rows}, indent=1).encode())
-    losses = {f"inversion, mean of {len(adapters)} adapters": inversion_losses}
-    losses |= {f"distillation: {name}": values for name, values in trainer.history.items()}
-    report = _write_report(output / "report.html", rows, losses, surrogate, adapters, model)
+    curves = {f"inversion, mean of {len(adapters)} adapters": inversion_losses}
+    report = write_training_report(
+        output / "report.html", trainer, model.settings, meta_lora, rows=rows, curves=curves
+    )
     return DemoResult(rows, notes, meta_lora, report, usage_lines(str(meta_lora)))
 
 
@@ -159,24 +159,3 @@ def _train(trainer: MetaLoraTrainer, work: Path, progress: bool) -> None:
     if not work.exists():
         atomic_write(marker, identity.encode())
     trainer.train(work, progress=progress)
-
-
-def _write_report(path: Path, rows, losses, surrogate: SurrogateDataset, pool: AdapterPool, model) -> Path:
-    images, labels, kept = surrogate.sample(IMAGES_SHOWN)
-    count = f"{len(pool)} adapters"
-    return write_report(
-        path,
-        title=f"One meta-LoRA from {count}",
-        rows=rows,
-        losses=losses,
-        surrogate_images=images,
-        surrogate_labels=labels,
-        kept_tokens=kept,
-        patch_size=pool.backbone.patch_size,
-        config={"backbone": pool.backbone.name, "pool": count, **_without(model.settings, "results", "sources")},
-        usage=usage_lines(str(path.parent / "meta_lora")),
-    )
-
-
-def _without(settings: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if key not in names}

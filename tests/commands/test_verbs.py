@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -44,6 +45,31 @@ def test_inspect_describes_surrogate_data(work, run):
     code, out, _ = run("inspect", work / "surrogate")
     assert code == 0 and "24 images of 3 adapters" in out
     assert out.splitlines()[1].split() == ["adapter", "images", "accuracy", "confidence"]
+
+
+def test_inspect_shows_surrogate_images_and_a_map(work, tmp_path, run, fails):
+    folder = shutil.copytree(work / "surrogate", tmp_path / "surrogate")
+    code, out, _ = run("inspect", folder, "--images")
+    page = (folder / "images.html").read_text()
+    assert code == 0 and out.split() == [str(folder / "images.html")]
+    assert page.count("<img") == 2 * 24 and "Map of the" not in page  # each image and its mask
+    code, *_ = run("inspect", "--images", folder, "--meta-lora", work / "meta", "--data", work / "photos")
+    page = (folder / "images.html").read_text()
+    assert code == 0 and "Frozen backbone" in page and "With the meta-LoRA" in page and "agreement" in page
+    assert page.count('<path class="mark"') == 2 * 24 and page.count('<path class="mark second"') == 2 * 6 * 8
+    assert "no surrogate data here" in fails("inspect", work / "pool", "--images")
+    assert "go with --images" in fails("inspect", folder, "--data", work / "photos")
+
+
+def test_distill_writes_a_report_of_its_curves(work):
+    page = (work / "meta" / "report.html").read_text()
+    assert "distillation: relational" in page and "in 3 steps" in page and "from_pretrained" in page
+
+
+def test_app_says_how_to_install_what_it_needs(fails, monkeypatch):
+    monkeypatch.delitem(sys.modules, "lora_recycle.app.page", raising=False)
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert "pip install 'lora-recycle[app]'" in fails("app", "--no-browser")
 
 
 def test_invert_again_keeps_finished_shards(work, run):

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from lora_recycle.demo.report import write_report
 from lora_recycle.errors import DataError
 from lora_recycle.evaluation.protocol import summarise
+from lora_recycle.pages.report import write_report
 
 
 ROWS = summarise({"frozen": torch.tensor([40.0, 60.0]), "meta-lora": torch.tensor([45.0, 66.0])}, "digits", 5, 1)
@@ -22,7 +22,7 @@ def write(path, **changes):
     settings = {
         "title": "Demo",
         "rows": ROWS,
-        "losses": {"inversion": [3.0, 2.0, 1.0], "relational": [0.5] * 1000 + [float("nan")]},
+        "curves": {"inversion": [3.0, 2.0, 1.0], "relational": [0.5] * 1000 + [float("nan")]},
         "surrogate_images": torch.full((2, 3, 8, 8), 200, dtype=torch.uint8),
         "surrogate_labels": ["cat", "dog"],
         "kept_tokens": torch.tensor([[0, 3], [1, -1]], dtype=torch.int16),
@@ -55,8 +55,8 @@ def test_page_holds_everything(tmp_path):
     page = write(tmp_path / "deep" / "report.html")
     for text in ("cat", "dog", "meta-lora", "digits", "5-way 1-shot", "55.50", "+5.50", "steps", "model.predict"):
         assert text in page
-    assert page.count("<img") == 4 and page.count("<polyline") == 2 and page.count("<rect") == 2
-    assert not re.search(r"(?:src|href)=\"(?!data:)|url\(|@import|<script", page)
+    assert page.count("<img") == 4 and page.count("<polyline") == 2 and page.count('<rect class="bar') == 2
+    assert not re.search(r"(?:src|href)=\"(?!data:)|url\((?!#)|@import|<script", page)
     parser = _Balance()
     parser.feed(page)
     assert parser.open == []
@@ -73,8 +73,20 @@ def test_mask_dims_the_other_patches(tmp_path):
 
 
 def test_without_masks_or_curves(tmp_path):
-    page = write(tmp_path / "report.html", kept_tokens=None, losses={"nothing": []})
+    page = write(tmp_path / "report.html", kept_tokens=None, curves={"nothing": []})
     assert page.count("<img") == 2 and "nothing: no finite values" in page
+
+
+def test_a_run_without_accuracies_says_nothing_of_them(tmp_path):
+    page = write(tmp_path / "report.html", rows=())
+    assert "Accuracy" not in page and "Training curves" in page
+
+
+def test_the_meta_lora_is_told_apart_without_colour_and_paper_is_white(tmp_path):
+    page = write(tmp_path / "report.html")
+    assert page.count('class="bar best"') == 1 and ".bar.best { fill: url(#hatched); }" in page
+    assert 'id="hatched"' in page and 'class="strong">meta-lora' in page
+    assert "--page: #fff" in page[page.index("@media print") :] and "break-inside: avoid" in page
 
 
 def test_user_text_is_escaped(tmp_path):
@@ -84,7 +96,7 @@ def test_user_text_is_escaped(tmp_path):
         tmp_path / "report.html",
         title=bad,
         rows=rows,
-        losses={bad: [1.0, 2.0]},
+        curves={bad: [1.0, 2.0]},
         surrogate_labels=[bad, bad],
         config={bad: bad},
         usage=bad,

@@ -1,0 +1,1 @@
+"""The page that classifies a visitor's own images: `lora-recycle app`, and the same as a Space."""

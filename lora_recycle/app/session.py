@@ -1,0 +1,146 @@
+"""What the page does, without the page: a task from named examples, its answers, and where the model looked."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..backbones import Backbone
+from ..errors import DataError
+from ..modeling.meta_lora import MetaLoRAForFewShotClassification
+
+
+MAX_IMAGES = 200  # examples, or new images, that one visitor may have looked at in one go
+FOLDER_IN_ZIP = "fitted_task"
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What the model says of one image.
+
+    Args:
+        pixels: uint8 (3, S, S), what the backbone saw.
+        probabilities: by class, the likeliest first.
+        attention: (P,), the share of the attention that each patch got, row by row; they sum to 1.
+    """
+
+    pixels: torch.Tensor
+    probabilities: dict[str, float]
+    attention: torch.Tensor
+
+
+class FewShotSession:
+    """A task of named classes on a meta-LoRA.
+
+        session = FewShotSession(model)
+        session.add_class("cat", ["cat1.jpg", "cat2.jpg"])
+        session.add_class("dog", ["dog1.jpg"])
+        (answer,) = session.classify(["new.jpg"])
+        session.save()  # a ZIP of the meta-LoRA with the task
+
+    The model may serve several sessions, one call at a time: each call fits it anew, which takes one forward pass.
+
+    Args:
+        model ([`MetaLoRAForFewShotClassification`]): which meta-LoRA.
+    """
+
+    def __init__(self, model: MetaLoRAForFewShotClassification):
+        self.model = model
+        self.examples: dict[str, list[Any]] = {}
+
+    def add_class(self, name: str, images: Sequence[Any]) -> None:
+        """Name a class and show some images of it, in any form that `fit` takes.
+
+        Raises:
+            DataError: no name, a name that is taken, no images, or too many.
+        """
+        name = " ".join(name.split())
+        if not name:
+            raise DataError("Give the class a name.")
+        if name in self.examples:
+            raise DataError(f"Two classes are called {name}. Give each its own name.")
+        if not images:
+            raise DataError(f"{name} has no images yet. Add some, or clear its name.")
+        _check_number(sum(map(len, self.examples.values())) + len(images), "examples")
+        self.examples[name] = list(images)
+
+    def fit(self) -> MetaLoRAForFewShotClassification:
+        """The model, fitted to the classes so far.
+
+        Raises:
+            DataError: fewer than two classes, or an image that cannot be read.
+        """
+        if len(self.examples) < 2:
+            raise DataError("Show images of at least two classes first.")
+        images = [image for images in self.examples.values() for image in images]
+        labels = [name for name, images in self.examples.items() for _ in images]
+        return self.model.fit(images, labels)
+
+    def classify(self, images: Sequence[Any]) -> list[Answer]:
+        """An answer for each image.
+
+        Raises:
+            DataError: as `fit`; or no images, or too many.
+        """
+        if not images:
+            raise DataError("Add new images to classify first.")
+        _check_number(len(images), "new images")
+        model = self.fit()
+        pixels = model.preprocess(images)
+        rows = model.predict_proba(pixels)
+        attention = torch.cat([patch_attention(model.backbone, part) for part in pixels.split(64)]).cpu()
+        names, seen = model.label_names, _as_seen(model.backbone, pixels)
+        return [
+            Answer(picture, dict(sorted(zip(names, row, strict=True), key=lambda item: -item[1])), looked)
+            for picture, row, looked in zip(seen, rows.tolist(), attention, strict=True)
+        ]
+
+    def save(self) -> bytes:
+        """The meta-LoRA with the fitted task, as a ZIP file of the folder that `save_pretrained` writes.
+
+        Raises:
+            DataError: as `fit`.
+        """
+        packed = io.BytesIO()
+        with tempfile.TemporaryDirectory(prefix="lora-recycle-") as folder:
+            self.fit().save_pretrained(folder)
+            with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+                for path in sorted(Path(folder).rglob("*")):
+                    archive.write(path, f"{FOLDER_IN_ZIP}/{path.relative_to(folder).as_posix()}")
+        return packed.getvalue()
+
+
+@torch.inference_mode()
+def patch_attention(backbone: Backbone, pixel_values: torch.Tensor) -> torch.Tensor:
+    """The share of the attention of the last layer that each patch gets, mean over heads.
+
+    It is the attention of CLS, whose token the answer rests on; of all tokens where a family has no CLS.
+
+    Args:
+        pixel_values: (B, 3, S, S), normalised.
+
+    Returns:
+        (B, P), rows sum to 1.
+    """
+    with backbone.record_attention(len(backbone.layers) - 1) as attention:
+        backbone(pixel_values.to(backbone.device))
+    patches = attention.row[:, backbone.num_prefix_tokens :]
+    return patches / patches.sum(-1, keepdim=True)
+
+
+def _as_seen(backbone: Backbone, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Normalised images back to uint8 (B, 3, S, S)."""
+    pixels = pixel_values.to(backbone.device).float() * backbone.std + backbone.mean
+    return (pixels * 255).round().clamp(0, 255).to(torch.uint8).cpu()
+
+
+def _check_number(count: int, what: str) -> None:
+    if count > MAX_IMAGES:
+        raise DataError(f"{count} {what} are more than the page takes ({MAX_IMAGES}). Use lora-recycle predict.")

@@ -1,0 +1,45 @@
+"""`lora-recycle app`: a page in the browser that classifies one's own images."""
+
+from __future__ import annotations
+
+import argparse
+
+from .common import META_LORA_HELP, add_device_argument, checked_device, note
+
+
+EPILOG = """\
+examples:
+  lora-recycle app                                  opens the page, with the shipped meta-LoRA
+  lora-recycle app --model meta_lora --port 8000
+  lora-recycle app --model someone/meta-lora@v1 --no-browser
+
+The page is served to this machine alone and sends nothing elsewhere. It needs Gradio: pip install 'lora-recycle[app]'
+"""
+
+
+def add_parser(subparsers, **options) -> argparse.ArgumentParser:
+    summary = "open a page that classifies your images in the browser"
+    parser = subparsers.add_parser("app", help=summary, description=summary, epilog=EPILOG, **options)
+    parser.add_argument("--model", default="demo", metavar="MODEL", help=f"{META_LORA_HELP} (default: %(default)s)")
+    parser.add_argument("--port", type=int, metavar="N", help="port (default: the first free one from 7860 on)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", metavar="H", help="address to listen on (default: %(default)s, this machine)"
+    )
+    parser.add_argument("--no-browser", action="store_true", help="do not open a browser")
+    add_device_argument(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..app.page import launch
+
+    page = launch(
+        args.model,
+        host=args.host,
+        port=args.port,
+        browser=not args.no_browser,
+        device=checked_device(args.device),
+    )
+    print(page.local_url, flush=True)
+    note("Ctrl-C ends the page.")
+    page.block_thread()

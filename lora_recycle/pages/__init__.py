@@ -1,0 +1,1 @@
+"""Pages for people: single HTML files that hold everything they show and need no network."""

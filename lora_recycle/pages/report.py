@@ -1,0 +1,128 @@
+"""The report of a run: accuracy where it was measured, surrogate images, training curves, how to use the result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import DataError
+from ..hub.cards import usage_lines
+from .charts import bars, charts, curve
+from .page import table, write_page
+from .pictures import gallery
+
+
+if TYPE_CHECKING:
+    from ..distillation.trainer import MetaLoraTrainer
+
+
+IMAGES_SHOWN = 48
+
+
+def write_report(
+    path: str | Path,
+    *,
+    title: str,
+    curves: Mapping[str, Sequence[float]],
+    surrogate_images: torch.Tensor,
+    surrogate_labels: Sequence[str],
+    kept_tokens: torch.Tensor | None = None,
+    patch_size: int,
+    config: Mapping[str, Any],
+    usage: str,
+    rows: Sequence[Mapping[str, Any]] = (),
+) -> Path:
+    """Write the page atomically and return its path.
+
+    Args:
+        curves (`Mapping[str, Sequence[float]]`): one curve a name, one value a step.
+        surrogate_images (`torch.Tensor`): uint8 (N, 3, H, W), the images to show.
+        surrogate_labels (`Sequence[str]`): N class names.
+        kept_tokens (`torch.Tensor`, *optional*): (N, K) patch numbers kept, row by row from 0, [CLS] not counted;
+            negative numbers are padding.
+        patch_size (`int`): side of a patch in pixels.
+        config (`Mapping`): settings to print.
+        usage (`str`): the Python lines that use the result.
+        rows (`Sequence[Mapping]`, *optional*): rows of `evaluation.protocol.summarise`.
+
+    Raises:
+        DataError: images, labels and masks do not match.
+    """
+    _check(surrogate_images, surrogate_labels, kept_tokens)
+    note = "Made from the adapters alone."
+    sections = [
+        ("Accuracy on real images", _accuracy(rows)),
+        ("Training curves", charts([curve(name, values) for name, values in curves.items()])),
+        ("Surrogate images", gallery(surrogate_images, surrogate_labels, kept_tokens, patch_size, note)),
+        ("Use it", f"<pre><code>{escape(usage)}</code></pre>"),
+        ("Settings", f"<pre>{escape(json.dumps(config, indent=2, default=str))}</pre>"),
+    ]
+    return write_page(path, title, sections)
+
+
+def write_training_report(
+    path: str | Path,
+    trainer: MetaLoraTrainer,
+    settings: Mapping[str, Any],
+    meta_lora: str | Path,
+    *,
+    rows: Sequence[Mapping[str, Any]] = (),
+    curves: Mapping[str, Sequence[float]] | None = None,
+) -> Path:
+    """Write the report of a training run and return its path.
+
+    Args:
+        trainer: after `train`, on surrogate data.
+        settings: the sidecar of what it trained.
+        meta_lora: where that lies.
+        rows: accuracies, as `write_report` takes them.
+        curves: more curves, to come before those of the trainer.
+    """
+    pool, sample = trainer.pool, trainer.surrogate.sample(IMAGES_SHOWN)
+    count = f"{len(pool)} adapters"
+    shown = {key: value for key, value in settings.items() if key not in ("results", "sources")}
+    history = {f"distillation: {name}": values for name, values in trainer.history.items()}
+    return write_report(
+        path,
+        title=f"One meta-LoRA from {count}",
+        rows=rows,
+        curves={**(curves or {}), **history},
+        surrogate_images=sample.pixels,
+        surrogate_labels=sample.labels,
+        kept_tokens=sample.kept_tokens,
+        patch_size=pool.backbone.patch_size,
+        config={"backbone": pool.backbone.name, "pool": count, **shown},
+        usage=usage_lines(str(meta_lora)),
+    )
+
+
+def _check(images: torch.Tensor, labels: Sequence[str], kept: torch.Tensor | None) -> None:
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise DataError(f"surrogate images must be uint8 (N, 3, H, W), got {images.dtype} {tuple(images.shape)}.")
+    masks = len(images) if kept is None else len(kept)
+    if not len(images) == len(labels) == masks:
+        raise DataError(f"{len(images)} surrogate images, {len(labels)} labels and {masks} masks do not match.")
+
+
+def _accuracy(rows: Sequence[Mapping[str, Any]]) -> str:
+    if not rows:
+        return ""
+    groups: dict[tuple, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["data"], row["ways"], row["shots"]), []).append(row)
+    note = "<p>Hatched: the meta-LoRA. Lines on the bars: 95% intervals. Dashed: chance.</p>\n"
+    caption = "Per cent, with 95% intervals; differences are paired."
+    header = ("method", "data", "task", "episodes", "accuracy", "vs frozen")
+    numbers = table(caption, header, [_accuracy_row(row) for row in rows], text_columns=3)
+    return note + charts([bars(group) for group in groups.values()]) + numbers
+
+
+def _accuracy_row(row: Mapping[str, Any]) -> tuple:
+    delta = "" if row["method"] == "frozen" else f"{row['delta_vs_frozen']:+.2f} ± {row['delta_ci95']:.2f}"
+    task = f"{row['ways']}-way {row['shots']}-shot"
+    return row["method"], row["data"], task, row["episodes"], f"{row['accuracy']:.2f} ± {row['ci95']:.2f}", delta
