@@ -21,6 +21,8 @@ from ..errors import AdapterError, DataError
 from ..hub.adapters import load_adapter, pull_adapter
 from ..hub.files import PICTURE_FILE, SIDECAR_FILE
 from ..storage import atomic_write
+from ..task_tuning.base import TaskNetwork
+from ..task_tuning.config import TaskTuningConfig
 from ..version import __version__
 from ..weight_changes import wear_layers
 from .heads import make_head
@@ -29,6 +31,7 @@ from .preprocessing import as_batch, to_pixel_values
 from .publishing import push_adapter_folder
 from .sidecar import TASK_FILE, read_picture, read_sidecar, task_file
 from .task import FewShotTask, load_task, save_task
+from .tuning_task import tune_model, untune
 
 
 @dataclasses.dataclass
@@ -62,6 +65,8 @@ class MetaLoRAForFewShotClassification(nn.Module):
         self._task: FewShotTask | None = None
         #: PEFT's layers after `merge`, by the module that each stood around
         self._merged: dict[str, nn.Module] = {}
+        #: after `tune`, what takes the adapter back
+        self._untuned: TaskNetwork | None = None
         self.eval()
 
     @classmethod
@@ -196,7 +201,29 @@ class MetaLoRAForFewShotClassification(nn.Module):
         """
         if len(set(_as_list(labels))) < 2:
             raise DataError("A support set needs at least two classes, or there is nothing to tell apart.")
+        untune(self)
         self._task = FewShotTask.fitted(*self._labelled(images, labels), self.head)
+        return self
+
+    def tune(
+        self, images, labels: Sequence[Any], config: TaskTuningConfig | None = None
+    ) -> MetaLoRAForFewShotClassification:
+        """Learn a task as `fit` does, then tune the meta-LoRA and the class centres on its support images.
+
+        Seconds to minutes where `fit` takes one forward pass; docs/tuning.md says what it gains. It begins with the
+        meta-LoRA as it was loaded, to which `fit` and the next `tune` return; saving writes the tuned one. Other
+        threads must not predict meanwhile.
+
+        Args:
+            config ([`TaskTuningConfig`], *optional*): how; the settings that docs/tuning.md measures by default.
+
+        Raises:
+            ConfigError: the model is merged, or its head does not score by class centres.
+            DataError: no images, another number of labels, or one class only.
+        """
+        if len(set(_as_list(labels))) < 2:
+            raise DataError("A support set needs at least two classes, or there is nothing to tell apart.")
+        tune_model(self, as_batch(images), labels, config)
         return self
 
     def add_classes(self, images, labels: Sequence[Any]) -> MetaLoRAForFewShotClassification:

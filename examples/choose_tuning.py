@@ -1,0 +1,96 @@
+"""Choose the settings of `model.tune` on validation classes: what tuning gains over the same model untuned.
+
+    python examples/choose_tuning.py --data DATA --work runs/tuning --json docs/results/tuning.json
+
+5-way episodes of the validation splits of cifar_fs, mini_imagenet and vgg_flower and of the 33 characters of
+omniglot_small that the shipped pool leaves out, paired with the untuned model on the same episodes. No test class is
+read. DATA holds `<set>/<split>.parquet`. Finished cells are kept in the work folder when it is run again.
+"""
+
+import argparse
+import json
+import re
+import time
+from pathlib import Path
+
+import torch
+from choose_recipe import validation_sets
+
+from lora_recycle import MetaLoRAForFewShotClassification, TaskTuningConfig
+from lora_recycle.evaluation.episodes import EpisodeSet, sample_episodes
+from lora_recycle.evaluation.protocol import confidence
+from lora_recycle.evaluation.tuned import tuned_accuracy
+from lora_recycle.images import LabelledImages
+from lora_recycle.modeling.tuning_task import DEFAULTS, MetaLoraTuning
+from lora_recycle.storage import atomic_write
+
+
+#: name: settings that differ from the defaults of `tune`
+VARIANTS = {
+    "untuned": {"steps": 0},
+    "default": {},
+    "no consistency": {"consistency": 0.0},
+    "consistency 10": {"consistency": 10.0},
+    "lr 3e-4": {"lr": 3e-4},
+    "lr 3e-3": {"lr": 3e-3},
+    "class centres alone": {"last_layers": 0},
+    "network alone": {"head_lr": 0.0},
+    "40 steps": {"steps": 40},
+    "temperature 0.05": {"temperature": 0.05},
+}
+
+
+def judge(model: MetaLoRAForFewShotClassification, data: LabelledImages, drawn: EpisodeSet, name: str) -> dict:
+    """Per-episode accuracies of a variant, and its seconds for each task."""
+    started = time.perf_counter()
+    method = MetaLoraTuning(model, TaskTuningConfig(**{**DEFAULTS, **VARIANTS[name]}))
+    accuracies, _ = tuned_accuracy(method, None, data.pixels, drawn)
+    return {"accuracies": accuracies.tolist(), "seconds": (time.perf_counter() - started) / len(drawn)}
+
+
+def table(cells: dict[tuple[str, str, int], dict]) -> dict[str, dict]:
+    """Per variant: paired gain over the untuned model with its 95% interval by "<set> <shots>", and over all sets."""
+    found: dict[str, dict] = {}
+    for variant in dict.fromkeys(name for name, _, _ in cells):
+        gains: dict[int, list[torch.Tensor]] = {}
+        row = found.setdefault(variant, {})
+        for (name, data, shots), cell in cells.items():
+            if name == variant:
+                untuned = torch.tensor(cells["untuned", data, shots]["accuracies"])
+                gains.setdefault(shots, []).append(torch.tensor(cell["accuracies"]) - untuned)
+                row[f"{data} {shots}"] = confidence(gains[shots][-1])
+        for shots, values in gains.items():
+            row[f"all {shots}"] = confidence(torch.cat(values))
+            of_shots = [cell["seconds"] for (name, _, k), cell in cells.items() if (name, k) == (variant, shots)]
+            row[f"seconds {shots}"] = sum(of_shots) / len(of_shots)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--episodes", type=int, nargs=2, default=(100, 50), metavar="N", help="1-shot and 5-shot")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
+    args = parser.parse_args()
+    model = MetaLoRAForFewShotClassification.from_pretrained(args.model)
+    sets = validation_sets(args.data, model.backbone.image_size, int(model.backbone.processor.resample))
+    cells = {}
+    for name in dict.fromkeys(["untuned", *args.variants]):
+        for data in sets:
+            for shots, count in zip((1, 5), args.episodes, strict=True):
+                slug = re.sub("[^0-9a-z]+", "-", f"{name} {data.name} {shots} {count}".lower())
+                path = args.work / f"{slug}.json"
+                if not path.is_file():
+                    drawn = sample_episodes(data.labels, 5, shots, 15, count, seed=1)
+                    atomic_write(path, json.dumps(judge(model, data, drawn, name)).encode())
+                cells[name, data.name, shots] = json.loads(path.read_text())
+        gains = {k: [round(x, 2) for x in v] for k, v in table(cells)[name].items() if isinstance(v, tuple)}
+        print(json.dumps({name: gains}), flush=True)
+    atomic_write(args.json, json.dumps(table(cells), indent=1).encode())
+
+
+if __name__ == "__main__":
+    main()
