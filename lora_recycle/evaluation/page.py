@@ -142,9 +142,10 @@ def _table(task: tuple[str, int, int], group: Sequence[tuple[dict, dict]]) -> st
             cells.append(f"{detail[f'delta_vs_{rival}']:+.2f} ± {detail[f'delta_vs_{rival}_ci95']:.2f}")
         cells += [f"{detail['seconds_per_task']:g}", f"{detail['peak_memory_mb']:g}", detail["pool"]]
         lines.append("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in cells) + "</tr>")
+    names = "".join(f'<th scope="col">{name}</th>' for name in header)
     best = ", ".join(dict.fromkeys(detail["best_rival"] for _, detail in group))
     return (
         f'<div class="scroll"><table><caption>{escape(_heading(task))}, per cent; best rival: {escape(best)}</caption>'
-        f"<thead><tr>{''.join(f'<th scope="col">{name}</th>' for name in header)}</tr></thead>"
+        f"<thead><tr>{names}</tr></thead>"
         f"<tbody>{''.join(lines)}</tbody></table></div>"
     )

@@ -24,8 +24,8 @@ def rows_and_details(cells: Sequence[Cell]) -> tuple[list[dict[str, Any]], list[
     """Rows as [`summarise`] makes them with `tuning_free`, and for each the further differences and costs.
 
     All differences are paired over the episodes of the method itself, which for tuning methods are the first of the
-    others'. The best rival of a pool on a task is the method without tuning that has the highest mean there, meta-LoRAs
-    and transductive heads left out: being the best of many on these very episodes favours it.
+    others'. The best rival of a pool on a task is the method without tuning that has the highest mean there,
+    meta-LoRAs and transductive heads left out: being the best of many on these very episodes favours it.
     """
     rows, details = [], []
     for group in by_task(cells).values():

@@ -52,7 +52,7 @@ def default_config(model: MetaLoRAForFewShotClassification) -> TaskTuningConfig:
 
 
 def adapter_network(model: MetaLoRAForFewShotClassification, config: TaskTuningConfig) -> TaskNetwork:
-    """The model as a network whose adapter learns in the last layers. It is taken back to the adapter as it was loaded.
+    """The model as a network whose adapter learns in the last layers, taken back to the adapter as it was loaded.
 
     Raises:
         ConfigError: the adapter is folded into the weights, the head does not score by class centres, or it does so by

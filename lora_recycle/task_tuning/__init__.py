@@ -1,4 +1,4 @@
-"""Ways to tune on the support set of one task, the rivals of not tuning: peers, one a file, on the base in `base.py`."""
+"""Ways to tune on one task's support set, the rivals of not tuning: peers, one a file, on the base in `base.py`."""
 
 from .base import TaskNetwork, TaskTuning, tune_task
 from .config import TaskTuningConfig

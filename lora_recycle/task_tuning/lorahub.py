@@ -67,7 +67,7 @@ class LoraHub(TaskTuning):
 
 
 def evolve(loss, start: torch.Tensor, steps: int, seed: int) -> torch.Tensor:
-    """The best of `steps` points that a (1+1) evolution strategy tries, within `BOUND`: a function of (n,), to (n,)."""
+    """The best of `steps` points that a (1+1) evolution strategy tries for a function of (n,), within `BOUND`."""
     generator, spread = torch.Generator().manual_seed(seed), FIRST_SPREAD
     best, lowest = start.clone(), loss(start)
     for _ in range(steps - 1):
