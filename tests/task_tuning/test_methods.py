@@ -1,4 +1,4 @@
-"""Tuning on a support set: where each method starts, what it learns, and that nothing of one task stays for the next."""
+"""Tuning on a support set: where each method starts, what it learns, and that nothing stays for the next task."""
 
 import copy
 
