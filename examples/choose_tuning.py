@@ -21,29 +21,29 @@ from lora_recycle.evaluation.episodes import EpisodeSet, sample_episodes
 from lora_recycle.evaluation.protocol import confidence
 from lora_recycle.evaluation.tuned import tuned_accuracy
 from lora_recycle.images import LabelledImages
-from lora_recycle.modeling.tuning_task import DEFAULTS, MetaLoraTuning
+from lora_recycle.modeling.tuning_task import MetaLoraTuning, default_config
 from lora_recycle.storage import atomic_write
 
 
 #: name: settings that differ from the defaults of `tune`
 VARIANTS = {
-    "untuned": {"steps": 0},
+    "untuned": {"steps": 0, "last_layers": 0},
+    "class centres alone": {"last_layers": 0},
     "default": {},
     "no consistency": {"consistency": 0.0},
-    "consistency 10": {"consistency": 10.0},
-    "lr 3e-4": {"lr": 3e-4},
-    "lr 3e-3": {"lr": 3e-3},
-    "class centres alone": {"last_layers": 0},
+    "temperature of the head": {"temperature": 0.1},
     "network alone": {"head_lr": 0.0},
+    "lr 1e-3": {"lr": 1e-3},
+    "lr 1e-2": {"lr": 1e-2},
     "40 steps": {"steps": 40},
-    "temperature 0.05": {"temperature": 0.05},
+    "all layers": {"last_layers": None},
 }
 
 
 def judge(model: MetaLoRAForFewShotClassification, data: LabelledImages, drawn: EpisodeSet, name: str) -> dict:
     """Per-episode accuracies of a variant, and its seconds for each task."""
     started = time.perf_counter()
-    method = MetaLoraTuning(model, TaskTuningConfig(**{**DEFAULTS, **VARIANTS[name]}))
+    method = MetaLoraTuning(model, TaskTuningConfig(**{**default_config(model).to_dict(), **VARIANTS[name]}))
     accuracies, _ = tuned_accuracy(method, None, data.pixels, drawn)
     return {"accuracies": accuracies.tolist(), "seconds": (time.perf_counter() - started) / len(drawn)}
 

@@ -13,13 +13,15 @@ class TaskTuningConfig(RecipeConfig):
 
     steps: int = field(20, "steps of Adam on all support images at once; 0 tunes nothing")
     lr: float = field(1e-3, "first step size for the network, falling to zero along a cosine")
-    head_lr: float = field(0.01, "the same for the class centres, in units of their own size")
+    head_lr: float = field(0.05, "the same for the class centres, in units of their own size")
     last_layers: int | None = field(
         2, "only so many last layers learn, what enters them is computed once; none: all layers learn"
     )
     consistency: float = field(0.0, "weight of the term that holds embeddings to those of the untuned network")
     metric: str = field("cosine", "distance of images to class centres", ("cosine", "euclidean"))
-    temperature: float = field(0.1, "divisor of the (negative) distances")
+    temperature: float = field(
+        0.03, "divisor of the (negative) distances; where it is small, images that are right already teach little"
+    )
     seed: int = field(0, "seed of random initial weights and random searches")
 
     def check(self) -> None:

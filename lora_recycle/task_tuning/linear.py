@@ -14,7 +14,7 @@ class LinearProbe(TaskTuning):
     The head `logistic_regression` is the same idea with scikit-learn's solver, its penalty, and no start.
     """
 
-    defaults = {"last_layers": 0, "steps": 50, "head_lr": 0.02}
+    defaults = {"last_layers": 0, "steps": 30}
 
     def network(self, pool: AdapterPool) -> TaskNetwork:
         return TaskNetwork(pool.backbone, last_layers=0)

@@ -70,8 +70,7 @@ def test_a_study_resumes_and_pairs_its_differences(ablations, data, tmp_path, ti
     methods = result["points"][0]["tasks"]["toy 3-way 1-shot"]
     assert set(methods) == {"frozen", "average", "from zero", "from average"}
     assert methods["frozen"]["vs frozen"] == (0, 0) and methods["average"]["vs average"] == (0, 0)
-    zero = [point["tasks"]["toy 3-way 1-shot"]["from zero"] for point in result["points"]]
-    assert zero[0] != zero[1]
+    assert methods["from zero"]["accuracy"][0] > 33  # chance
     ablations.draw(result, tmp_path / "rank.svg")
     svg = (tmp_path / "rank.svg").read_text()
     assert svg.count("<rect class") == 2 + 1 and svg.count("<circle") == 2 + 1 and "toy 3-way 1-shot" in svg

@@ -46,7 +46,8 @@ def untuned(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_without_steps_it_is_the_class_centres_that_it_starts_from(tiny_pool, task, name):
     support, queries = task
-    found = 0.1 * untuned(name).classify(tiny_pool, support, LABELS, queries)
+    method = untuned(name)
+    found = method.config.temperature * method.classify(tiny_pool, support, LABELS, queries)
     if name in ("average-linear", "average-lora", "learned-composition"):
         kind = Uniform() if name == "average-linear" else Uniform(rank="exact")  # no biases in a LoRA
         expected = kind.classify(tiny_pool, support, LABELS, queries)
