@@ -1,9 +1,10 @@
-"""Choose the settings of `model.tune` on validation classes: what tuning gains over the same model untuned.
+"""Choose the settings of tuning on validation classes: what each gains over the same method untuned.
 
     python examples/choose_tuning.py --data DATA --work runs/tuning --json docs/results/tuning.json
+    python examples/choose_tuning.py --data DATA --work runs/tuning --json runs/tuning/lora.json --method lora-linear
 
 5-way episodes of the validation splits of cifar_fs, mini_imagenet and vgg_flower and of the 33 characters of
-omniglot_small that the shipped pool leaves out, paired with the untuned model on the same episodes. No test class is
+omniglot_small that the shipped pool leaves out, paired with the untuned method on the same episodes. No test class is
 read. DATA holds `<set>/<split>.parquet`. Finished cells are kept in the work folder when it is run again.
 """
 
@@ -16,35 +17,46 @@ from pathlib import Path
 import torch
 from choose_recipe import validation_sets
 
-from lora_recycle import MetaLoRAForFewShotClassification, TaskTuningConfig
+from lora_recycle import AdapterPool, MetaLoRAForFewShotClassification, TaskTuningConfig
+from lora_recycle.embedded import pool_path
 from lora_recycle.evaluation.episodes import EpisodeSet, sample_episodes
 from lora_recycle.evaluation.protocol import confidence
 from lora_recycle.evaluation.tuned import tuned_accuracy
 from lora_recycle.images import LabelledImages
 from lora_recycle.modeling.tuning_task import MetaLoraTuning, default_config
 from lora_recycle.storage import atomic_write
+from lora_recycle.task_tuning import TaskTuning, tuning_methods
 
 
-#: name: settings that differ from the defaults of `tune`
+#: name: settings that differ from the method's own, given those
 VARIANTS = {
-    "untuned": {"steps": 0, "last_layers": 0},
-    "class centres alone": {"last_layers": 0},
-    "default": {},
-    "no consistency": {"consistency": 0.0},
-    "temperature of the head": {"temperature": 0.1},
-    "network alone": {"head_lr": 0.0},
-    "lr 1e-3": {"lr": 1e-3},
-    "lr 1e-2": {"lr": 1e-2},
-    "40 steps": {"steps": 40},
-    "all layers": {"last_layers": None},
+    "untuned": lambda own: {"steps": 0, "last_layers": 0},
+    "class centres alone": lambda own: {"last_layers": 0},
+    "default": lambda own: {},
+    "no consistency": lambda own: {"consistency": 0.0},
+    "temperature of the head": lambda own: {"temperature": 0.1},
+    "network alone": lambda own: {"head_lr": 0.0},
+    "a third of the step size": lambda own: {"lr": own["lr"] / 3},
+    "three times the step size": lambda own: {"lr": own["lr"] * 3},
+    "twice the steps": lambda own: {"steps": own["steps"] * 2},
+    "all layers": lambda own: {"last_layers": None},
 }
 
 
-def judge(model: MetaLoRAForFewShotClassification, data: LabelledImages, drawn: EpisodeSet, name: str) -> dict:
-    """Per-episode accuracies of a variant, and its seconds for each task."""
+def make_method(name: str, model: MetaLoRAForFewShotClassification, variant: str) -> TaskTuning:
+    """The method with the settings of a variant; `tune` stands for `model.tune`."""
+    if name == "tune":
+        own = default_config(model).to_dict()
+        return MetaLoraTuning(model, TaskTuningConfig(**{**own, **VARIANTS[variant](own)}))
+    kind = type(tuning_methods()[name])
+    own = TaskTuningConfig(**kind.defaults).to_dict()
+    return kind(TaskTuningConfig(**{**own, **VARIANTS[variant](own)}))
+
+
+def judge(method: TaskTuning, pool: AdapterPool, data: LabelledImages, drawn: EpisodeSet) -> dict:
+    """Per-episode accuracies, and seconds for each task."""
     started = time.perf_counter()
-    method = MetaLoraTuning(model, TaskTuningConfig(**{**default_config(model).to_dict(), **VARIANTS[name]}))
-    accuracies, _ = tuned_accuracy(method, None, data.pixels, drawn)
+    accuracies, _ = tuned_accuracy(method, pool, data.pixels, drawn)
     return {"accuracies": accuracies.tolist(), "seconds": (time.perf_counter() - started) / len(drawn)}
 
 
@@ -71,21 +83,23 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--model", default="demo")
+    parser.add_argument("--method", default="tune", choices=("tune", *tuning_methods()))
     parser.add_argument("--episodes", type=int, nargs=2, default=(100, 50), metavar="N", help="1-shot and 5-shot")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
     args = parser.parse_args()
-    model = MetaLoRAForFewShotClassification.from_pretrained(args.model)
+    model = MetaLoRAForFewShotClassification.from_pretrained("demo")
+    pool = AdapterPool.from_pretrained(pool_path())
     sets = validation_sets(args.data, model.backbone.image_size, int(model.backbone.processor.resample))
     cells = {}
     for name in dict.fromkeys(["untuned", *args.variants]):
+        method = make_method(args.method, model, name)
         for data in sets:
             for shots, count in zip((1, 5), args.episodes, strict=True):
-                slug = re.sub("[^0-9a-z]+", "-", f"{name} {data.name} {shots} {count}".lower())
+                slug = re.sub("[^0-9a-z]+", "-", f"{args.method} {name} {data.name} {shots} {count}".lower())
                 path = args.work / f"{slug}.json"
                 if not path.is_file():
                     drawn = sample_episodes(data.labels, 5, shots, 15, count, seed=1)
-                    atomic_write(path, json.dumps(judge(model, data, drawn, name)).encode())
+                    atomic_write(path, json.dumps(judge(method, pool, data, drawn)).encode())
                 cells[name, data.name, shots] = json.loads(path.read_text())
         gains = {k: [round(x, 2) for x in v] for k, v in table(cells)[name].items() if isinstance(v, tuple)}
         print(json.dumps({name: gains}), flush=True)

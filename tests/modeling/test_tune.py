@@ -1,5 +1,8 @@
 """`model.tune`: the tuned model predicts, is saved and comes back; `fit` takes it to where it was."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from helpers_tiny import random_pixels
@@ -7,6 +10,7 @@ from helpers_tiny import random_pixels
 from lora_recycle import DistillationConfig, MetaLoRAForFewShotClassification, MetaLoraTrainer, TaskTuningConfig
 from lora_recycle.errors import ConfigError, DataError
 from lora_recycle.modeling.tuning_task import MetaLoraTuning, default_config
+from lora_recycle.task_tuning import tuning_methods
 
 
 NAMES = ["ant", "ant", "bee", "bee", "cow", "cow"]
@@ -85,3 +89,14 @@ def test_what_cannot_be_tuned(model, folder, images):
         MetaLoRAForFewShotClassification.from_pretrained(folder, head="lda").tune(images, NAMES)
     with pytest.raises(ConfigError, match="merged"):
         model.merge().tune(images, NAMES)
+
+
+def test_the_python_of_the_page(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "tuning.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for code in re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S):
+        exec(compile(code, f"docs/tuning.md: {code.splitlines()[0]}", "exec"), names)
+    assert names["scores"].shape == (4, 2) and (tmp_path / "tuned" / "adapter_model.safetensors").is_file()
+    told = set(re.findall(r"^\| `([\w-]+)` \|", page, re.M))
+    assert told == {*tuning_methods(), "meta-lora-tuned"}
