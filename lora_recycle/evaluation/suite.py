@@ -59,8 +59,8 @@ class Benchmark:
     def run(self, part: tuple[int, int] = (0, 1), progress: bool = True) -> list[Cell]:
         """Every cell of the recipe, with its verdict where it is known now.
 
-        Cells that are whole on disk are taken from there. `part` is (i, n): of the others only every n-th group of
-        cells (one method on one data set) from the i-th on is computed, so that several shells can share the work.
+        Cells that are whole on disk are taken from there. `part` is (i, n): only every n-th group of cells (one method
+        on one data set) from the i-th on is computed, so that several shells can share the work.
 
         Raises:
             ConfigError: a meta-LoRA of another base than its pool, or a pool of no adapters.
@@ -72,15 +72,17 @@ class Benchmark:
         for data in self.recipe.data:
             for judge, method, group in self._groups(data, loaded):
                 missing = [cell for cell in group if not cell.load(self.folder)]
-                if missing:
-                    mine, number = number % part[1] == part[0], number + 1
+                if missing and number % part[1] == part[0]:
                     bar.set_postfix_str(f"{group[0].data}, {group[0].label}")
-                    for cell in missing if mine else ():
+                    for cell in missing:
                         cell.save(self.folder, judge.judge(method, cell.shots))
                     judge.forget(method)
-                cells += group
+                cells, number = cells + group, number + 1
                 bar.update(len(group))
         bar.close()
+        for cell in cells:  # another shell may have finished it meanwhile
+            if cell.verdict is None:
+                cell.load(self.folder)
         return cells
 
     def _count(self) -> int:

@@ -141,6 +141,7 @@ class MetaLoRAForFewShotClassification(nn.Module):
             AdapterError: the adapter is of a type that is no change of weights; it stays as it was.
         """
         self._merged = self._merged or merge_layers(self.backbone)
+        self._untuned = None  # a tuned adapter is the model's own from here on
         return self
 
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:

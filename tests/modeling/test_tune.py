@@ -69,7 +69,17 @@ def test_the_method_of_the_benchmark_is_what_users_get(model, images):
     labels, queries = torch.tensor([0, 0, 1, 1, 2, 2]), random_pixels(4, seed=1)
     scores = MetaLoraTuning(model, CONFIG).classify(None, images, labels, queries)
     expected = model.tune(images, NAMES, CONFIG).predict_proba(queries)
-    torch.testing.assert_close(scores.softmax(1), expected, atol=1e-5, rtol=1e-4)
+    found = (scores * CONFIG.temperature / model.head.temperature).softmax(1)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_tuned_model_that_is_merged_stays_tuned(model, images, tmp_path):
+    expected = model.tune(images, NAMES, CONFIG).merge().predict_proba(images)
+    refitted = model.fit(images, NAMES).predict_proba(images)
+    model.save_pretrained(tmp_path)
+    loaded = MetaLoRAForFewShotClassification.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded.predict_proba(images), refitted, atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(refitted, expected, atol=1e-4)  # centres of the tuned network, not tuned ones
 
 
 def test_no_steps_is_fit(model, images):
