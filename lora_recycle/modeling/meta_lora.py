@@ -216,7 +216,7 @@ class MetaLoRAForFewShotClassification(nn.Module):
         threads must not predict meanwhile.
 
         Args:
-            config ([`TaskTuningConfig`], *optional*): how; the settings that docs/tuning.md measures by default.
+            config ([`TaskTuningConfig`], *optional*): how; by default `modeling.tuning_task.default_config`.
 
         Raises:
             ConfigError: the model is merged, or its head does not score by class centres.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..pool import AdapterPool
     from .meta_lora import MetaLoRAForFewShotClassification
 
-#: Chosen on validation classes: `examples/choose_tuning.py`.
+#: `examples/choose_tuning.py` compares them with others on validation classes.
 DEFAULTS = {"steps": 20, "lr": 3e-3, "head_lr": 0.05, "last_layers": 2, "consistency": 1.0}
 #: The temperature of the loss by that of the head: sharper, so that images that are right already teach little.
 SHARPER = 0.3
