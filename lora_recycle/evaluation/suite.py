@@ -10,15 +10,16 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from ..backbones import Backbone
 from ..embedded import backbone_name, pool_path, resolve_meta_lora
 from ..errors import ConfigError
 from ..hub.adapters import pull_adapter
 from ..hub.sources import one_id
-from ..images import load_labelled_images
+from ..images import LabelledImages, load_labelled_images
 from ..modeling.meta_lora import MetaLoRAForFewShotClassification
 from ..pool import AdapterPool
 from .cells import Cell, data_checksum, identity, weights_checksum
-from .episodes import sample_episodes
+from .episodes import EpisodeSet, sample_episodes
 from .judge import POOLLESS, Judge
 from .recipe import TUNED, BenchmarkRecipe, DataSpec, PoolSpec
 
@@ -98,15 +99,7 @@ class Benchmark:
         pools = [name for name, pool in self.recipe.pools.items() if pool.judged_on(spec)]
         if not pools:
             raise ConfigError(f"{spec.path}: no pool of the recipe is judged on it.")
-        backbone = loaded[pools[0]].pool.backbone
-        size, resample = backbone.image_size, int(backbone.processor.resample)
-        place = spec.location(self.data_root)
-        data = load_labelled_images(place, size, resample, spec.max_per_class, spec.split, numbers.seed)
-        episodes, common = {}, (data.label_names, data.name)
-        for k in dict.fromkeys(numbers.shots):
-            drawn = (numbers.ways, k, numbers.queries, numbers.episodes, numbers.seed)
-            episodes[k] = sample_episodes(data.labels, *drawn, *common)
-            self.notes += [note for note in episodes[k].notes if note not in self.notes]
+        data, episodes = self._images_and_episodes(spec, loaded[pools[0]].pool.backbone)
         data_sum = data_checksum(data)
         for first, name in [(name == pools[0], name) for name in pools]:
             own = loaded[name]
@@ -128,6 +121,18 @@ class Benchmark:
                     method,
                     [self._cell(judge, label, method, name, k, data_sum, own.backbone_sum, sums) for k in episodes],
                 )
+
+    def _images_and_episodes(self, spec: DataSpec, backbone: Backbone) -> tuple[LabelledImages, dict[int, EpisodeSet]]:
+        """The images of a data set, and its episodes by shots."""
+        numbers, size, resample = self.recipe.episodes, backbone.image_size, int(backbone.processor.resample)
+        place = spec.location(self.data_root)
+        data = load_labelled_images(place, size, resample, spec.max_per_class, spec.split, numbers.seed)
+        episodes = {}
+        for k in dict.fromkeys(numbers.shots):
+            drawn = (numbers.ways, k, numbers.queries, numbers.episodes, numbers.seed)
+            episodes[k] = sample_episodes(data.labels, *drawn, data.label_names, data.name)
+            self.notes += [note for note in episodes[k].notes if note not in self.notes]
+        return data, episodes
 
     def _cell(self, judge: Judge, label, method, pool, shots, data_sum, backbone_sum, sums) -> Cell:
         numbers, base = self.recipe.episodes, method.partition(" + ")[0]
