@@ -2,9 +2,9 @@
 
     python examples/write_tables.py
 
-Reads `docs/results/*.json`, as `lora-recycle evaluate --json` and the scripts choose_recipe.py, benchmark.py, scale.py
-and efficiency.py write them, and replaces what stands between `<!-- NAME -->` and `<!-- /NAME -->` in README.md
-and docs/*.md.
+Reads `docs/results/*.json`, as `lora-recycle evaluate --json` and the scripts choose_recipe.py, choose_tuning.py,
+benchmark.py, scale.py and efficiency.py write them, and replaces what stands between `<!-- NAME -->` and
+`<!-- /NAME -->` in README.md and docs/*.md.
 """
 
 import json
@@ -57,6 +57,20 @@ def choice_table() -> str:
     return "\n".join(lines)
 
 
+def tuning_table() -> str:
+    """What tuning gains over the same model untuned, 1-shot / 5-shot, and the seconds of a task."""
+    results = json.loads((RESULTS / "tuning.json").read_text())
+    sets = [
+        key.removesuffix(" 1") for key in next(iter(results.values())) if key.endswith(" 1") and "seconds" not in key
+    ]
+    lines = ["| settings | " + " | ".join(sets) + " | seconds a task |", "|---|" + "---|" * (len(sets) + 1)]
+    for name, row in results.items():
+        gains = [" / ".join(f"{row[f'{s} {k}'][0]:+.1f} ± {row[f'{s} {k}'][1]:.1f}" for k in (1, 5)) for s in sets]
+        seconds = " / ".join(f"{row[f'seconds {k}']:.1f}" for k in (1, 5))
+        lines.append(f"| {name} | " + " | ".join(gains) + f" | {seconds} |")
+    return "\n".join(lines)
+
+
 def pool_table() -> str:
     """Held-out accuracy of the embedded adapters, as their cards say."""
     lines = [
@@ -105,6 +119,7 @@ def main() -> None:
         "demo": evaluation_table(["demo_digits"]),
         "choice": choice_table() if (RESULTS / "choice.json").exists() else "",
         "pool": pool_table(),
+        "tuning": tuning_table() if (RESULTS / "tuning.json").exists() else "",
         "speed": speed_tables(),
         "scale": scale_table(),
     }

@@ -8,15 +8,14 @@ import os
 import platform
 import statistics
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from lora_recycle.evaluation.memory import peak_bytes
 
 
 @dataclasses.dataclass
@@ -38,35 +37,6 @@ class Case:
     host_share: Callable[[], float] | None = None
 
 
-class LivePeak(TorchDispatchMode):
-    """Largest number of bytes that the tensors made meanwhile hold at once (`peak`), freed ones taken off."""
-
-    def __init__(self):
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and id(tensor.untyped_storage()) not in given | self._known:
-                self._follow(tensor.untyped_storage())
-        return out
-
-    def _follow(self, storage: torch.UntypedStorage) -> None:
-        key, size = id(storage), storage.nbytes()
-        self._known.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-
-        def freed():
-            self._known.discard(key)
-            self.live -= size
-
-        weakref.finalize(storage, freed).atexit = False
-
-
 def _cpu_attention(query, key, value, *args, out_shape=None, **kwargs) -> int:
     return sdpa_flop_count(query, key, value)
 
@@ -85,14 +55,8 @@ _CPU_FLOPS = {
 def cost(step: Callable[[], Any], device: torch.device) -> tuple[int, int]:
     """FLOPs of one step (a multiplication and an addition are two), and the bytes that it holds at most beside what
     was there before: from the allocator on CUDA, elsewhere by following every tensor."""
-    cuda = device.type == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-    live = contextlib.nullcontext() if cuda else LivePeak()
-    with FlopCounterMode(display=False, custom_mapping=_CPU_FLOPS) as flops, live:
-        step()
-    peak = torch.cuda.max_memory_allocated(device) - before if cuda else live.peak
+    with FlopCounterMode(display=False, custom_mapping=_CPU_FLOPS) as flops:
+        peak = peak_bytes(step, device)
     return flops.get_total_flops(), peak
 
 

@@ -12,11 +12,24 @@ from collections.abc import Sequence
 from ..errors import ConfigError, LoraRecycleError
 from ..interruption import Terminated, terminable
 from ..version import __version__
-from . import app, demo, distill, evaluate, import_file, inspect, invert, predict, push, reproduce, tune_pool
+from . import app, benchmark, demo, distill, evaluate, import_file, inspect, invert, predict, push, reproduce, tune_pool
 
 
 #: In the order of the work. Each imports torch only when it runs, so that the help answers at once.
-VERBS = (tune_pool, import_file, inspect, invert, distill, evaluate, predict, app, push, reproduce, demo)
+VERBS = (
+    tune_pool,
+    import_file,
+    inspect,
+    invert,
+    distill,
+    evaluate,
+    benchmark,
+    predict,
+    app,
+    push,
+    reproduce,
+    demo,
+)
 
 #: Verbs whose work several processes share.
 SHARED = ("tune-pool", "invert", "distill")
@@ -28,6 +41,7 @@ examples:
   lora-recycle invert pool --output surrogate                surrogate images from adapters alone
   lora-recycle distill pool --surrogate surrogate --output meta
   lora-recycle evaluate meta --data new_photos --pool pool
+  lora-recycle benchmark recipe.yaml                         many methods, data sets and shots
   lora-recycle predict meta --support examples photo.jpg
   lora-recycle app --model meta                              the same in the browser
   lora-recycle push meta someone/meta-lora

@@ -22,6 +22,8 @@ from ..errors import AdapterError, DataError
 from ..hub.adapters import load_adapter, pull_adapter
 from ..hub.files import CARD_FILE, PICTURE_FILE, SIDECAR_FILE
 from ..storage import atomic_write, replacing_files
+from ..task_tuning.base import TaskNetwork
+from ..task_tuning.config import TaskTuningConfig
 from ..version import __version__
 from .classifier import FewShotClassifier, SharedTask, mixed_probabilities
 from .heads import make_head
@@ -29,7 +31,9 @@ from .merging import merge_layers, worn_for_saving
 from .preprocessing import as_batch, pixel_batches, to_pixel_values
 from .publishing import push_adapter_folder
 from .sidecar import TASK_FILE, read_picture, read_sidecar, task_file
+from .support import support_set
 from .task import FewShotTask, load_task, save_task
+from .tuning_task import tune_model, untune
 
 
 @dataclasses.dataclass
@@ -64,6 +68,8 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
         self._task: FewShotTask | None = None
         #: PEFT's layers after `merge`, by the module that each stood around
         self._merged: dict[str, nn.Module] = {}
+        #: after `tune`, what takes the adapter back
+        self._untuned: TaskNetwork | None = None
         self.eval()
 
     @classmethod
@@ -133,6 +139,7 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
             AdapterError: the adapter is of a type that is no change of weights; it stays as it was.
         """
         self._merged = self._merged or merge_layers(self.backbone)
+        self._untuned = None  # a tuned adapter is the model's own from here on
         return self
 
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -192,6 +199,34 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
         if not parts:  # all of them failed
             return torch.zeros(0, self.backbone.hidden_size, device=self.device)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def fit(
+        self, images, labels: Sequence[Any] | None = None, *, failures: dict[int, str] | None = None
+    ) -> MetaLoRAForFewShotClassification:
+        untune(self)
+        return super().fit(images, labels, failures=failures)
+
+    fit.__doc__ = FewShotClassifier.fit.__doc__
+
+    def tune(
+        self, images, labels: Sequence[Any] | None = None, config: TaskTuningConfig | None = None
+    ) -> MetaLoRAForFewShotClassification:
+        """Learn a task as `fit` does, then tune the meta-LoRA and the class centres on its support images.
+
+        Seconds to minutes where `fit` takes one forward pass; docs/tuning.md says what it gains. It begins with the
+        meta-LoRA as it was loaded, to which `fit` and the next `tune` return; saving writes the tuned one. Other
+        threads must not predict meanwhile.
+
+        Args:
+            images, labels: as for `fit`.
+            config ([`TaskTuningConfig`], *optional*): how; by default `modeling.tuning_task.default_config`.
+
+        Raises:
+            ConfigError: the model is merged, or its head does not score by class centres.
+            DataError: as `fit`.
+        """
+        tune_model(self, *support_set(images, labels), config)
+        return self
 
     def new_task(self) -> SharedTask:
         """A task of its own on this model's backbone, to be fitted: what many users or many problems need at once."""

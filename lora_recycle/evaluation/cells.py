@@ -1,0 +1,91 @@
+"""Cells of a benchmark on disk: one method on one data set at one number of shots, whole or absent."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..images import LabelledImages
+from ..storage import atomic_write
+from ..version import __version__
+from .judge import Verdict
+
+
+_FORMAT = 1
+
+
+@dataclasses.dataclass
+class Cell:
+    """One verdict and what it is on.
+
+    Args:
+        label: of its rows: the method, and the pool where that is not the data set's first.
+        kind: `frozen`, `rival`, `meta-lora` or `tuned`.
+        transductive: whether it sees an episode's queries together.
+        identity: all that its numbers depend on.
+    """
+
+    label: str
+    method: str
+    data: str
+    pool: str
+    ways: int
+    shots: int
+    kind: str
+    transductive: bool
+    identity: dict[str, Any]
+    verdict: Verdict | None = None
+
+    @property
+    def tuning_free(self) -> bool:
+        return self.kind != "tuned"
+
+    def path(self, folder: Path) -> Path:
+        digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
+        slug = re.sub("[^a-z0-9]+", "-", f"{self.data}-{self.label}-{self.shots}".lower()).strip("-")
+        return folder / f"{slug}-{digest}.json"
+
+    def load(self, folder: Path) -> bool:
+        """Take the verdict from its file. False where there is none that is whole and of this identity."""
+        try:
+            found = json.loads(self.path(folder).read_text(encoding="utf-8"))
+            accuracies = torch.tensor(found["accuracies"], dtype=torch.float32)
+            costs = float(found["seconds_per_task"]), float(found["peak_memory_mb"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        if found.get("identity") != self.identity or accuracies.shape != (self.identity["episodes"],):
+            return False
+        self.verdict = Verdict(accuracies, *costs)
+        return True
+
+    def save(self, folder: Path, verdict: Verdict) -> None:
+        self.verdict = verdict
+        values = {"identity": self.identity, **dataclasses.asdict(verdict), "accuracies": verdict.accuracies.tolist()}
+        atomic_write(self.path(folder), json.dumps(values).encode())
+
+
+def identity(data_sum: str, backbone_sum: str, settings: dict[str, Any], numbers: dict[str, Any]) -> dict[str, Any]:
+    """What the numbers of a cell depend on, as JSON gives it back."""
+    parts = {"format": _FORMAT, "version": __version__, "data": data_sum, "backbone": backbone_sum}
+    return json.loads(json.dumps({**parts, "settings": settings, **numbers}))
+
+
+def data_checksum(data: LabelledImages) -> str:
+    digest = hashlib.sha256(data.pixels.contiguous().numpy())
+    digest.update(data.labels.contiguous().numpy())
+    digest.update(json.dumps(data.label_names).encode())
+    return digest.hexdigest()
+
+
+def weights_checksum(module: torch.nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,189 @@
+"""One method after another on the same episodes of one data set, with what each task costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from ..backbones import Backbone, extract_features
+from ..composition import Composition, Selection, tuning_free_methods
+from ..images import LabelledImages
+from ..modeling.heads import HEADS, make_head
+from ..modeling.meta_lora import MetaLoRAForFewShotClassification
+from ..modeling.tuning_task import MetaLoraTuning, default_config
+from ..pool import AdapterPool
+from ..task_tuning import TaskTuning, TaskTuningConfig, tuning_methods
+from .benchmark import CENTRES
+from .episodes import EpisodeSet
+from .memory import peak_bytes
+from .protocol import ensemble_accuracy, head_accuracy, nearest_accuracy, prototype_accuracy
+from .recipe import TUNED
+from .tuned import tuned_accuracy
+
+
+#: Methods that use the backbone alone, whatever the pool.
+POOLLESS = {*CENTRES, "linear-probe", "full-tuning", "lora-linear"}
+
+
+@dataclasses.dataclass
+class Verdict:
+    """(E,) accuracies in per cent, and the cost of one task: its images through the networks, tuning, scoring."""
+
+    accuracies: torch.Tensor
+    seconds_per_task: float
+    peak_memory_mb: float
+
+
+@dataclasses.dataclass
+class Seen:
+    """Features (N, D) of a data set by one network, seconds for each image, and, of the first of a method's networks,
+    the bytes that the images of one task hold at most, by shots."""
+
+    features: torch.Tensor
+    seconds: float
+    bytes: dict[int, int]
+
+
+class Judge:
+    """Judges methods on one data set. Features that several methods share are computed once.
+
+    Args:
+        data: the images.
+        episodes: by shots; methods that tune a network see the first `tuning_episodes` of them.
+        pool: the adapters.
+        models: meta-LoRAs by name.
+        tuning: settings by method that differ from the method's own.
+        seed: of the methods that draw at random.
+    """
+
+    def __init__(
+        self,
+        data: LabelledImages,
+        episodes: dict[int, EpisodeSet],
+        pool: AdapterPool,
+        models: dict[str, MetaLoRAForFewShotClassification],
+        *,
+        tuning: dict[str, dict[str, Any]],
+        tuning_episodes: int,
+        seed: int = 0,
+    ):
+        self.data, self.episodes, self.pool, self.models = data, episodes, pool, models
+        self.tuning, self.tuning_episodes = tuning, tuning_episodes
+        self.compositions = tuning_free_methods(seed)
+        self._seen: dict[str, Seen] = {}
+
+    def tunes(self, method: str) -> bool:
+        return method in tuning_methods() or (method.endswith(TUNED) and method.removesuffix(TUNED) in self.models)
+
+    def transductive(self, method: str) -> bool:
+        _, plus, head = method.partition(" + ")
+        return bool(plus) and HEADS[head].transductive
+
+    def count(self, method: str, shots: int) -> int:
+        """How many episodes a method is judged on."""
+        return self.tuning_episodes if self.tunes(method) else len(self.episodes[shots])
+
+    def settings(self, method: str) -> dict[str, Any]:
+        """What a method's numbers depend on besides data, backbone, adapters and meta-LoRA."""
+        if self.tunes(method):
+            tuning = self._tuning(method)
+            own = {key: value for key, value in vars(tuning).items() if isinstance(value, int)}
+            return {"kind": type(tuning).__name__, **own, **tuning.config.to_dict()}
+        if method in self.compositions:
+            return {"kind": type(self.compositions[method]).__name__, **vars(self.compositions[method])}
+        base, _, head = method.partition(" + ")
+        trained = self.models[base].settings if base in self.models else {}
+        known = ("metric", "temperature", "head_parameters")
+        return {"head": head, **CENTRES.get(method, {}), **{key: trained[key] for key in known if key in trained}}
+
+    def judge(self, method: str, shots: int) -> Verdict:
+        """The verdict on one method at one number of shots."""
+        if self.tunes(method):
+            return self._judge_tuning(method, shots)
+        if method in self.compositions:
+            return self._judge_composition(method, shots)
+        base, _, head = method.partition(" + ")
+        drawn, seen = self.episodes[shots], self._look_once(base if base in self.models else "frozen")
+        settings = self.models[base].settings if base in self.models else {}
+        if head:
+            return self._timed(
+                shots, [seen], 1, lambda: head_accuracy(seen.features, drawn, make_head(head, settings))
+            )
+        options = CENTRES.get(method, {"metric": settings.get("metric", "cosine")})
+        return self._timed(shots, [seen], 1, lambda: prototype_accuracy(seen.features, drawn, **options))
+
+    def forget(self, method: str) -> None:
+        """Give back the memory of features that no other method shares."""
+        self._seen = {key: seen for key, seen in self._seen.items() if not key.startswith(f"{method}/")}
+
+    def _tuning(self, method: str) -> TaskTuning:
+        changed = self.tuning.get(method, {})
+        model = self.models.get(method.removesuffix(TUNED)) if method.endswith(TUNED) else None
+        if model is not None:
+            return MetaLoraTuning(model, TaskTuningConfig(**{**default_config(model).to_dict(), **changed}))
+        kind = type(tuning_methods()[method])
+        return kind(TaskTuningConfig(**{**kind.defaults, **changed}))
+
+    def _judge_tuning(self, method: str, shots: int) -> Verdict:
+        every = self.episodes[shots]
+        drawn = EpisodeSet(every.episodes[: self.tuning_episodes], every.ways, shots)
+        found, costs = tuned_accuracy(self._tuning(method), self.pool, self.data.pixels, drawn, memory=True)
+        seconds = costs["image"] * len(self._images_of_a_task(shots)) + costs["task"]
+        return Verdict(found, seconds, costs["bytes"] / 1e6)
+
+    def _judge_composition(self, method: str, shots: int) -> Verdict:
+        composition, drawn = self.compositions[method], self.episodes[shots]
+        members = self._members(method, composition)
+        features = [seen.features for seen in members]
+        if isinstance(composition, Selection):
+            # the support set goes through all networks, the queries through one
+            images = len(self._images_of_a_task(shots))
+            share = drawn.ways * shots / images + (images - drawn.ways * shots) / images / len(members)
+            return self._timed(shots, members, share, lambda: nearest_accuracy(features, drawn, composition.affinity))
+        return self._timed(shots, members, 1, lambda: ensemble_accuracy(features, drawn))
+
+    def _members(self, method: str, composition: Composition) -> list[Seen]:
+        keys = [key for key in self._seen if key.startswith(f"{method}/")]
+        if not keys:
+            networks = list(composition.networks(self.pool))
+            for i, network in enumerate(networks):
+                seen = self._look(network, measured=i == 0)
+                if len(networks) > 1:  # many networks' features at once
+                    seen.features = seen.features.half()
+                keys.append(f"{method}/{i}")
+                self._seen[keys[-1]] = seen
+        return [self._seen[key] for key in keys]
+
+    def _look_once(self, source: str) -> Seen:
+        if source not in self._seen:
+            backbone = self.pool.backbone if source == "frozen" else self.models[source].backbone
+            self._seen[source] = self._look(nullcontext(backbone))
+        return self._seen[source]
+
+    def _look(self, network: AbstractContextManager[Backbone], measured: bool = True) -> Seen:
+        with network as backbone:
+            started = time.perf_counter()
+            features = extract_features(backbone, self.data.pixels)
+            seconds = (time.perf_counter() - started) / len(self.data)
+            held = {}
+            for shots in self.episodes if measured else ():
+                pixels = self.data.pixels[self._images_of_a_task(shots)]
+                held[shots] = peak_bytes(lambda pixels=pixels: extract_features(backbone, pixels), backbone.device)
+        return Seen(features, seconds, held)
+
+    def _images_of_a_task(self, shots: int) -> torch.Tensor:
+        first = self.episodes[shots].episodes[0]
+        return torch.cat([first.support.flatten(), first.query])
+
+    def _timed(self, shots: int, seen: list[Seen], share: float, score: Callable[[], torch.Tensor]) -> Verdict:
+        """`share`: of the networks' forwards of all images that a task needs."""
+        started = time.perf_counter()
+        found = score()
+        scoring = (time.perf_counter() - started) / len(found)
+        forwards = share * sum(one.seconds for one in seen) * len(self._images_of_a_task(shots))
+        return Verdict(found, forwards + scoring, seen[0].bytes[shots] / 1e6)

@@ -1,0 +1,158 @@
+"""What `lora-recycle benchmark` reads: data sets, pools and methods in one YAML file."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from pathlib import Path
+from typing import Any
+
+from ..composition import tuning_free_methods
+from ..configuration import RecipeConfig, field, read_yaml
+from ..errors import ConfigError
+from ..modeling.heads import HEADS
+from ..task_tuning import TaskTuningConfig, tuning_methods
+from .benchmark import CENTRES
+
+
+#: Ends the name of a meta-LoRA that is tuned on each support set.
+TUNED = "-tuned"
+_SECTIONS = ("data", "pools", "tuning")
+
+
+@dataclasses.dataclass
+class DataSpec(RecipeConfig):
+    """Labelled images of classes that no adapter has seen."""
+
+    path: str = field("", "parquet file, folder or Hub id; looked for in the data root first")
+    split: str | None = field(None, "split of a folder or Hub data set")
+    max_per_class: int | None = field(None, "use at most so many images of each class")
+
+    def check(self) -> None:
+        self.require(bool(self.path), "each data set needs a path")
+        self.require(self.max_per_class is None or self.max_per_class >= 1, "max_per_class must be at least 1")
+
+    def location(self, root: Path | None) -> str:
+        """Where it is: below `root` where there is such a file or folder, else the path itself."""
+        below = None if root is None else root / self.path
+        return str(below) if below is not None and below.exists() else self.path
+
+
+@dataclasses.dataclass
+class PoolSpec(RecipeConfig):
+    """Adapters, what was recycled from them, and where both are judged."""
+
+    adapters: tuple[str, ...] = field(("demo",), "sources of adapters, as of --pool elsewhere")
+    names: str = field("*", "only adapters of names that match this pattern, as in cifar_fs-*")
+    data: tuple[str, ...] = field((), "only data sets of paths that match one of these patterns; all by default")
+    meta_loras: dict[str, str] = field({}, "method name to folder or repo id of a meta-LoRA")
+    base_model: str | None = field(None, "folder or repo id of the base; by default what adapters name")
+
+    def judged_on(self, data: DataSpec) -> bool:
+        return not self.data or any(fnmatch.fnmatch(data.path, pattern) for pattern in self.data)
+
+
+@dataclasses.dataclass
+class EpisodeSpec(RecipeConfig):
+    """The episodes and the methods that are judged on them."""
+
+    seed: int = field(0, "seed of the episodes, of images drawn by max_per_class, and of methods that draw")
+    ways: int = field(5, "classes of an episode")
+    shots: tuple[int, ...] = field((1, 5), "support images of each class, one benchmark each")
+    queries: int = field(15, "query images of each class, fewer where a class has fewer")
+    episodes: int = field(600, "episodes of methods that do not tune")
+    tuning_episodes: int = field(30, "episodes, the first of the others', of methods that tune the network")
+    methods: tuple[str, ...] = field(("frozen", "average"), "methods by name; frozen and average always")
+
+    def check(self) -> None:
+        self.require(bool(self.shots) and min(self.shots) >= 1, f"shots must be at least 1, got {self.shots}")
+        self.require(
+            2 <= self.tuning_episodes <= self.episodes,
+            f"tuning_episodes must be 2 to {self.episodes} (episodes), got {self.tuning_episodes}",
+        )
+
+
+@dataclasses.dataclass
+class BenchmarkRecipe:
+    """A recipe, checked: every name in it is known."""
+
+    episodes: EpisodeSpec
+    data: list[DataSpec]
+    pools: dict[str, PoolSpec]
+    tuning: dict[str, dict[str, Any]]
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> BenchmarkRecipe:
+        """Read a recipe.
+
+        Raises:
+            ConfigError: a file that cannot be read, an unknown key or method, or a value out of range.
+        """
+        return cls.from_dict(read_yaml(path), str(path))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "the recipe") -> BenchmarkRecipe:
+        data, pools = values.get("data") or [], values.get("pools") or {}
+        if not isinstance(data, list) or not data:
+            raise ConfigError(f"{where}: `data:` must be a list of data sets, got {data!r}.")
+        if not isinstance(pools, dict) or not pools:
+            raise ConfigError(f"{where}: `pools:` must name at least one pool, got {pools!r}.")
+        plain = {key: value for key, value in values.items() if key not in _SECTIONS}
+        recipe = cls(
+            EpisodeSpec.from_dict(_with_tuples(plain), where),
+            [DataSpec.from_dict(_mapping(item, f"{where}: data"), f"{where}: data") for item in data],
+            {name: _pool(name, spec, where) for name, spec in pools.items()},
+            _mapping(values.get("tuning") or {}, f"{where}: tuning"),
+        )
+        recipe._check(where)
+        return recipe
+
+    @property
+    def meta_loras(self) -> set[str]:
+        return {name for pool in self.pools.values() for name in pool.meta_loras}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **self.episodes.to_dict(),
+            "data": [spec.to_dict() for spec in self.data],
+            "pools": {name: spec.to_dict() for name, spec in self.pools.items()},
+            "tuning": self.tuning,
+        }
+
+    def _check(self, where: str) -> None:
+        rivals, tuned = set(tuning_free_methods()), set(tuning_methods())
+        bases = {"frozen", *self.meta_loras}
+        taken = self.meta_loras & (rivals | tuned | set(CENTRES))
+        if taken:
+            raise ConfigError(f"{where}: a meta-LoRA cannot be called {sorted(taken)[0]!r}, that is a method.")
+        known = rivals | tuned | set(CENTRES) | self.meta_loras | {name + TUNED for name in self.meta_loras}
+        for method in self.episodes.methods:
+            base, plus, head = method.partition(" + ")
+            if not (base in bases and head in HEADS if plus else method in known):
+                raise ConfigError(
+                    f"{where}: there is no method {method!r}. There are {', '.join(sorted(known))}, and with a head "
+                    f"{', '.join(sorted(bases))}, as in `frozen + {next(iter(HEADS))}` (heads: {', '.join(HEADS)})."
+                )
+        for method, settings in self.tuning.items():
+            if method not in known or (method not in tuned and not method.endswith(TUNED)):
+                raise ConfigError(f"{where}: tuning: {method!r} does not tune.")
+            TaskTuningConfig.from_dict(_mapping(settings, f"{where}: tuning: {method}"), f"{where}: tuning: {method}")
+
+
+def _pool(name: str, spec: Any, where: str) -> PoolSpec:
+    place = f"{where}: pools: {name}"
+    return PoolSpec.from_dict(_with_tuples(_mapping(spec, place)), place)
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if isinstance(value, str) and where.endswith("data"):
+        return {"path": value}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}: expected a mapping of settings, got {value!r}.")
+    return value
+
+
+def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """One value where several may stand is a list of one."""
+    several = ("shots", "methods", "adapters", "data")
+    return {k: (v,) if k in several and isinstance(v, (str, int)) else v for k, v in values.items()}

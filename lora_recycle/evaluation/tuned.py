@@ -1,0 +1,53 @@
+"""Methods that tune on each support set, on many episodes: what tuning does not change is computed once."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from ..pool import AdapterPool
+from ..task_tuning import TaskTuning
+from .episodes import EpisodeSet
+from .memory import peak_bytes
+
+
+def tuned_accuracy(
+    method: TaskTuning,
+    pool: AdapterPool | None,
+    pixels: torch.Tensor,
+    episodes: EpisodeSet,
+    *,
+    memory: bool = False,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Per-episode accuracy, in per cent, of a method that tunes.
+
+    Args:
+        pool: for methods that use one, or its backbone.
+        pixels: uint8 (N, 3, H, W), the images that the episodes index.
+        memory: whether to measure that of the first task, which runs once more for it.
+
+    Returns:
+        (E,) accuracies, and costs: seconds by `image` (its tokens) and `task` (tuning and scoring), and, where
+        measured, `bytes` held at most while tuning on a task.
+    """
+    network = method.network(pool)
+    used = torch.cat([torch.cat([one.support.flatten(), one.query]) for one in episodes]).unique()
+    started = time.perf_counter()
+    tokens = network.tokens(pixels[used])
+    costs = {"image": (time.perf_counter() - started) / len(used)}
+    place = torch.full((len(pixels),), -1)
+    place[used] = torch.arange(len(used))
+    labels = torch.arange(episodes.ways).repeat_interleave(episodes.shots)
+
+    def scores(one) -> torch.Tensor:
+        support, queries = tokens[place[one.support.flatten()]], tokens[place[one.query]]
+        return method.scores(network, support, labels, episodes.ways, queries)
+
+    started = time.perf_counter()
+    hits = [(scores(one).argmax(1) == one.query_labels).float().mean() for one in episodes]
+    costs["task"] = (time.perf_counter() - started) / len(episodes)
+    if memory:
+        costs["bytes"] = peak_bytes(lambda: scores(episodes.episodes[0]), network.backbone.device)
+    network.reset()
+    return 100.0 * torch.stack(hits), costs
