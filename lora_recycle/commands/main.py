@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 from ..errors import LoraRecycleError
 from ..version import __version__
-from . import demo, distill, evaluate, import_file, inspect, invert, predict, push, tune_pool
+from . import demo, distill, evaluate, export, import_file, inspect, invert, predict, push, tune_pool
 
 
 #: In the order of the work. Each imports torch only when it runs, so that the help answers at once.
-VERBS = (tune_pool, import_file, inspect, invert, distill, evaluate, predict, push, demo)
+VERBS = (tune_pool, import_file, inspect, invert, distill, evaluate, predict, export, push, demo)
 
 EPILOG = """\
 examples:
@@ -24,6 +24,7 @@ examples:
   lora-recycle distill pool --surrogate surrogate --output meta
   lora-recycle evaluate meta --data new_photos --pool pool
   lora-recycle predict meta --support examples photo.jpg
+  lora-recycle export meta --task examples --output deployed
   lora-recycle push meta someone/meta-lora
 
 `lora-recycle VERB --help` lists the settings of a verb.

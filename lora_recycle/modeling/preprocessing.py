@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from ..backbones import Backbone
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from ..images import to_picture
 
 
@@ -71,3 +72,30 @@ def _resized(pictures: list[Image.Image], size: int, resample: int) -> torch.Ten
 def _processed(pictures: list[Image.Image], processor) -> torch.Tensor:
     """What the processor resizes and crops: uint8 (N, 3, S, S)."""
     return processor(images=pictures, return_tensors="pt", do_rescale=False, do_normalize=False)["pixel_values"]
+
+
+def image_settings(backbone: Backbone) -> dict[str, Any]:
+    """What the image processor does, as data: RGB, `resize`, `crop` the middle, (values / 255 - `mean`) / `std`.
+
+    `resize` holds `height` and `width`, or `shortest_edge` (the other side in proportion, rounded down) where `crop`,
+    None otherwise, is a height and a width too. `resample` is PIL's number of the filter.
+
+    Raises:
+        ConfigError: the processor does anything else.
+    """
+    processor, square = backbone.processor, {"height": backbone.image_size, "width": backbone.image_size}
+    resize = dict(processor.size) if processor.do_resize else {}
+    crop = dict(processor.crop_size) if getattr(processor, "do_center_crop", None) else None
+    fits = resize == square if crop is None else crop == square and min(resize.values(), default=0) >= crop["height"]
+    if not _is_standard(processor) or set(resize) not in ({"height", "width"}, {"shortest_edge"}) or not fits:
+        raise ConfigError(
+            f"{backbone.name}: its image processor, {type(processor).__name__}, does more than resize, crop the middle "
+            f"to {backbone.image_size} pixels and normalise, which is all that export can describe."
+        )
+    return {
+        "resize": resize,
+        "resample": int(processor.resample),
+        "crop": crop,
+        "mean": [float(value) for value in processor.image_mean],
+        "std": [float(value) for value in processor.image_std],
+    }
