@@ -98,27 +98,47 @@ def example():
     return module
 
 
+def inputs(example, described, photos) -> torch.Tensor:
+    """Images as the example makes them, by what `export.json` says alone: (N, 3, S, S)."""
+    return torch.from_numpy(np.stack([example.pixel_values(path, described["image"]) for path in photos]))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_onnx_gives_the_probabilities_from_the_files_on(family, photos, example, tmp_path):
+def test_probabilities_are_the_models_from_the_files_on(family, photos, example, tmp_path):
     model = fitted(photos, family)
     before, expected = copied_state(model), model.predict_proba(photos)
-    described = export(model, tmp_path)
+    described = export(model, tmp_path, "torch")
     assert described == json.loads((tmp_path / "export.json").read_text())
     assert described["label_names"] == model.label_names == ["blue", "grün", "red"]
     assert described["checked"]["batch_sizes"] == [1, 2, 7] and described["checked"]["difference"] <= 1e-4
     after = copied_state(model)
     assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
     assert expected.std(0).min() > 1e-3  # images differ in what the model says of them
-    for batch_size in (1, 4, 9):
-        found = example.run(tmp_path, photos, batch_size)
-        np.testing.assert_allclose(found, expected, atol=1e-4)
+    program, pixel_values = torch.export.load(tmp_path / "model.pt2").module(), inputs(example, described, photos)
+    for count in (1, 4, 9):
+        torch.testing.assert_close(program(pixel_values[:count]), expected[:count], atol=1e-4, rtol=1e-3)
 
 
 def test_without_a_task_it_gives_embeddings(photos, example, tmp_path):
     model = build("clip")
-    described = export(model, tmp_path)
+    described = export(model, tmp_path, "torch")
     assert described["output"] == {"name": "embeddings", "shape": ["batch", 32]} and not described["label_names"]
-    np.testing.assert_allclose(example.run(tmp_path, photos, 4), model.embed(photos), rtol=1e-3, atol=1e-4)
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    found = program(inputs(example, described, photos))
+    torch.testing.assert_close(found, model.embed(photos), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.slow  # 5 to 15 s each, nearly all of it torch's converter
+@pytest.mark.parametrize("task", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_onnx_says_the_same(family, task, photos, example, tmp_path):
+    model = fitted(photos, family) if task else build(family)
+    expected = model.predict_proba(photos) if task else model.embed(photos)
+    described = export(model, tmp_path)
+    assert described["checked"]["difference"] <= 1e-4
+    assert described["output"]["name"] == ("probabilities" if task else "embeddings")
+    for batch_size in (1, 4, 9):
+        np.testing.assert_allclose(example.run(tmp_path, photos, batch_size), expected, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("head", ["euclidean_centres", "lda"])
