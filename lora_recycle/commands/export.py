@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 
 from ..errors import ConfigError
@@ -54,6 +55,8 @@ def run(args: argparse.Namespace) -> None:
         size, resample = model.backbone.image_size, int(model.backbone.processor.resample)
         support = load_labelled_images(args.task, size, resample)
         model.fit(support.pixels, [support.label_names[label] for label in support.labels.tolist()])
+    if not args.debug:
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it lists the libraries that it does without
     described = export(model, args.output, args.format)
     difference = f"{described['checked']['difference']:.0e}"
     rows = [(path, path.stat().st_size) for path in sorted(Path(args.output).iterdir()) if path.is_file()]

@@ -1,4 +1,4 @@
-"""A model as files that run without this library: an ONNX graph, a `torch.export` program, a transformers checkpoint."""
+"""A model as files that run without this library: ONNX graph, `torch.export` program or transformers checkpoint."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoModel
 
+from ..embedded import backbone_name
 from ..errors import AdapterError, ConfigError
 from ..storage import atomic_write
 from ..version import __version__
@@ -159,7 +160,7 @@ def _described(model: MetaLoRAForFewShotClassification, graph: _Graph) -> dict[s
         "input": {"name": "pixel_values", "shape": ["batch", 3, size, size], "dtype": "float32"},
         "output": {"name": graph.output, "shape": ["batch", len(model.label_names) or model.backbone.hidden_size]},
         "label_names": model.label_names or None,
-        "base_model": model.peft_model.peft_config["default"].base_model_name_or_path,
+        "base_model": backbone_name(model.backbone.name),
         "versions": {"lora_recycle": __version__, "torch": str(torch.__version__)},
     }
 

@@ -89,8 +89,8 @@ def image_settings(backbone: Backbone) -> dict[str, Any]:
     fits = resize == square if crop is None else crop == square and min(resize.values(), default=0) >= crop["height"]
     if not _is_standard(processor) or set(resize) not in ({"height", "width"}, {"shortest_edge"}) or not fits:
         raise ConfigError(
-            f"{backbone.name}: its image processor, {type(processor).__name__}, does more than resize, crop the middle "
-            f"to {backbone.image_size} pixels and normalise, which is all that export can describe."
+            f"{backbone.name}: its image processor, {type(processor).__name__}, does more than resize, crop the "
+            f"middle to {backbone.image_size} pixels and normalise, which is all that export can describe."
         )
     return {
         "resize": resize,

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from helpers_tiny import SIZES, copied_state, shake, tiny_processor
@@ -157,7 +156,9 @@ def test_a_transformers_checkpoint_has_the_same_features_by_itself(family, photo
     described = export(model, tmp_path, "transformers")
     network, found = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(found.values()), found
-    images = AutoImageProcessor.from_pretrained(tmp_path)([Image.open(path) for path in photos[:4]], return_tensors="pt")
+    images = AutoImageProcessor.from_pretrained(tmp_path)(
+        [Image.open(path) for path in photos[:4]], return_tensors="pt"
+    )
     with torch.inference_mode():
         features = network(**images).pooler_output
     torch.testing.assert_close(features, model.embed(photos[:4]), rtol=1e-3, atol=1e-4)
