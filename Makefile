@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CHECKED := lora_recycle examples tests
 
-.PHONY: demo test slow lowest quality style
+.PHONY: demo test slow quality style
 
 demo: $(READY)
 	$(BIN)/lora-recycle demo --output runs/demo
@@ -15,10 +15,6 @@ test: $(READY)
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow
-
-# the lowest versions that setup.cfg claims, in an environment of their own
-lowest: $(VENV)-lowest/.ready
-	$(VENV)-lowest/bin/python -m pytest -o filterwarnings=default
 
 quality: $(READY)
 	$(BIN)/ruff check $(CHECKED)
@@ -32,8 +28,3 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
 	touch $(READY)
-
-$(VENV)-lowest/.ready: setup.cfg pyproject.toml constraints-lowest.txt
-	$(PYTHON) -m venv $(VENV)-lowest
-	$(VENV)-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt -e '.[test]'
-	touch $@

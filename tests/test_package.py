@@ -125,10 +125,10 @@ def test_version_licence_and_citation_agree():
     assert (PACKAGE / "py.typed").is_file()
 
 
-def test_every_lower_bound_has_the_version_it_was_tested_with():
-    """`constraints-lowest.txt` pins each requirement of the package to its lower bound."""
-    pins = dict(re.findall(r"^([\w-]+)==(\S+)$", (REPOSITORY / "constraints-lowest.txt").read_text(), re.M))
+def test_lower_bounds_are_versions_that_were_tested():
+    """Each is what `constraints.txt` installs, or nothing is promised."""
+    pins = dict(re.findall(r"^([\w-]+)==(\S+)$", (REPOSITORY / "constraints.txt").read_text(), re.M))
     text = (REPOSITORY / "setup.cfg").read_text()
     required = text.split("install_requires =")[1].split("\n[")[0].split()
-    bounds = dict(line.split(">=") for line in required)
-    assert bounds == pins
+    bounds = dict(line.split(">=") for line in required if ">=" in line)
+    assert pins.items() <= bounds.items()
