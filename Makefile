@@ -5,17 +5,18 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CHECKED := lora_recycle examples tests
 
-.PHONY: demo test coverage quality style
+.PHONY: demo test quick quality style
 
 demo: $(READY)
 	$(BIN)/lora-recycle demo --output runs/demo
 
+# All tests, and the lines of the package that they run: fails below the share in pyproject.toml.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --cov
 
-# All tests, the slow ones too, and the lines of the package that they run: fails below the share in pyproject.toml.
-coverage: $(READY)
-	$(BIN)/python -m pytest -m '' --cov
+# Without the slow tests and without counting lines.
+quick: $(READY)
+	$(BIN)/python -m pytest -m 'not slow'
 
 quality: $(READY)
 	$(BIN)/ruff check $(CHECKED)

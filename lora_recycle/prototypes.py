@@ -30,5 +30,6 @@ def prepare_centres(centres: torch.Tensor, metric: str) -> torch.Tensor:
 def prepared_logits(features: torch.Tensor, prepared: torch.Tensor, metric: str, temperature: float) -> torch.Tensor:
     """`centre_logits` with centres from `prepare_centres`."""
     if metric == "euclidean":
-        return -torch.cdist(features, prepared) / temperature
+        # directly, whatever the number of queries: the other way is less exact, and export cannot choose by the batch
+        return -torch.cdist(features, prepared, compute_mode="donot_use_mm_for_euclid_dist") / temperature
     return F.normalize(features, dim=-1) @ prepared.mT / temperature

@@ -12,7 +12,21 @@ from collections.abc import Sequence
 from ..errors import ConfigError, LoraRecycleError
 from ..interruption import Terminated, terminable
 from ..version import __version__
-from . import app, benchmark, demo, distill, evaluate, import_file, inspect, invert, predict, push, reproduce, tune_pool
+from . import (
+    app,
+    benchmark,
+    demo,
+    distill,
+    evaluate,
+    export,
+    import_file,
+    inspect,
+    invert,
+    predict,
+    push,
+    reproduce,
+    tune_pool,
+)
 
 
 #: In the order of the work. Each imports torch only when it runs, so that the help answers at once.
@@ -26,6 +40,7 @@ VERBS = (
     benchmark,
     predict,
     app,
+    export,
     push,
     reproduce,
     demo,
@@ -44,6 +59,7 @@ examples:
   lora-recycle benchmark recipe.yaml                         many methods, data sets and shots
   lora-recycle predict meta --support examples photo.jpg
   lora-recycle app --model meta                              the same in the browser
+  lora-recycle export meta --task examples --output deployed
   lora-recycle push meta someone/meta-lora
   lora-recycle reproduce someone/meta-lora                   is it what its sidecar says?
 

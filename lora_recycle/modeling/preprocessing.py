@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..backbones import Backbone
 from ..decoding import decoded
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from ..image_sources import ImageSource, dataset_source, is_dataset
 
 
@@ -142,3 +142,30 @@ def _only_resizes(processor, size: int) -> bool:
     wanted = {"height": size, "width": size}
     exact = all(getattr(processor.size, side, None) == length for side, length in wanted.items())
     return bool(processor.do_resize) and exact and not getattr(processor, "do_center_crop", None)
+
+
+def image_settings(backbone: Backbone) -> dict[str, Any]:
+    """What the image processor does, as data: RGB, `resize`, `crop` the middle, (values / 255 - `mean`) / `std`.
+
+    `resize` holds `height` and `width`, or `shortest_edge` (the other side in proportion, rounded down) where `crop`,
+    None otherwise, is a height and a width too. `resample` is PIL's number of the filter.
+
+    Raises:
+        ConfigError: the processor does anything else.
+    """
+    processor, square = backbone.processor, {"height": backbone.image_size, "width": backbone.image_size}
+    resize = dict(processor.size) if processor.do_resize else {}
+    crop = dict(processor.crop_size) if getattr(processor, "do_center_crop", None) else None
+    fits = resize == square if crop is None else crop == square and min(resize.values(), default=0) >= crop["height"]
+    if not _is_standard(processor) or set(resize) not in ({"height", "width"}, {"shortest_edge"}) or not fits:
+        raise ConfigError(
+            f"{backbone.name}: its image processor, {type(processor).__name__}, does more than resize, crop the "
+            f"middle to {backbone.image_size} pixels and normalise, which is all that export can describe."
+        )
+    return {
+        "resize": resize,
+        "resample": int(processor.resample),
+        "crop": crop,
+        "mean": [float(value) for value in processor.image_mean],
+        "std": [float(value) for value in processor.image_std],
+    }

@@ -1,0 +1,181 @@
+"""A model as files that run without this library: ONNX graph, `torch.export` program or transformers checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib.util
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel
+
+from ..embedded import backbone_name
+from ..errors import AdapterError, ConfigError
+from ..storage import atomic_write
+from ..version import __version__
+from .meta_lora import MetaLoRAForFewShotClassification
+from .preprocessing import image_settings
+
+
+FORMATS = ("onnx", "torch", "transformers")
+#: Beside the model: what it takes, how images become that, what it gives, and how it was checked.
+DESCRIPTION_FILE = "export.json"
+ONNX_FILE, TORCH_FILE = "model.onnx", "model.pt2"
+#: What is written must answer as the model does at these batch sizes, up to this share of an answer's length.
+BATCH_SIZES, TOLERANCE = (1, 2, 7), 1e-4
+_NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
+
+Run = Callable[[torch.Tensor], torch.Tensor]
+
+
+def export(
+    model: MetaLoRAForFewShotClassification, folder: str | os.PathLike[str], format: str = "onnx"
+) -> dict[str, Any]:
+    """Write a model for use without this library, load it again and compare what it says.
+
+    The adapter is folded into a float32 copy of the weights; `model` stays as it is. The graph of a fitted model takes
+    normalised images `pixel_values` (B, 3, S, S), any B, to `probabilities` (B, C), that of an unfitted one to
+    `embeddings` (B, D). A transformers checkpoint is the network alone, without the fitted task, with `pooler_output`
+    as the embedding whatever the family.
+
+    Args:
+        model: with a head that is not transductive, where it is fitted.
+        folder: gets `model.onnx` (and `model.onnx.data` beyond 2 GB), `model.pt2` or a checkpoint, and `export.json`.
+        format (`str`, *optional*, defaults to `onnx`): or `torch` or `transformers`.
+
+    Returns:
+        The content of `export.json`.
+
+    Raises:
+        ConfigError: an unknown format, a package that is missing for it, or a model that it has no place for.
+        AdapterError: the adapter is no change of weights, or what was written does not answer as the model does.
+    """
+    _check(model, format)
+    plain = copy.deepcopy(model).to(device="cpu", dtype=torch.float32).merge()
+    if format == "transformers":
+        plain._task = None
+    graph, folder = _Graph(plain).eval(), Path(folder)
+    described = {"format": format, **_described(plain, graph)}
+    if format != "transformers":  # where a file of its own says it
+        described["image"] = image_settings(model.backbone)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as name, torch.no_grad():
+        run = _WRITERS[format](graph, Path(name))
+        described["checked"] = _compared(graph, run)
+        for written in Path(name).iterdir():
+            os.replace(written, folder / written.name)
+    atomic_write(folder / DESCRIPTION_FILE, json.dumps(described, indent=1).encode())
+    return described
+
+
+def _check(model: MetaLoRAForFewShotClassification, format: str) -> None:
+    if format not in FORMATS:
+        raise ConfigError(f"Unknown export format {format!r}. There are {', '.join(FORMATS)}.")
+    missing = [name for name in _NEEDS.get(format, ()) if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"Export to {format} needs {', '.join(missing)}: pip install 'lora-recycle[{format}]'")
+    if format != "transformers" and model.label_names and model.head.transductive:
+        raise ConfigError(
+            f"The head {model.head.name} classifies a set of images together, so an exported model would answer by "
+            "what else is in the batch. Load the model with another head, class_centres for instance, and fit it."
+        )
+
+
+class _Graph(nn.Module):
+    """Normalised images (B, 3, S, S) to class probabilities (B, C), of a model without a task to embeddings (B, D)."""
+
+    def __init__(self, model: MetaLoRAForFewShotClassification):
+        super().__init__()
+        self.backbone, self.head, self.task = model.backbone, model.head, model._task
+        if self.task is not None:  # views of larger tensors would be written whole
+            prepared = {name: value.cpu().contiguous().clone() for name, value in self.task.prepared.items()}
+            self.task = dataclasses.replace(self.task, prepared=prepared)
+        self.output = "embeddings" if self.task is None else "probabilities"
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        features = self.backbone.features(pixel_values).float()
+        return features if self.task is None else self.task.logits(features, self.head).softmax(-1)
+
+    def images(self, count: int) -> torch.Tensor:
+        """Random ones, always the same: (count, 3, S, S)."""
+        size = self.backbone.image_size
+        return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def _traced(graph: _Graph) -> torch.export.ExportedProgram:
+    batch = torch.export.Dim("batch", min=1)
+    return torch.export.export(graph, (graph.images(2),), dynamic_shapes={"pixel_values": {0: batch}})
+
+
+def _write_torch(graph: _Graph, folder: Path) -> Run:
+    path = folder / TORCH_FILE
+    torch.export.save(_traced(graph), path)
+    return torch.export.load(path).module()
+
+
+def _write_onnx(graph: _Graph, folder: Path) -> Run:
+    import onnxruntime
+
+    names = {"input_names": ["pixel_values"], "output_names": [graph.output]}
+    program = torch.onnx.export(_traced(graph), dynamo=True, verbose=False, **names)
+    program.save(folder / ONNX_FILE)  # one file up to 2 GB, more than which the format cannot hold
+    session = onnxruntime.InferenceSession(folder / ONNX_FILE, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run([graph.output], {"pixel_values": images.numpy()})[0])
+
+
+def _write_transformers(graph: _Graph, folder: Path) -> Run:
+    backbone = graph.backbone
+    config = copy.deepcopy(backbone.model.config)
+    state = backbone.model.state_dict()
+    if hasattr(config, "pooler_act"):
+        # ViT and DeiT have a pooling layer of their own behind the embedding: one that changes nothing
+        config.pooler_act, config.pooler_output_size = "linear", backbone.hidden_size
+        width = backbone.hidden_size
+        state |= {"pooler.dense.weight": torch.eye(width), "pooler.dense.bias": torch.zeros(width)}
+    network = AutoModel.from_config(config)
+    network.load_state_dict(state)
+    network.save_pretrained(folder)
+    backbone.processor.save_pretrained(folder)
+    loaded = AutoModel.from_pretrained(folder)
+    return lambda images: loaded(pixel_values=images).pooler_output
+
+
+_WRITERS: dict[str, Callable[[_Graph, Path], Run]] = {
+    "onnx": _write_onnx,
+    "torch": _write_torch,
+    "transformers": _write_transformers,
+}
+
+
+def _described(model: MetaLoRAForFewShotClassification, graph: _Graph) -> dict[str, Any]:
+    size = model.backbone.image_size
+    return {
+        "input": {"name": "pixel_values", "shape": ["batch", 3, size, size], "dtype": "float32"},
+        "output": {"name": graph.output, "shape": ["batch", len(model.label_names) or model.backbone.hidden_size]},
+        "label_names": model.label_names or None,
+        "base_model": backbone_name(model.backbone.name),
+        "versions": {"lora_recycle": __version__, "torch": str(torch.__version__)},
+    }
+
+
+def _compared(graph: _Graph, run: Run) -> dict[str, Any]:
+    """How far the answers of what was written lie from the model's. Raises `AdapterError` where that is too far."""
+    gaps = {}
+    for count in BATCH_SIZES:
+        images = graph.images(count)
+        expected, found = graph(images), run(images)
+        gaps[count] = float((torch.linalg.norm(found - expected, dim=1) / torch.linalg.norm(expected, dim=1)).max())
+    worst = max(gaps.values())
+    if not worst <= TOLERANCE:
+        raise AdapterError(
+            f"{graph.backbone.name}: the exported model answers otherwise, by {worst:.1e} of an answer's length (at "
+            f"most {TOLERANCE:.0e} is rounding). Nothing was written. Please report the versions in use."
+        )
+    return {"batch_sizes": list(BATCH_SIZES), "difference": worst, "tolerance": TOLERANCE}
