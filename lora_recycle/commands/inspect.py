@@ -18,6 +18,7 @@ examples:
   lora-recycle inspect search:base_model:adapter:google/vit-base-patch16-224,peft --on-error skip
   lora-recycle inspect surrogate                           surrogate data that invert made
   lora-recycle inspect pool --json | jq '.[].sha256'
+  lora-recycle inspect search:peft,birds --on-error skip --short > ids.txt      as other verbs take it: id@commit
 """
 
 ADAPTER_HEADER = ("name", "base", "revision", "type", "rank", "targets", "classes", "labels")
@@ -31,7 +32,9 @@ def add_parser(subparsers, **options) -> argparse.ArgumentParser:
     parser.add_argument("what", nargs="+", metavar="WHAT", help=f"surrogate folders, and {POOL_HELP}")
     add_on_error_argument(parser)
     add_class_names_argument(parser)
-    parser.add_argument("--json", action="store_true", help="print everything that is known as JSON")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="print everything that is known as JSON")
+    output.add_argument("--short", action="store_true", help="print names only, pinned to commits: a list for ids.txt")
     return parser
 
 
@@ -51,6 +54,11 @@ def run(args: argparse.Namespace) -> None:
         everything += [{"kind": "skipped", "name": name, "reason": reason} for name, reason in bad.skipped]
         everything += [{"kind": "surrogate", "path": str(s.folder), **s.manifest} for s in surrogates]
         print(json.dumps(everything, indent=1, default=str))
+    elif args.short:
+        for info in infos:
+            print(info.where if info.revision else info.path)
+        for surrogate in surrogates:
+            print(surrogate.folder)
     else:
         parts = [table(ADAPTER_HEADER, map(_adapter_row, infos))] if infos else []
         parts += [_surrogate_text(surrogate) for surrogate in surrogates]
