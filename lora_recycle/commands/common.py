@@ -83,7 +83,7 @@ META_LORA_HELP = "folder or repo id (org/name@revision) of a meta-LoRA, or demo 
 #: The strings that name adapters, for the help.
 POOL_HELP = (
     "folders of adapters, adapters, repo ids (org/name@revision), .txt files with one of them in each line, "
-    "collection:org/slug, search:tag,tag, or demo for the shipped ones"
+    "collection:org/slug, search:tag,tag, author:org, or demo for the shipped ones"
 )
 
 
