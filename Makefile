@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-CHECKED := lora_recycle examples tests
+CHECKED := lora_recycle examples tests docs/hooks.py
 
-.PHONY: demo test quality style
+.PHONY: demo test quality style docs
 
 demo: $(READY)
 	$(BIN)/lora-recycle demo --output runs/demo
@@ -20,6 +20,13 @@ quality: $(READY)
 style: $(READY)
 	$(BIN)/ruff check --fix $(CHECKED)
 	$(BIN)/ruff format $(CHECKED)
+
+docs: $(VENV)/.docs
+	COLUMNS=100 $(BIN)/mkdocs build --quiet
+
+$(VENV)/.docs: $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	touch $@
 
 $(READY): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -153,7 +153,7 @@ do
     read -ra COMP_WORDS <<< "$line"
     [[ $line == *" " ]] && COMP_WORDS+=("")
     COMP_CWORD=$((${#COMP_WORDS[@]} - 1)) COMPREPLY=()
-    $(complete -p lora-recycle | grep -oP '(?<=-F )\S+') lora-recycle "${COMP_WORDS[-1]}" "${COMP_WORDS[-2]}"
+    $(complete -p lora-recycle | grep -oP '(?<=-F )\\S+') lora-recycle "${COMP_WORDS[-1]}" "${COMP_WORDS[-2]}"
     echo "${COMPREPLY[*]}"
 done
 """
