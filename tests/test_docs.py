@@ -7,6 +7,7 @@ installation) stands under `<!-- not run: why -->`: its Python is compiled, its 
 """
 
 import contextlib
+import glob
 import re
 import shlex
 import shutil
@@ -19,10 +20,12 @@ import torch
 from helpers_hub import publish
 from PIL import Image
 
-from lora_recycle import DistillationConfig, MetaLoRAForFewShotClassification, MetaLoraTrainer, __all__
+from lora_recycle import __all__
 from lora_recycle.commands.main import build_parser, main
 from lora_recycle.composition import __all__ as compositions
 from lora_recycle.configuration import RecipeConfig
+from lora_recycle.evaluation import benchmark
+from lora_recycle.evaluation.episodes import sample_episodes
 from lora_recycle.modeling.heads import HEADS
 
 
@@ -91,7 +94,11 @@ def small(monkeypatch):
             if getattr(config, name, None) is not None:
                 setattr(config, name, min(getattr(config, name), most))
 
+    def few(labels, ways, shots, queries, episodes, *rest):
+        return sample_episodes(labels, ways, shots, 3, 20, *rest)
+
     monkeypatch.setattr(RecipeConfig, "__post_init__", cap)
+    monkeypatch.setattr(benchmark, "sample_episodes", few)
     known = dict(HEADS)
     yield
     HEADS.clear()
@@ -137,9 +144,10 @@ def place(shelf, hub, small, tiny_backbone_path, tiny_pool_path, tmp_path, monke
 
 def run_line(words: list[str], line: str) -> None:
     """One command: ours in this process, with its redirection; the rest by bash."""
+    words = [path for word in words for path in (sorted(glob.glob(word)) if "*" in word else [word])]
     arguments = ours(words)
     if arguments is None or words[0] != "lora-recycle":
-        script = f"lora-recycle() {{ echo lora-recycle \"$@\"; }}\n{line}"
+        script = f'lora-recycle() {{ echo lora-recycle "$@"; }}\n{line}'
         done = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, check=True)
         for told in done.stdout.splitlines():
             assert told.startswith("lora-recycle ") and main(shlex.split(told)[1:]) == 0, told
