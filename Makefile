@@ -22,7 +22,7 @@ style: $(READY)
 	$(BIN)/ruff format $(CHECKED)
 
 docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 COLUMNS=100 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 $(VENV)/.docs: $(READY)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'

@@ -56,6 +56,7 @@ class Block(NamedTuple):
 
 def blocks(page: str) -> list[Block]:
     text, found = PAGES[page].read_text(encoding="utf-8"), []
+    assert not re.search(r"^ +```|^~~~", text, re.M), f"{page}: blocks that no test sees; fence them at the margin"
     pattern = r"^(?:<!-- not run: (?P<reason>[^>]+) -->\n)?```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$"
     for match in re.finditer(pattern, text, re.M | re.S):
         line = text.count("\n", 0, match.start("code")) + 1
