@@ -218,6 +218,16 @@ def test_examples_that_a_page_names_exist(page):
         assert (ROOT / name).exists(), f"{page} names {name}"
 
 
+def test_links_of_the_readme_lead_somewhere():  # those between the pages are checked where the site is built
+    text = PAGES["README.md"].read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#]+)(?:#([\w-]+))?\)", text)
+    assert len(links) > 10
+    for target, anchor in links:
+        assert (ROOT / target).exists(), target
+        headings = re.findall(r"^#+ (.+)$", (ROOT / target).read_text(encoding="utf-8"), re.M) if anchor else []
+        assert not anchor or anchor in {re.sub(r"[^\w]+", "-", heading.lower()) for heading in headings}
+
+
 def test_the_reference_holds_every_public_name():
     told = " ".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "api").glob("*.md"))
     missing = [name for name in (*__all__, *compositions) if not re.search(rf"\b{name}\b", told)]

@@ -57,11 +57,11 @@ def test_collections_and_searches_name_models(hub):
     hub.fail_next("^GET /api/collections/", status=503)
     assert names(f"collection:{slug}") == ["org/b", "org/a"]
     assert names("search:base_model:adapter:org/base, birds") == ["org/a", "org/b", "org/c"]
+    hub.make_private("org/b")
+    assert names("search:birds,base_model:adapter:org/base", token=READER_TOKEN) == ["org/a", "org/c"]
     hub.put("other/a", {"README.md": CARD, CONFIG: "{}"})
     hub.put("org/whole", {"README.md": CARD.replace("peft", "transformers")})
     assert names("author:org") == ["org/a", "org/b", "org/c", "org/full", "org/gone"]
-    hub.make_private("org/b")
-    assert names("search:birds,base_model:adapter:org/base", token=READER_TOKEN) == ["org/a", "org/c"]
 
 
 @pytest.mark.parametrize(
