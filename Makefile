@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-CHECKED := lora_recycle examples tests
+CHECKED := lora_recycle examples tests docs/hooks.py
 
-.PHONY: demo test quick quality style
+.PHONY: demo test quick quality style docs
 
 demo: $(READY)
 	$(BIN)/lora-recycle demo --output runs/demo
@@ -25,6 +25,13 @@ quality: $(READY)
 style: $(READY)
 	$(BIN)/ruff check --fix $(CHECKED)
 	$(BIN)/ruff format $(CHECKED)
+
+docs: $(VENV)/.docs  # never with --quiet: what it does not print it does not count as a warning either
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+$(VENV)/.docs: $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	touch $@
 
 $(READY): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -26,7 +26,9 @@ _LAZY = {
     "export": "modeling.export",
     "fit_head": "modeling.heads.fitting",
     "pull_adapter": "hub.adapters",
+    "save_meta_lora": "modeling.saving",
     "tune_pool": "tuning",
+    "wrap_student": "modeling.saving",
 }
 
 __all__ = [  # noqa: F822 - loaded on first use, so that importing the package stays quick
@@ -51,7 +53,9 @@ __all__ = [  # noqa: F822 - loaded on first use, so that importing the package s
     "export",
     "fit_head",
     "pull_adapter",
+    "save_meta_lora",
     "tune_pool",
+    "wrap_student",
 ]
 
 

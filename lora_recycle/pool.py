@@ -83,7 +83,8 @@ class AdapterPool:
         progress: bool = False,
     ) -> AdapterPool:
         """Read adapters from folders of PEFT folders, repo ids (`org/a`, `org/b@rev`), text files of such names, Hub
-        collections (`collection:org/slug`) and searches (`search:tag,tag`), one source or a list of them.
+        collections (`collection:org/slug`), searches (`search:tag,tag`) and authors (`author:org`), one source or a
+        list of them.
 
         The base model is taken from the adapters, which must agree, unless `base_model` (with `base_revision`) or
         `backbone` is given. Every adapter is read and checked now, and read again when it is used; its file must stay

@@ -34,9 +34,19 @@ def note(text: str) -> None:
     print(text, file=sys.stderr)
 
 
+_quiet = False  # of the command that runs in this process; `main` sets it
+
+
+def quieten(quiet: bool) -> None:
+    """Whether hints are left out, as `--quiet` asks for."""
+    global _quiet
+    _quiet = quiet
+
+
 def hint(command: str) -> None:
-    """The command that usually comes next, on stderr."""
-    note(f"Next: {command}")
+    """The command that usually comes next, on stderr, unless `--quiet` was given."""
+    if not _quiet:
+        note(f"Next: {command}")
 
 
 def add_base_model_argument(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +93,7 @@ META_LORA_HELP = "folder or repo id (org/name@revision) of a meta-LoRA, or demo 
 #: The strings that name adapters, for the help.
 POOL_HELP = (
     "folders of adapters, adapters, repo ids (org/name@revision), .txt files with one of them in each line, "
-    "collection:org/slug, search:tag,tag, or demo for the shipped ones"
+    "collection:org/slug, search:tag,tag, author:org, or demo for the shipped ones"
 )
 
 

@@ -31,6 +31,7 @@ examples:
   lora-recycle inspect surrogate --images                  a page of its images, masks and confidences
   lora-recycle inspect surrogate --images --meta-lora meta_lora --data photos    and maps before and after
   lora-recycle inspect pool --json | jq '.[].sha256'
+  lora-recycle inspect search:peft,birds --on-error skip --short > ids.txt      as other verbs take it: id@commit
 """
 
 ADAPTER_HEADER = ("name", "base", "revision", "type", "rank", "targets", "classes", "labels")
@@ -46,6 +47,7 @@ def add_parser(subparsers, **options) -> argparse.ArgumentParser:
     add_class_names_argument(parser)
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print everything that is known as JSON")
+    output.add_argument("--short", action="store_true", help="print names only, pinned to commits: a list for ids.txt")
     output.add_argument("--images", action="store_true", help="write images.html into each surrogate folder")
     parser.add_argument("--meta-lora", metavar="X", help=f"with --images: maps without and with it; {META_LORA_HELP}")
     parser.add_argument("--data", metavar="PATH", help="with --images: real images on the map, in class folders")
@@ -73,6 +75,11 @@ def run(args: argparse.Namespace) -> None:
         everything += [{"kind": "skipped", "name": name, "reason": reason} for name, reason in bad.skipped]
         everything += [{"kind": "surrogate", "path": str(s.folder), **s.manifest} for s in surrogates]
         print(json.dumps(everything, indent=1, default=str))
+    elif args.short:
+        for info in infos:
+            print(info.where if info.revision else info.path)
+        for surrogate in surrogates:
+            print(surrogate.folder)
     else:
         parts = [table(ADAPTER_HEADER, map(_adapter_row, infos))] if infos else []
         parts += [_surrogate_text(surrogate) for surrogate in surrogates]

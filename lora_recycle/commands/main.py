@@ -27,6 +27,8 @@ from . import (
     reproduce,
     tune_pool,
 )
+from .common import quieten
+from .completion import PrintCompletion
 
 
 #: In the order of the work. Each imports torch only when it runs, so that the help answers at once.
@@ -63,19 +65,21 @@ examples:
   lora-recycle push meta someone/meta-lora
   lora-recycle reproduce someone/meta-lora                   is it what its sidecar says?
 
-`lora-recycle VERB --help` lists the settings of a verb.
+`lora-recycle VERB --help` lists the settings of a verb and examples. Results go to stdout, all else to stderr.
+exit codes: 0 done, 1 an error that one line tells, 2 wrong usage, 130 Ctrl-C, 143 terminated.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code.
 
-    0; 1 for an error that the user can act on, or a `reproduce` that came out otherwise; 130 for Ctrl-C; 143 for
-    SIGTERM.
+    0; 1 for an error, or a `reproduce` that came out otherwise; 130 for Ctrl-C; 143 for SIGTERM. Wrong usage exits
+    with 2.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     args = build_parser().parse_args(argv)
     args.debug, args.quiet = getattr(args, "debug", False), getattr(args, "quiet", False)
+    quieten(args.quiet)
     try:
         with terminable(), warnings.catch_warnings():
             if not args.debug:
@@ -93,9 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        if args.debug or not _is_expected(error):
+        if args.debug:
             raise
-        print(f"lora-recycle: {_process()}error: {one_line(error)}", file=sys.stderr, flush=True)
+        print(f"lora-recycle: {_process()}{_told(error)}", file=sys.stderr, flush=True)
         return 1
     return code or 0
 
@@ -105,7 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     # suppressed, so that the verb's default does not undo what stood before the verb
     common.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the trace of an error")
-    common.add_argument("--quiet", action="store_true", default=argparse.SUPPRESS, help="show no progress bars")
+    common.add_argument("--quiet", action="store_true", default=argparse.SUPPRESS, help="no progress bars and hints")
     parser = argparse.ArgumentParser(
         prog="lora-recycle",
         description="Recycle LoRAs of vision transformers into one meta-LoRA that classifies new tasks untuned.",
@@ -115,6 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"lora-recycle {__version__}")
+    parser.add_argument("--print-completion", action=PrintCompletion, help="completion script of bash, zsh or fish")
     subparsers = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Verb)
     for module in VERBS:
         verb = module.add_parser(subparsers, parents=[common])
@@ -151,6 +156,13 @@ def _way_on(args: argparse.Namespace, argv: list[str]) -> str:
     return f"; what was finished is kept. To go on: {shlex.join(['lora-recycle', *again, '--resume'])}"
 
 
+def _told(error: Exception) -> str:
+    """What the user reads: an error's one line, or that this is no error of theirs and where its trace is."""
+    if _is_expected(error):
+        return f"error: {one_line(error)}"
+    return f"bug: {type(error).__name__}: {one_line(error)} (run it again with --debug for the trace, and report it)"
+
+
 def one_line(error: BaseException) -> str:
     """What went wrong, without line breaks; for the system's errors the file before the reason."""
     if isinstance(error, OSError) and not isinstance(error, LoraRecycleError) and error.strerror:
@@ -161,8 +173,9 @@ def one_line(error: BaseException) -> str:
 
 
 def _is_expected(error: Exception) -> bool:
-    """Whether the user can act on it. safetensors reports a full disk with an error of its own."""
-    return isinstance(error, (LoraRecycleError, OSError)) or type(error).__name__ == "SafetensorError"
+    """Whether the user can act on it. safetensors has an error of its own for a full disk, torch for full memory."""
+    named = type(error).__name__ in ("SafetensorError", "OutOfMemoryError")
+    return named or isinstance(error, (LoraRecycleError, OSError, MemoryError))
 
 
 def _silence_libraries() -> None:

@@ -20,7 +20,7 @@ from .adapters import AdapterInfo, find_adapters, pull_adapter
 from .snapshots import explain, repeated
 
 
-COLLECTION, SEARCH = "collection:", "search:"
+COLLECTION, SEARCH, AUTHOR = "collection:", "search:", "author:"
 #: Adapters that are pulled at the same time.
 WORKERS = 8
 
@@ -146,6 +146,7 @@ def adapter_ids(
     - `collection:org/slug`: the models of a collection
     - `search:tag,tag`: the models that have all these tags, for example
       `search:base_model:adapter:google/vit-base-patch16-224,peft`, sorted by name
+    - `author:name`: all PEFT adapters of an organisation or a user, sorted by name
 
     Raises:
         AdapterError: a source is missing, empty or cannot be looked up.
@@ -158,7 +159,7 @@ def adapter_ids(
 def _ids_of(source: str, token: Any, local_files_only: bool, in_list: str | None = None) -> list[AdapterId]:
     if Path(source).is_dir():
         return [AdapterId(str(path)) for path in find_adapters(source)]
-    for prefix, look_up in ((COLLECTION, _in_collection), (SEARCH, _in_search)):
+    for prefix, look_up in ((COLLECTION, _in_collection), (SEARCH, _in_search), (AUTHOR, _of_author)):
         if source.startswith(prefix):
             names = _looked_up(source, look_up, source.removeprefix(prefix), token, local_files_only)
             return [AdapterId(name) for name in names]
@@ -214,3 +215,9 @@ def _in_search(tags: str, token: Any) -> list[str]:
     if not wanted:
         raise ValueError("no tags to search for")
     return sorted(model.id for model in HfApi().list_models(filter=wanted, token=token))
+
+
+def _of_author(name: str, token: Any) -> list[str]:
+    if not name:
+        raise ValueError("no name of an organisation or a user")
+    return sorted(model.id for model in HfApi().list_models(author=name, filter="peft", token=token))

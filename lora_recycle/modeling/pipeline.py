@@ -21,9 +21,10 @@ class FewShotImageClassificationPipeline(Pipeline):
     Args:
         model ([`MetaLoRAForFewShotClassification`]): or, through `transformers.pipeline`, its repo id or folder. Its
             head must not be transductive.
-        support_images, support_labels: what [`MetaLoRAForFewShotClassification.fit`] takes. Given at a call they
-            replace the task that was there. A model that was saved fitted needs none.
-        top_k (`int`, *optional*): how many classes to return, all by default.
+        **kwargs: what every pipeline takes, `support_images` and `support_labels` as
+            [`MetaLoRAForFewShotClassification.fit`] takes them, and `top_k`, how many classes to return (all by
+            default). A support set given at a call replaces the task that was there. A model that was saved fitted
+            needs none.
 
     `transformers.pipeline` wants its `revision` in the base model's repo too. To pin the meta-LoRA alone, pass a model
     that [`MetaLoRAForFewShotClassification.from_pretrained`] loaded.

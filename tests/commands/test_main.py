@@ -3,14 +3,15 @@
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from lora_recycle.commands import main as command_line
-from lora_recycle.commands.main import main
+from lora_recycle.commands.main import build_parser, main
 
 
-VERBS = ["tune-pool", "inspect", "invert", "distill", "evaluate", "predict", "push", "reproduce", "demo"]
+VERBS = list(build_parser()._subparsers._group_actions[0].choices)
 
 
 def test_help_of_every_verb_needs_no_torch():
@@ -114,6 +115,75 @@ def test_system_errors_interrupts_and_debug(monkeypatch, fails):
         main(["inspect", "x", "--debug"])
     raising(KeyboardInterrupt())
     assert main(["inspect", "x"]) == 130
-    raising(TypeError("a bug keeps its trace"))
+    raising(MemoryError())
+    assert fails("inspect", "x") == "lora-recycle: error: MemoryError\n"
+
+
+def test_a_bug_is_one_line_too_and_debug_shows_its_trace(monkeypatch, run):
+    def run_verb(_):
+        raise TypeError("not\nfor users")
+
+    monkeypatch.setattr(command_line.inspect, "run", run_verb)
+    code, out, err = run("inspect", "x")
+    assert code == 1 and out == "" and err.count("\n") == 1 and "Traceback" not in err
+    assert err.startswith("lora-recycle: bug: TypeError: not for users (") and "--debug" in err
     with pytest.raises(TypeError):
-        main(["inspect", "x"])
+        main(["inspect", "x", "--debug"])
+
+
+def test_quiet_leaves_nothing_but_results(work, evaluate_arguments, tmp_path, run):
+    photo, answers = work / "photos" / "class 0" / "0.png", {}
+    for verb, *arguments in (
+        ["inspect", work / "pool"],
+        ["invert", work / "pool", "--output", tmp_path / "s", "--iterations", 1, "--images-per-class", 1],
+        ["distill", work / "pool", "--output", tmp_path / "m", "--steps", 0, "--rank", 2],
+        [*evaluate_arguments[:-1], "--queries", 5, "--no-pool"],
+        ["predict", work / "meta", "--support", work / "photos", photo],
+    ):
+        for quiet in ([], ["--quiet"]):
+            code, out, err = run(verb, *arguments, *quiet)
+            assert code == 0 and out and out == answers.setdefault(verb, out)
+            assert err == "" if quiet else err.splitlines()[-1].startswith("Next: lora-recycle ")
+
+
+COMPLETE = """\
+source completion
+for line in "lora-recycle inv" "lora-recycle invert pool --images-per" "lora-recycle distill --init " "lora-recycle in"
+do
+    read -ra COMP_WORDS <<< "$line"
+    [[ $line == *" " ]] && COMP_WORDS+=("")
+    COMP_CWORD=$((${#COMP_WORDS[@]} - 1)) COMPREPLY=()
+    $(complete -p lora-recycle | grep -oP '(?<=-F )\\S+') lora-recycle "${COMP_WORDS[-1]}" "${COMP_WORDS[-2]}"
+    echo "${COMPREPLY[*]}"
+done
+"""
+
+
+def test_bash_completes_verbs_flags_and_choices(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--print-completion", "bash"])
+    assert end.value.code == 0
+    (tmp_path / "completion").write_text(capsys.readouterr().out)
+    done = subprocess.run(["bash", "-c", COMPLETE], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["invert", "--images-per-class", "average zero", "inspect invert"]
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_have_every_verb_and_its_settings(shell, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--print-completion", shell])
+    script = capsys.readouterr().out
+    assert end.value.code == 0 and all(verb in script for verb in VERBS)
+    assert "images-per-class" in script and "relational-batch" in script
+
+
+def test_completion_needs_no_torch():
+    script = "import sys; from lora_recycle.commands.main import main\ntry: main(['--print-completion', 'bash'])\n"
+    script += "finally: print({'torch', 'transformers', 'peft', 'datasets'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "set()"
+
+
+def test_the_page_on_the_command_line_tells_every_verb_and_exit_code():
+    page = (Path(__file__).parents[2] / "docs" / "command-line.md").read_text(encoding="utf-8")
+    assert all(f"`{verb}`" in page for verb in VERBS) and all(f"| {code} |" in page for code in (0, 1, 2, 130, 143))

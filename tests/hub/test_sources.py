@@ -59,6 +59,9 @@ def test_collections_and_searches_name_models(hub):
     assert names("search:base_model:adapter:org/base, birds") == ["org/a", "org/b", "org/c"]
     hub.make_private("org/b")
     assert names("search:birds,base_model:adapter:org/base", token=READER_TOKEN) == ["org/a", "org/c"]
+    hub.put("other/a", {"README.md": CARD, CONFIG: "{}"})
+    hub.put("org/whole", {"README.md": CARD.replace("peft", "transformers")})
+    assert names("author:org") == ["org/a", "org/b", "org/c", "org/full", "org/gone"]
 
 
 @pytest.mark.parametrize(
@@ -74,6 +77,8 @@ def test_collections_and_searches_name_models(hub):
         ("collection:org/hollow", "^collection:org/hollow: no models there"),
         ("search:nobody-has-this-tag", "^search:nobody-has-this-tag: no models there"),
         ("search: ,", "^search: ,: .*no tags to search for"),
+        ("author:", "^author:: .*no name"),
+        ("author:nobody", "^author:nobody: no models there"),
     ],
 )
 def test_sources_that_name_nothing_are_errors(hub, tmp_path, monkeypatch, source, message):

@@ -43,7 +43,8 @@ def fit_head(
     carry over to real images hangs on how real the surrogates are: compare on validation data where there is some.
 
     Args:
-        ways, shots: of an episode, with up to 15 queries of each class.
+        ways: classes of an episode.
+        shots: support images of each class, with up to 15 queries.
         steps: of 8 episodes each.
 
     Returns:
