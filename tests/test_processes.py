@@ -122,7 +122,7 @@ def test_one_two_and_four_processes_make_the_same_meta_lora(
 def test_a_sharded_student_learns_the_same_and_resumes(forked):
     assert forked["fsdp"][0] == forked["fsdp again"][0] == 0, forked["fsdp"][1]
     assert furthest(meta_lora(forked["one"][2]), meta_lora(forked["fsdp"][2])) < 5e-6
-    assert "relational" in forked["fsdp again"][1]  # a finished run: its losses come from the checkpoint
+    assert "relational" in forked["fsdp again"][1]  # a finished run: weights and losses come from the checkpoint
 
 
 def test_bfloat16_on_two_processes(forked):
