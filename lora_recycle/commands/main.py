@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 from ..errors import LoraRecycleError
 from ..version import __version__
-from . import demo, distill, evaluate, import_file, inspect, invert, predict, push, tune_pool
+from . import demo, distill, evaluate, import_file, inspect, invert, predict, push, quantise, tune_pool
 
 
 #: In the order of the work. Each imports torch only when it runs, so that the help answers at once.
-VERBS = (tune_pool, import_file, inspect, invert, distill, evaluate, predict, push, demo)
+VERBS = (tune_pool, import_file, inspect, invert, distill, evaluate, predict, quantise, push, demo)
 
 EPILOG = """\
 examples:

@@ -7,13 +7,26 @@ import dataclasses
 from ..configuration import RecipeConfig, field, require_choices
 
 
+#: What the meta-adapter can be, and which of them can start from the average of the pool.
+PEFT_TYPES = ("LORA", "DORA", "LOHA", "LOKR", "OFT", "IA3", "SHIRA")
+STARTS_FROM_AVERAGE = ("LORA", "DORA", "SHIRA")
+#: Starts of a LoRA at principal directions of the backbone's weights; what is saved has twice the rank.
+PRINCIPAL_STARTS = ("pissa", "olora", "corda")
+
+
 @dataclasses.dataclass
 class DistillationConfig(RecipeConfig):
     """How the meta-LoRA learns (stage 2 of LoRA Recycle, and ensemble-relational distillation)."""
 
     steps: int = field(300, "optimiser steps; 0 leaves the initialisation, which with `average` is the exact average")
     rank: int = field(16, "rank of the meta-LoRA, on all linear layers")
-    init: str = field("average", "average: the exact mean of the pool, cut to the rank; zero", ("average", "zero"))
+    peft_type: str = field("LORA", "type of the meta-adapter; all but LORA, DORA and SHIRA need init zero", PEFT_TYPES)
+    init: str = field(
+        "average",
+        "average: the exact mean of the pool, cut to the rank; zero; or, for LORA, the part of the backbone's weights "
+        "that learns: pissa, olora, corda (by activations of the surrogate images), stored at twice the rank",
+        ("average", "zero", *PRINCIPAL_STARTS),
+    )
     first_layer: int = field(
         0,
         "layers before it keep the initialisation; what enters it is computed once and kept on disk",
@@ -54,6 +67,14 @@ class DistillationConfig(RecipeConfig):
             self.require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("rank", "max_teachers", "episodes", "shots", "queries", "checkpoint_every"):
             self.require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        self.require(
+            self.init != "average" or self.peft_type in STARTS_FROM_AVERAGE,
+            f"an adapter of type {self.peft_type} cannot start from the average; set init to zero",
+        )
+        self.require(
+            self.init not in PRINCIPAL_STARTS or self.peft_type == "LORA",
+            f"init {self.init} is for peft_type LORA, got {self.peft_type}",
+        )
         self.require(self.ways >= 2, f"ways must be at least 2, got {self.ways}")
         self.require(self.relational_batch >= 4, f"relational_batch must be at least 4, got {self.relational_batch}")
         self.require(self.lr > 0 and self.temperature > 0, "lr and temperature must be positive")

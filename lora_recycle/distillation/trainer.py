@@ -26,7 +26,7 @@ from ..rows import RowFile
 from ..surrogate import SurrogateDataset
 from .batches import Batch, BatchMaker, Prefetcher
 from .checkpoints import load_checkpoint, save_checkpoint
-from .config import DistillationConfig
+from .config import PRINCIPAL_STARTS, DistillationConfig
 from .episodes import EpisodeSampler, SurrogateEpisode, class_identities
 from .images import SurrogateImages, match_shards
 from .student import Student
@@ -36,6 +36,8 @@ from .tokens import store_tokens
 
 #: Steps between two looks at the losses: reading them makes the host wait for the device.
 READ_EVERY = 10
+#: Surrogate images whose activations CorDA looks at.
+CORDA_IMAGES = 128
 
 
 class MetaLoraTrainer:
@@ -67,19 +69,31 @@ class MetaLoraTrainer:
         self, pool: AdapterPool, surrogate: SurrogateDataset | None = None, config: DistillationConfig | None = None
     ):
         self.pool, self.surrogate, self.config = pool, surrogate, config or DistillationConfig()
-        if surrogate is None and self.config.steps > 0:
-            raise ConfigError("Distillation needs surrogate data; only `steps: 0` goes without.")
+        if surrogate is None and (self.config.steps > 0 or self.config.init == "corda"):
+            raise ConfigError("Distillation needs surrogate data; only `steps: 0` goes without, and not with corda.")
         process_state()
         self.accelerator = Accelerator()
-        base = backbone_name(pool.backbone.name)
-        self.student = Student(pool.backbone, self.config.rank, base, self.config.seed, self.config.first_layer)
-        if self.config.init == "average":
-            self.student.start_from_average(pool)
+        self.student = self._start()
         #: loss of every step, by name
         self.history: dict[str, list[float]] = {}
         self._temporary: tempfile.TemporaryDirectory | None = None
         self._unread: list[tuple[int, dict[str, torch.Tensor]]] = []
         self._seconds = {"model": 0.0, "host": 0.0}
+
+    def _start(self) -> Student:
+        config, pool = self.config, self.pool
+        rank = config.rank * (2 if config.init in PRINCIPAL_STARTS else 1)
+        base = backbone_name(pool.backbone.name)
+        student = Student(pool.backbone, rank, base, config.seed, config.first_layer, config.peft_type)
+        if config.init == "average":
+            student.start_from_average(pool)
+        elif config.init in PRINCIPAL_STARTS:
+            shown = None
+            if config.init == "corda":
+                images = match_shards(pool, self.surrogate)
+                shown = images.read("pixels", torch.linspace(0, len(images) - 1, CORDA_IMAGES).long())
+            student.start_from_principal(config.init, pool, shown)
+        return student
 
     @property
     def host_share(self) -> float:
@@ -186,7 +200,7 @@ class MetaLoraTrainer:
         """Tokens that enter `first_layer`, written by the main process where processes share the folder."""
         config, state = self.config, self.accelerator
         parts = [config.init, config.rank, config.seed, config.first_layer, images.masked, state.mixed_precision]
-        parts += [self.pool.backbone.name, self.pool.backbone.revision, str(self.pool.backbone.dtype)]
+        parts += [config.peft_type, self.pool.backbone.name, self.pool.backbone.revision, str(self.pool.backbone.dtype)]
         parts += [[info.sha256 for info in self.pool.infos], images.checksums]
         path = folder / f"tokens-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}.npy"
         with state.autocast():

@@ -10,7 +10,7 @@ from lora_recycle.commands import main as command_line
 from lora_recycle.commands.main import main
 
 
-VERBS = ["tune-pool", "inspect", "invert", "distill", "evaluate", "predict", "push", "demo"]
+VERBS = ["tune-pool", "inspect", "invert", "distill", "evaluate", "predict", "quantise", "push", "demo"]
 
 
 def test_help_of_every_verb_needs_no_torch():
