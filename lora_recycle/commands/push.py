@@ -30,7 +30,9 @@ def add_parser(subparsers, **options) -> argparse.ArgumentParser:
     parser.add_argument("--revision", metavar="BRANCH", help="branch to push to; made from main if it is new")
     parser.add_argument("--message", metavar="TEXT", help="commit message")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request")
-    parser.add_argument("--bits", type=int, metavar="N", help=f"store an adapter's weights in so many bits: {BITS_HELP}")
+    parser.add_argument(
+        "--bits", type=int, metavar="N", help=f"store an adapter's weights in so many bits: {BITS_HELP}"
+    )
     return parser
 
 

@@ -51,7 +51,9 @@ def start_lora(layer: LoraLayer, b: torch.Tensor, a: torch.Tensor) -> None:
     lora_b.zero_()
     lora_a[: len(a)].copy_(a)
     lora_b[:, : b.shape[1]].copy_(b)
-    if "default" in layer.lora_magnitude_vector:  # W' = m (W + B A) / |W + B A|, rows: with m = |W + B A| it is W + B A
+    if (
+        "default" in layer.lora_magnitude_vector
+    ):  # W' = m (W + B A) / |W + B A|, rows: with m = |W + B A| it is W + B A
         weight = layer.get_base_layer().weight
         layer.lora_magnitude_vector["default"].weight.copy_(torch.linalg.norm(weight + lora_b @ lora_a, dim=1))
 
@@ -69,8 +71,8 @@ def start_shira(layer: ShiraLayer, b: torch.Tensor, a: torch.Tensor) -> None:
 def start_from_principal(layer: LoraLayer, b: torch.Tensor, a: torch.Tensor) -> None:
     """Start at the principal part B A of the layer's weight, which stays where it is: the change is B' A' - B A.
 
-    PiSSA and its kin take B A out of the frozen weight and learn it. An adapter for the weight as it is must hold both:
-    the first half of its rank learns, the second is -B A for good.
+    PiSSA and its kin take B A out of the frozen weight and learn it. An adapter for the weight as it is must hold
+    both: the first half of its rank learns, the second is -B A for good.
     """
     rank = len(a)
     lora_a, lora_b = layer.lora_A["default"].weight, layer.lora_B["default"].weight

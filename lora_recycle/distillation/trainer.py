@@ -200,7 +200,12 @@ class MetaLoraTrainer:
         """Tokens that enter `first_layer`, written by the main process where processes share the folder."""
         config, state = self.config, self.accelerator
         parts = [config.init, config.rank, config.seed, config.first_layer, images.masked, state.mixed_precision]
-        parts += [config.peft_type, self.pool.backbone.name, self.pool.backbone.revision, str(self.pool.backbone.dtype)]
+        parts += [
+            config.peft_type,
+            self.pool.backbone.name,
+            self.pool.backbone.revision,
+            str(self.pool.backbone.dtype),
+        ]
         parts += [[info.sha256 for info in self.pool.infos], images.checksums]
         path = folder / f"tokens-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}.npy"
         with state.autocast():

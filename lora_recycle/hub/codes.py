@@ -18,6 +18,7 @@ from safetensors.torch import load, save
 
 from ..errors import ConfigError
 from ..storage import atomic_write
+from .centroids import Coded, coded, coded_product
 from .untrusted import check_total, checked_shape, count, parse_json, read_safetensors_header, safetensors_metadata
 
 
@@ -26,30 +27,6 @@ CODES_FILE = "adapter_codes.safetensors"
 #: Bits for a weight: what has a plain PEFT file, and what this module codes.
 PLAIN_BITS = {32: torch.float32, 16: torch.bfloat16}
 CODE_BITS = (8, 4, 2, 1)
-_ITERATIONS = 50  # of k-means on sorted numbers, which costs next to nothing
-
-
-def fit_centroids(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """Lloyd's k-means in one dimension from evenly spaced quantiles: (N,) to (2^bits,), ascending, float32."""
-    ordered = values.flatten().float().sort().values.double()
-    sums = torch.cat([ordered.new_zeros(1), ordered.cumsum(0)])
-    places = ((torch.arange(2**bits) + 0.5) / 2**bits * len(ordered)).long()
-    centroids = ordered[places]
-    for _ in range(_ITERATIONS):
-        edges = torch.searchsorted(ordered, (centroids[1:] + centroids[:-1]) / 2)
-        edges = torch.cat([edges.new_zeros(1), edges, edges.new_full((1,), len(ordered))])
-        members = edges.diff()
-        means = sums[edges].diff() / members.clamp_min(1)
-        moved = torch.where(members > 0, means, centroids)  # a centroid without members stays
-        if torch.equal(moved, centroids):
-            break
-        centroids = moved
-    return centroids.float()
-
-
-def nearest_codes(values: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
-    """Index of each value's nearest centroid, ascending ones: any shape to int64 of the same."""
-    return torch.bucketize(values.float(), (centroids[1:] + centroids[:-1]) / 2)
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -70,8 +47,11 @@ def is_coded(tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() and sum(size > 1 for size in tensor.shape) >= 2
 
 
-def weights_bytes(tensors: dict[str, torch.Tensor], bits: int) -> tuple[str, bytes]:
+def weights_bytes(tensors: dict[str, torch.Tensor], bits: int, config: dict[str, Any]) -> tuple[str, bytes]:
     """An adapter's tensors as the bytes of a safetensors file: a plain one (32, 16) or of codes (8, 4, 2, 1).
+
+    Args:
+        config: the adapter's, parsed. The two factors of a LoRA are coded together, for their product.
 
     Returns:
         The name of the file and its content.
@@ -80,15 +60,23 @@ def weights_bytes(tensors: dict[str, torch.Tensor], bits: int) -> tuple[str, byt
     if bits in PLAIN_BITS:
         plain = {k: t.to(PLAIN_BITS[bits]) if is_coded(t) else t for k, t in tensors.items()}
         return WEIGHTS_FILE, save(plain, metadata={"format": "pt"})
-    coded = {key: tensor for key, tensor in tensors.items() if is_coded(tensor)}
-    stored = {key: tensor for key, tensor in tensors.items() if key not in coded}
-    centroids = [fit_centroids(tensor, bits).bfloat16() for tensor in coded.values()]
-    codes = [
-        pack(nearest_codes(tensor, own.float()), bits) for tensor, own in zip(coded.values(), centroids, strict=True)
-    ]
-    stored |= {"codes": torch.cat(codes), "centroids": torch.stack(centroids)} if coded else {}
-    header = {"bits": bits, "shapes": {key: list(tensor.shape) for key, tensor in coded.items()}}
+    stored = {key: tensor for key, tensor in tensors.items() if not is_coded(tensor)}
+    parts = _coded_matrices({key: tensor for key, tensor in tensors.items() if is_coded(tensor)}, bits, config)
+    if parts:
+        stored["codes"] = torch.cat([pack(codes, bits) for codes, _ in parts.values()])
+        stored["centroids"] = torch.stack([centroids for _, centroids in parts.values()]).bfloat16()
+    header = {"bits": bits, "shapes": {key: list(tensors[key].shape) for key in parts}}
     return CODES_FILE, save(stored, metadata={"header": json.dumps(header, separators=(",", ":"))})
+
+
+def _coded_matrices(matrices: dict[str, torch.Tensor], bits: int, config: dict[str, Any]) -> dict[str, Coded]:
+    products, parts = config.get("peft_type") == "LORA" and not config.get("use_bdlora"), {}
+    for key, a in matrices.items():
+        other = key.replace(".lora_A.weight", ".lora_B.weight")
+        b = matrices.get(other) if products and other != key else None
+        if b is not None and a.ndim == b.ndim == 2 and b.shape[1] == len(a) and a.any() and b.any():
+            parts[other], parts[key] = coded_product(b, a, bits)
+    return {key: parts[key] if key in parts else coded(matrix, bits) for key, matrix in matrices.items()}
 
 
 def check_bits(bits: int) -> None:
@@ -110,7 +98,8 @@ def store_weights(folder: Path, bits: int | None) -> None:
         return
     check_bits(bits)
     plain = folder / WEIGHTS_FILE
-    name, data = weights_bytes(load(plain.read_bytes()), bits)
+    config = parse_json((folder / "adapter_config.json").read_bytes())
+    name, data = weights_bytes(load(plain.read_bytes()), bits, config)
     atomic_write(folder / name, data)
     (plain if name == CODES_FILE else coded).unlink(missing_ok=True)
 

@@ -63,7 +63,7 @@ def adapter_files(info: AdapterInfo, name: str, bits: int | None = None) -> dict
     if bits is not None:
         check_bits(bits)
         del files[info.file]
-        file, content = weights_bytes(read_tensors(info), bits)
+        file, content = weights_bytes(read_tensors(info), bits, info.config)
         files[file] = content
         info = dataclasses.replace(info, file=file, bits=bits if file == CODES_FILE else None)
     settings = without_local_paths(read_sidecar(info.path / SIDECAR_FILE))
