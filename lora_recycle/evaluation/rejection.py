@@ -1,4 +1,4 @@
-"""How well a model knows what belongs to none of its classes, and whether its confidence says how often it is right."""
+"""How well a model tells what belongs to no class, and whether its confidence says how often it is right."""
 
 from __future__ import annotations
 

@@ -38,7 +38,8 @@ def coded(values: torch.Tensor, bits: int) -> Coded:
     """Codes and centroids of one matrix.
 
     The nearest centroids fall short of the values: at one bit of a normal distribution their product with the values
-    is 0.64 of the values' own. They are scaled so that nothing is missing along the values; what is left is noise across.
+    is 0.64 of the values' own. They are scaled so that nothing is missing along the values; what is left is noise
+    across.
     """
     values = values.float()
     codes, centroids = _nearest(values, bits)

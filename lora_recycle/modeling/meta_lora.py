@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 
 from ..backbones import Backbone
 from ..embedded import backbone_name, resolve_meta_lora
-from ..errors import AdapterError, DataError
+from ..errors import AdapterError, ConfigError, DataError
 from ..hub.adapters import load_adapter, pull_adapter
 from ..hub.codes import store_weights
 from ..hub.files import PICTURE_FILE, SIDECAR_FILE
@@ -214,10 +214,23 @@ class MetaLoRAForFewShotClassification(nn.Module):
         """
         return self._probabilities(self._fitted(), images)
 
-    def predict(self, images) -> list[Any]:
-        """The label of each image, as it was given to `fit`. Transductive heads as in `predict_proba`."""
+    def predict(self, images, *, reject_below: float = 0.0) -> list[Any]:
+        """The label of each image, as it was given to `fit`. Transductive heads as in `predict_proba`.
+
+        Args:
+            reject_below (`float`): an image whose best class has a lower probability gets None: it may belong to none
+                of the classes. Probabilities mean what they say as far as the head's temperature was fitted
+                ([`fit_head`]); docs/more.md has how well strangers are told.
+
+        Raises:
+            ConfigError: `reject_below` is no probability.
+        """
+        if not 0 <= reject_below <= 1:
+            raise ConfigError(f"reject_below is a probability, from 0 to 1, got {reject_below}.")
         task = self._fitted()
-        return [task.label_names[i] for i in self._probabilities(task, images).argmax(-1).tolist()]
+        best = self._probabilities(task, images).max(-1)
+        named = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return [task.label_names[i] if value >= reject_below else None for i, value in named]
 
     @torch.inference_mode()
     def _probabilities(self, task: FewShotTask, images) -> torch.Tensor:
