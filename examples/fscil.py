@@ -5,8 +5,8 @@
 The usual protocol (TOPIC, arXiv 2004.10956) splits miniImageNet's 100 classes by their order; the pool here has
 learned from classes of the published training split, so these are the base classes: 60 of the 64, drawn by the seed.
 The new classes are the 36 of the validation and test splits in random order, which fill 7 sessions and one place of
-the eighth, and the other 4 of the training split. Each draw of classes and images has its own seed. The base session has
-all images that are no test images (25 of each class at the default --max-per-class 50), or 5.
+the eighth, and the other 4 of the training split. Each draw of classes and images has its own seed. The base session
+has all images that are no test images (25 of each class at the default --max-per-class 50), or 5.
 """
 
 import argparse

@@ -3,9 +3,9 @@
     python examples/rejection.py --data DATA --surrogate SURROGATE --json docs/results/rejection.json
 
 Tasks of 5 ways whose queries are half from 5 other classes; 600 episodes, seed 0, 15 queries a class, at most 30
-images of each class; class centres by cosine. Calibration (ECE) is of the queries that belong to a class. Temperatures:
-0.1, the default; `surrogate`, what `fit_head` learns on surrogate episodes, without real images; `validation`, learned
-on episodes of validation classes, which shows what is to be had.
+images of each class; class centres by cosine. Calibration (ECE) is of the queries that belong to a class.
+Temperatures: 0.1, the default; `surrogate`, what `fit_head` learns on surrogate episodes, without real images;
+`validation`, learned on episodes of validation classes, which shows what is to be had.
 """
 
 import argparse

@@ -11,6 +11,7 @@ import json
 import re
 from pathlib import Path
 
+from more_tables import more_tables
 from speed import price
 from speed.report import markdown
 
@@ -88,6 +89,7 @@ def main() -> None:
         "choice": choice_table() if (RESULTS / "choice.json").exists() else "",
         "pool": pool_table(),
         "speed": speed_tables(),
+        **more_tables(RESULTS),
     }
     if (RESULTS / "efficiency.json").exists():
         rows = json.loads((RESULTS / "efficiency.json").read_text())
