@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--surrogate", type=Path, required=True)
     parser.add_argument("--pool", type=Path, default=pool_path())
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--relational-batch", type=int, default=32)
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--json", type=Path, required=True)
@@ -81,7 +81,7 @@ def main() -> None:
 
 def try_variant(pool, surrogate, settings, folder, sets, episodes, frozen) -> dict:
     trainer = MetaLoraTrainer(pool, surrogate, DistillationConfig(**settings))
-    trainer.prepare(progress=False)
+    trainer.prepare(folder.parent, progress=False)  # what the teachers say lies there, once for all variants
     started = time.process_time()
     for step in range(trainer.config.steps):
         trainer.step(step)

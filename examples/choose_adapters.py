@@ -4,7 +4,7 @@
 
 FLAD (arXiv 2302.00674): every step takes the surrogate images of one adapter, and the reward for choosing it is the
 cosine between the gradient of its loss and that of the target's loss. EXP3 and UCB1 are compared with choosing evenly
-and with the target's gradient alone, at equal cost: all take as many steps on as many images. The target is half of the
+and with the gradient of the target alone, at equal cost: as many steps on as many images. The target is half of the
 classes of vgg_flower/validation with 5 images each; the gain over the average of the adapters is measured on the other
 half. No test class is read.
 """

@@ -6,7 +6,7 @@ The usual protocol (TOPIC, arXiv 2004.10956) splits miniImageNet's 100 classes b
 learned from classes of the published training split, so these are the base classes: 60 of the 64, drawn by the seed.
 The new classes are the 36 of the validation and test splits in random order, which fill 7 sessions and one place of
 the eighth, and the other 4 of the training split. Each draw of classes and images has its own seed. The base session
-has all images that are no test images (25 of each class at the default --max-per-class 50), or 5.
+has all images that are no test images (15 of each class at the default --max-per-class 30), or 5.
 """
 
 import argparse
@@ -33,8 +33,8 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--pool", type=Path, default=pool_path())
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--max-per-class", type=int, default=50)
-    parser.add_argument("--queries", type=int, default=25)
+    parser.add_argument("--max-per-class", type=int, default=30)
+    parser.add_argument("--queries", type=int, default=15)
     parser.add_argument("--draws", type=int, default=10)
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()

@@ -108,8 +108,8 @@ def principal_factors(
 
 def _shown(backbone: Backbone, images: torch.Tensor) -> Callable[[], None]:
     def run() -> None:
-        for image in images.split(1):  # PEFT's hooks take one sample at a time
-            backbone.features(backbone.normalize(image))
+        for image in images.split(1):  # one sample at a time: PEFT multiplies its tokens as a matrix
+            backbone.model(backbone.normalize(image))  # whose layers all see all tokens, as PEFT's hooks expect
 
     return run
 

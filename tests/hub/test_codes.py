@@ -109,7 +109,8 @@ def test_a_model_in_few_bits_loads_as_any_other(hub, model, tmp_path):
                 MetaLoRAForFewShotClassification.from_pretrained(tmp_path / "meta").features(x) - model.features(x)
             ).norm()
         )
-    assert gaps == sorted(gaps) and gaps[0] < 1e-4 and sizes == sorted(sizes, reverse=True)
+    assert gaps[0] < 1e-4 < min(gaps[1:3]) and max(gaps[1:3]) < 0.05 < gaps[3]
+    assert sizes[3] < sizes[1] < sizes[0]  # 256 centroids are as large as the matrices of a model as tiny as this
     with pytest.raises(ConfigError, match="bits must be one of 32, 16, 8, 4, 2, 1, got 3"):
         model.save_pretrained(tmp_path / "other", bits=3)
 
