@@ -1,10 +1,9 @@
 r"""Types and starts of the meta-adapter: accuracy on validation classes, parameters, size and speed.
 
-    lora-recycle invert POOL12 --images-per-class 2 --max-classes 10 --iterations 30 --output SURROGATE
-    python examples/adapter_types.py --data DATA --surrogate SURROGATE --work runs/types \
+    python examples/adapter_types.py --data DATA --surrogate runs/choice/07 --work runs/types \
         --json docs/results/adapter_types.json
 
-POOL12 are the 12 adapters of choose_recipe.py, which are found here by the surrogate data. Every variant takes the
+The surrogate images are those of choose_recipe.py with the batch-norm prior, of 12 adapters. Every variant takes the
 same steps on the same images and is measured on the sets of choose_recipe.py (at most 15 images of each class; 5-way,
 300 episodes, seed 1), after it was saved and loaded as a plain PEFT adapter. Finished variants are kept when it is run
 again. Seconds are processor time of this process, steps alone. No test class is read.

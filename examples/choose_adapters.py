@@ -1,12 +1,12 @@
 """Which adapters to learn from, for a target domain of which a few labelled images are at hand: a bandit over sources.
 
-    python examples/choose_adapters.py --data DATA --surrogate SURROGATE --json docs/results/choose_adapters.json
+    python examples/choose_adapters.py --data DATA --surrogate runs/choice/07 --json docs/results/choose_adapters.json
 
 FLAD (arXiv 2302.00674): every step takes the surrogate images of one adapter, and the reward for choosing it is the
 cosine between the gradient of its loss and that of the target's loss. EXP3 and UCB1 are compared with choosing evenly
 and with the gradient of the target alone, at equal cost: as many steps on as many images. The target is half of the
 classes of vgg_flower/validation with 5 images each; the gain over the average of the adapters is measured on the other
-half. No test class is read.
+half. The surrogate images are those of choose_recipe.py. No test class is read.
 """
 
 import argparse

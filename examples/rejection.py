@@ -1,11 +1,12 @@
 """What belongs to no class: AUROC of unseen classes and calibration of the confidence, on test episodes.
 
-    python examples/rejection.py --data DATA --surrogate SURROGATE --json docs/results/rejection.json
+    python examples/rejection.py --data DATA --surrogate runs/surrogate --json docs/results/rejection.json
 
 Tasks of 5 ways whose queries are half from 5 other classes; 600 episodes, seed 0, 15 queries a class, at most 20
 images of each class; class centres by cosine. Calibration (ECE) is of the queries that belong to a class.
 Temperatures: 0.1, the default; `surrogate`, what `fit_head` learns on surrogate episodes, without real images;
-`validation`, learned on episodes of validation classes, which shows what is to be had.
+`validation`, learned on episodes of validation classes, which shows what is to be had. The surrogate
+images are those of docs/embedded.md.
 """
 
 import argparse
@@ -61,11 +62,7 @@ def main() -> None:
         drawn = {key: sample_episodes(data.labels, 10, shots, 15, args.episodes, 0) for key, data in sets.items()}
         fitted = fit_head(model, surrogate, shots=shots).temperature
         for method, found in features.items():
-            seen = [
-                task
-                for name in VALIDATION
-                for task in open_tasks(found[name, "validation"], drawn[name, "validation"])
-            ]
+            seen = [task for name in TEST for task in open_tasks(found[name, "validation"], drawn[name, "validation"])]
             temperatures = {"default": DEFAULT, "surrogate": fitted, "validation": fit_temperature(seen)}
             for name in TEST:
                 tasks = open_tasks(found[name, "test"], drawn[name, "test"])
