@@ -1,6 +1,7 @@
 """Adapters in few bits: by hand, from file to model, between folders and repos, and where a stranger wrote them."""
 
 import json
+import random
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from helpers_adapters import CONFIGS, save_adapter
 from helpers_tiny import tiny_processor
 from peft import PeftModel
 from safetensors.torch import load, load_file, save_file
+from test_fuzz import spoil_bytes, spoil_header, spoil_json, spoil_numbers
 from transformers import AutoModel
 
 from lora_recycle import AdapterError, ConfigError, MetaLoRAForFewShotClassification
@@ -190,3 +192,30 @@ def test_centroids_that_are_not_finite_and_files_cut_off_are_refused(tmp_path):
     path.write_bytes(data[:-9])
     with pytest.raises(AdapterError, match="truncated or damaged"):
         pull_adapter(tmp_path / "bad")
+
+
+def test_spoilt_codes_load_or_are_refused(tmp_path):
+    _, backbone = save_adapter(tmp_path, CONFIGS["lora"])
+    _, data = weights_bytes(load_file(tmp_path / PLAIN), 2, pull_adapter(tmp_path).config)
+    (tmp_path / PLAIN).unlink()
+    loaded, met = 0, {}
+    for number in range(300):
+        rng = random.Random(number)
+        how = rng.choice((spoil_header, spoil_metadata, spoil_numbers, lambda d, rng: spoil_bytes(d, rng, reach=1500)))
+        (tmp_path / CODES_FILE).write_bytes(how(data, rng))
+        try:
+            load_adapter(pull_adapter(tmp_path), backbone, met)
+            loaded += 1
+        except AdapterError as error:
+            assert tmp_path.name in str(error)
+    assert 20 < loaded < 280
+
+
+def spoil_metadata(data, rng):
+    """One place of the JSON inside the header's JSON."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    inner = json.loads(header["__metadata__"]["header"])
+    header["__metadata__"]["header"] = json.dumps(spoil_json(inner, rng, ["bits", "shapes", "codes"]))
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
