@@ -27,14 +27,8 @@ def small_files(found: dict) -> str:
     rows = sorted(found["rows"], key=lambda row: -row["bits"])
     whole, sets = rows[0]["bytes"], _sets(rows[0])
     cells = [
-        [
-            row["bits"],
-            f"{row['bytes'] / 1e3:.0f} kB",
-            f"{whole / row['bytes']:.1f}x",
-            row["relative_error"],
-            *_gains(row, sets),
-            _mean(row),
-        ]
+        [row["bits"], f"{row['bytes'] / 1e3:.0f} kB", f"{whole / row['bytes']:.1f}x", row["relative_error"]]
+        + [*_gains(row, sets), _mean(row)]
         for row in rows
     ]
     return markdown(["bits", "file", "smaller", "error", *sets, "mean gain"], cells)

@@ -3,8 +3,8 @@
     python examples/small_files.py --data DATA --json docs/results/small_files.json
 
 The sets are those of choose_recipe.py, at most 25 images of each class; 5-way, 600 episodes, 15 queries. What counts
-is how much of the gain over the frozen backbone is left; `relative_error` is that of all weight changes, by the Frobenius
-norm. What is finished is kept in the JSON when it is run again. No test class is read.
+is how much of the gain over the frozen backbone is left; `relative_error` is that of all weight changes, by the
+Frobenius norm. What is finished is kept in the JSON when it is run again. No test class is read.
 """
 
 import argparse
