@@ -55,9 +55,9 @@ VARIANTS = {
 }
 
 
-def validation_sets(data: Path, size: int, resample: int) -> list[LabelledImages]:
+def validation_sets(data: Path, size: int, resample: int, each: int = 50) -> list[LabelledImages]:
     found = [
-        load_labelled_images(data / name / "validation.parquet", size, resample, max_per_class=50)
+        load_labelled_images(data / name / "validation.parquet", size, resample, max_per_class=each)
         for name in ("cifar_fs", "mini_imagenet", "vgg_flower")
     ]
     train = load_labelled_images(data / "omniglot_small" / "train.parquet", size, resample)

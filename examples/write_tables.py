@@ -11,6 +11,7 @@ import json
 import re
 from pathlib import Path
 
+from more_tables import more_tables
 from speed import price
 from speed.report import markdown
 
@@ -122,6 +123,7 @@ def main() -> None:
         "tuning": tuning_table() if (RESULTS / "tuning.json").exists() else "",
         "speed": speed_tables(),
         "scale": scale_table(),
+        **more_tables(RESULTS),
     }
     if (RESULTS / "efficiency.json").exists():
         rows = json.loads((RESULTS / "efficiency.json").read_text())

@@ -90,6 +90,8 @@ def add_class_names_argument(parser: argparse.ArgumentParser) -> None:
 
 #: What names a meta-LoRA, for the help.
 META_LORA_HELP = "folder or repo id (org/name@revision) of a meta-LoRA, or demo for the shipped one"
+#: In how many bits weights can be stored, for the help.
+BITS_HELP = "32 or 16 (bfloat16), plain PEFT; 8, 4, 2 or 1, codes that lora_recycle alone reads"
 #: The strings that name adapters, for the help.
 POOL_HELP = (
     "folders of adapters, adapters, repo ids (org/name@revision), .txt files with one of them in each line, "

@@ -24,6 +24,7 @@ from . import (
     invert,
     predict,
     push,
+    quantise,
     reproduce,
     tune_pool,
 )
@@ -43,6 +44,7 @@ VERBS = (
     predict,
     app,
     export,
+    quantise,
     push,
     reproduce,
     demo,

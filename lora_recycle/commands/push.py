@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..errors import PushError
-from .common import hint
+from ..errors import ConfigError, PushError
+from .common import BITS_HELP, hint
 
 
 EPILOG = """\
 examples:
   lora-recycle push meta_lora someone/meta-lora
   lora-recycle push surrogate someone/surrogate --private         a data set repo
+  lora-recycle push meta_lora someone/small-meta-lora --bits 4    a seventh of the size, read by lora_recycle alone
   lora-recycle push pool/birds-000 someone/vit-lora-birds
   lora-recycle push meta_lora team/meta-lora --create-pr          a pull request, for others to merge
 
@@ -29,6 +30,9 @@ def add_parser(subparsers, **options) -> argparse.ArgumentParser:
     parser.add_argument("--revision", metavar="BRANCH", help="branch to push to; made from main if it is new")
     parser.add_argument("--message", metavar="TEXT", help="commit message")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request")
+    parser.add_argument(
+        "--bits", type=int, metavar="N", help=f"store an adapter's weights in so many bits: {BITS_HELP}"
+    )
     return parser
 
 
@@ -40,6 +44,9 @@ def run(args: argparse.Namespace) -> None:
         "commit_message": args.message,
         "create_pr": args.create_pr,
     }
+    options |= {} if args.bits is None else {"bits": args.bits}
+    if args.bits is not None and (folder / "manifest.json").is_file():
+        raise ConfigError("--bits is for adapters; surrogate data has no weights.")
     push = _surrogate if (folder / "manifest.json").is_file() else _adapter
     push(folder, args.repo_id, options)
 

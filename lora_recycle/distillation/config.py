@@ -7,17 +7,29 @@ import dataclasses
 from ..configuration import RecipeConfig, field, require_choices
 
 
+#: What the meta-adapter can be, which starts are a mean of the pool, and which types can have those.
+PEFT_TYPES = ("LORA", "DORA", "LOHA", "LOKR", "OFT", "IA3", "SHIRA")
+AVERAGES = ("undiluted", "average")
+STARTS_FROM_AVERAGE = ("LORA", "DORA", "SHIRA")
+#: Starts of a LoRA at principal directions of the backbone's weights; what is saved has twice the rank.
+PRINCIPAL_STARTS = ("pissa", "olora", "corda")
+
+
 @dataclasses.dataclass
 class DistillationConfig(RecipeConfig):
     """How the meta-LoRA learns (stage 2 of LoRA Recycle, and ensemble-relational distillation)."""
 
     steps: int = field(300, "optimiser steps; 0 leaves the initialisation, a merge of the pool in seconds")
     rank: int = field(16, "rank of the meta-LoRA, on all linear layers")
+    peft_type: str = field(
+        "LORA", "type of the meta-adapter; all but LORA, DORA and SHIRA need an init that is no average", PEFT_TYPES
+    )
     init: str = field(
         "undiluted",
         "undiluted: the exact mean of the pool, cut to the rank, scaled so that the largest group of like adapters "
-        "has its full strength; average: the mean as it is; zero",
-        ("undiluted", "average", "zero"),
+        "has its full strength; average: the mean as it is; zero; or, for LORA, the part of the backbone's weights "
+        "that learns: pissa, olora, corda (by activations of the surrogate images), stored at twice the rank",
+        (*AVERAGES, "zero", *PRINCIPAL_STARTS),
     )
     first_layer: int = field(
         0,
@@ -70,6 +82,14 @@ class DistillationConfig(RecipeConfig):
         counts = ("rank", "max_teachers", "episodes", "shots", "queries", "checkpoint_every")
         for name in (*counts, "gradient_accumulation_steps"):
             self.require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        self.require(
+            self.init not in AVERAGES or self.peft_type in STARTS_FROM_AVERAGE,
+            f"an adapter of type {self.peft_type} cannot start from an average; set init to zero",
+        )
+        self.require(
+            self.init not in PRINCIPAL_STARTS or self.peft_type == "LORA",
+            f"init {self.init} is for peft_type LORA, got {self.peft_type}",
+        )
         self.require(self.ways >= 2, f"ways must be at least 2, got {self.ways}")
         self.require(self.relational_batch >= 4, f"relational_batch must be at least 4, got {self.relational_batch}")
         self.require(self.lr > 0 and self.temperature > 0, "lr and temperature must be positive")

@@ -1,4 +1,4 @@
-"""The student: a copy of the backbone that wears one trainable LoRA, the meta-LoRA to be."""
+"""The student: a copy of the backbone that wears one trainable adapter, the meta-LoRA to be."""
 
 from __future__ import annotations
 
@@ -8,13 +8,22 @@ import functools
 from collections.abc import Iterator
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.shira import ShiraLayer
 from torch import nn
 
 from ..backbones import Backbone
 from ..errors import ConfigError
 from ..pool import AdapterPool
+from .adapter_types import (
+    adapted_layers,
+    adapter_config,
+    principal_factors,
+    start_from_principal,
+    start_lora,
+    start_shira,
+)
 
 
 def linear_layers(backbone: Backbone) -> list[str]:
@@ -25,27 +34,35 @@ def linear_layers(backbone: Backbone) -> list[str]:
 
 
 class Student(nn.Module):
-    """Backbone + LoRA; only the LoRA learns.
+    """Backbone + adapter; only the adapter learns.
 
     Args:
         backbone ([`Backbone`]): copied, so that the teachers never see the student's weights.
-        rank (`int`): of the LoRA, on all linear layers; its scale is 1.
+        rank (`int`): of the adapter, on all linear layers; a LoRA's scale is 1. See [`adapter_config`].
         base_name (`str`): what the saved adapter gives as its base model.
-        seed (`int`): of the LoRA's random factors.
-        first_layer (`int`): the LoRA of the layers before it keeps its initialisation.
+        seed (`int`): of the adapter's random numbers.
+        first_layer (`int`): the adapter of the layers before it keeps its initialisation.
+        peft_type (`str`): a LoRA, or one of the other `DistillationConfig.peft_type`.
 
     Raises:
         ConfigError: there is no layer `first_layer`.
     """
 
-    def __init__(self, backbone: Backbone, rank: int, base_name: str, seed: int = 0, first_layer: int = 0):
+    def __init__(
+        self,
+        backbone: Backbone,
+        rank: int,
+        base_name: str,
+        seed: int = 0,
+        first_layer: int = 0,
+        peft_type: str = "LORA",
+    ):
         super().__init__()
         self.backbone, self.first_layer = copy.deepcopy(backbone), first_layer
         if first_layer >= len(backbone.layers):
             raise ConfigError(f"first_layer must be in [0, {len(backbone.layers)}), got {first_layer}")
-        limit = min(min(self.backbone.model.get_submodule(m).weight.shape) for m in linear_layers(backbone))
-        self.rank = min(rank, limit)
-        config = LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=linear_layers(backbone))
+        config = adapter_config(peft_type, rank, linear_layers(backbone), backbone, seed)
+        self.rank = getattr(config, "r", rank)
         config.base_model_name_or_path = base_name
         config.revision = backbone.revision
         with torch.random.fork_rng(devices=[]):
@@ -53,7 +70,8 @@ class Student(nn.Module):
             self.peft_model: PeftModel = get_peft_model(self.backbone.model, config)
         config.base_model_name_or_path = base_name
         self.backbone.layers[:first_layer].requires_grad_(False)
-        self._lora_layers = [m for m in self.backbone.model.modules() if isinstance(m, LoraLayer)]
+        self._layers = adapted_layers(self.backbone.model)
+        self._plain = list(self._layers.values()) if peft_type == "LORA" else []
 
     def forward(self, inputs: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
         """Features (B, D) of images (B, 3, H, W), of their kept patches alone (B, k, 3, p, p), or of the tokens that
@@ -71,28 +89,27 @@ class Student(nn.Module):
     @contextlib.contextmanager
     def _plain_layers(self) -> Iterator[None]:
         """PEFT's layers without their checks and their product with a scale of 1, a tenth of a small model's step."""
-        for layer in self._lora_layers:
+        for layer in self._plain:
             layer.forward = functools.partial(_plain_forward, layer)
         try:
             yield
         finally:
-            for layer in self._lora_layers:
+            for layer in self._plain:
                 del layer.forward
 
-    @torch.no_grad()
     def start_from_average(self, pool: AdapterPool, scale: float = 1.0) -> None:
-        """Set the LoRA to the exact mean of the pool's weight changes, cut to the rank, times `scale`."""
-        average = pool.average(self.rank)
-        for name, module in self.backbone.model.named_modules():
-            if not hasattr(module, "lora_A"):
-                continue
-            a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-            if name not in average:  # no adapter of the pool changes this layer: B = 0 leaves it alone
-                continue
-            factor_b, factor_a = average[name]
-            b.zero_()  # where the average has a lower rank, the rows of A beyond it stay random, free to learn
-            a[: len(factor_a)].copy_(factor_a)
-            b[:, : factor_b.shape[1]].copy_(factor_b * scale)
+        """Set the adapter to the exact mean of the pool's weight changes, cut to the rank, times `scale`; for SHiRA,
+        to those of its entries that are largest. Layers that no adapter of the pool changes stay as they are."""
+        sparse = any(isinstance(layer, ShiraLayer) for layer in self._layers.values())
+        for name, (b, a) in pool.average(None if sparse else self.rank).items():
+            (start_shira if sparse else start_lora)(self._layers[name], b * scale, a)
+
+    def start_from_principal(self, method: str, pool: AdapterPool, images: torch.Tensor | None = None) -> None:
+        """Let the LoRA learn what [`principal_factors`] finds in the pool's backbone at half its rank; the other half
+        takes that out of the frozen weights."""
+        factors = principal_factors(pool.backbone, method, self.rank // 2, list(self._layers), images)
+        for name, layer in self._layers.items():
+            start_from_principal(layer, *factors[name])
 
     def trainable(self) -> list[nn.Parameter]:
         return [p for p in self.parameters() if p.requires_grad]

@@ -28,7 +28,7 @@ from ..surrogate import SurrogateDataset
 from .batches import Batch, BatchMaker, Prefetcher
 from .callbacks import ProgressBar, TrainerCallback
 from .checkpoints import Checkpoints
-from .config import DistillationConfig
+from .config import AVERAGES, PRINCIPAL_STARTS, DistillationConfig
 from .episodes import EpisodeSampler, SurrogateEpisode, class_identities
 from .images import SurrogateImages, leave_out, match_shards
 from .parallel import ParallelStudent, gather_features
@@ -40,6 +40,8 @@ from .tokens import store_tokens
 
 #: Steps between two looks at the losses: reading them makes the host wait for the device.
 READ_EVERY = 10
+#: Surrogate images whose activations CorDA looks at.
+CORDA_IMAGES = 128
 
 
 class MetaLoraTrainer:
@@ -81,17 +83,14 @@ class MetaLoraTrainer:
         callbacks: Sequence[TrainerCallback] = (),
     ):
         self.surrogate, self.config, self.callbacks = surrogate, config or DistillationConfig(), list(callbacks)
-        if surrogate is None and self.config.steps > 0:
-            raise ConfigError("Distillation needs surrogate data; only `steps: 0` goes without.")
+        if surrogate is None and (self.config.steps > 0 or self.config.init == "corda"):
+            raise ConfigError("Distillation needs surrogate data; only `steps: 0` goes without, and not with corda.")
         #: adapters that are left out, and why
         self.excluded: list[tuple[str, str]] = []
         if surrogate is not None:
             pool, self.excluded = leave_out(pool, surrogate, self.config.min_confidence)
         self.pool, self.accelerator = pool, mixed_precision()
-        base = backbone_name(pool.backbone.name)
-        self.student = Student(pool.backbone, self.config.rank, base, self.config.seed, self.config.first_layer)
-        if self.config.init != "zero":
-            self.student.start_from_average(pool, pool.dilution() if self.config.init == "undiluted" else 1.0)
+        self.student = self._start()
         #: loss of every step, by name
         self.history: dict[str, list[float]] = {}
         #: steps that were left out because their loss or gradient was not to be trusted
@@ -103,6 +102,21 @@ class MetaLoraTrainer:
         self._unread: list[tuple[int, float, dict[str, torch.Tensor]]] = []
         self._watching: list[TrainerCallback] = []
         self._seconds = {"model": 0.0, "host": 0.0}
+
+    def _start(self) -> Student:
+        config, pool = self.config, self.pool
+        rank = config.rank * (2 if config.init in PRINCIPAL_STARTS else 1)
+        base = backbone_name(pool.backbone.name)
+        student = Student(pool.backbone, rank, base, config.seed, config.first_layer, config.peft_type)
+        if config.init in AVERAGES:
+            student.start_from_average(pool, pool.dilution() if config.init == "undiluted" else 1.0)
+        elif config.init in PRINCIPAL_STARTS:
+            shown = None
+            if config.init == "corda":
+                images = match_shards(pool, self.surrogate)
+                shown = images.read("pixels", torch.linspace(0, len(images) - 1, CORDA_IMAGES).long())
+            student.start_from_principal(config.init, pool, shown)
+        return student
 
     @property
     def host_share(self) -> float:
@@ -267,7 +281,12 @@ class MetaLoraTrainer:
         """Tokens that enter `first_layer`, written by the main process where processes share the folder."""
         config, state = self.config, self.accelerator
         parts = [config.init, config.rank, config.seed, config.first_layer, images.masked, state.mixed_precision]
-        parts += [self.pool.backbone.name, self.pool.backbone.revision, str(self.pool.backbone.dtype)]
+        parts += [
+            config.peft_type,
+            self.pool.backbone.name,
+            self.pool.backbone.revision,
+            str(self.pool.backbone.dtype),
+        ]
         parts += [[info.sha256 for info in self.pool.infos], images.checksums]
         path = folder / f"tokens-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}.npy"
         with state.autocast():

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError
 from ..storage import file_sha256
+from .codes import CODES_FILE, decode
 from .files import (
     CONFIG_FILE,
     HEAD,
@@ -26,10 +27,12 @@ from .files import (
     download,
     guess_generation,
     head_classes,
+    read_codes,
     read_config,
     read_header,
     read_labels,
     target_names,
+    weights_file,
 )
 from .keys import PEFT_PREFIX, rebuild_config, to_backbone_keys, without_training_only
 from .licenses import read_license
@@ -48,7 +51,7 @@ class AdapterInfo:
         name (`str`): repo id or folder name.
         path (`Path`): local folder (a snapshot for a repo) that holds the files.
         revision (`str`, *optional*): commit SHA, None for a plain local folder.
-        sha256 (`str`): of `adapter_model.safetensors`.
+        sha256 (`str`): of `file`.
         base_model (`str`, *optional*): what the adapter's config names as its base, with `base_revision`.
         peft_type (`str`): `"LORA"`, `"LOHA"`, ...
         rank (`int`, *optional*): the config's `r`; None for types without a rank. `alpha` likewise.
@@ -61,6 +64,9 @@ class AdapterInfo:
             where both do, as for most classes of CLIP and SigLIP.
         config (`dict`): parsed `adapter_config.json`.
         prompt (`str`, *optional*): what `labels` were put into, where the head was made of them.
+        file (`str`): what the tensors lie in, `adapter_model.safetensors` or, where they are coded,
+            `adapter_codes.safetensors`.
+        bits (`int`, *optional*): for each weight, where they are coded.
     """
 
     name: str
@@ -80,6 +86,8 @@ class AdapterInfo:
     generation: int | None
     config: dict[str, Any]
     prompt: str | None = None
+    file: str = WEIGHTS_FILE
+    bits: int | None = None
 
     @property
     def where(self) -> str:
@@ -194,7 +202,7 @@ def load_adapter(
             needs; the head is neither `hidden_size` nor twice that wide; or the config would change the base model.
     """
     shapes = read_header(info.path, info.where)
-    if (info.path / WEIGHTS_FILE).stat().st_size != info.size_bytes:
+    if (info.path / info.file).stat().st_size != info.size_bytes:
         raise _changed(info)
     head = _head_keys(info, shapes, model.config.hidden_size)
     try:
@@ -202,10 +210,10 @@ def load_adapter(
         names, converted = to_backbone_keys(used, model)
         peft_config = rebuild_config(info.config, names, model)
     except AdapterError as error:
-        raise AdapterError(f"{info.where}: {WEIGHTS_FILE}: {error}") from error
+        raise AdapterError(f"{info.where}: {info.file}: {error}") from error
     live_shapes = {names[key]: shapes[key] for key in names}
     saved = _check_against_model(info, peft_config, live_shapes, model, {} if expected is None else expected)
-    tensors = _read_tensors(info)  # only now: nothing of an absurd size gets this far
+    tensors = read_tensors(info)  # only now: nothing of an absurd size gets this far
     state_dict = {names[key]: tensors[key] for key in sorted(names)}
     heads = {part: tensors[key] for part, key in head.items()}
     _check_numbers(info, state_dict | {head[part]: tensor for part, tensor in heads.items()}, saved)
@@ -216,13 +224,14 @@ def load_adapter(
 
 def _describe(folder: Path, name: str, revision: str | None) -> AdapterInfo:
     where = f"{name}@{revision}" if revision else name
-    config, shapes = read_config(folder, where), read_header(folder, where)
+    config, file = read_config(folder, where), weights_file(folder)
+    bits, shapes = read_codes(folder, where) if file == CODES_FILE else (None, read_header(folder, where))
     num_classes = head_classes(shapes, where)
     return AdapterInfo(
         name=name,
         path=folder,
         revision=revision,
-        sha256=file_sha256(folder / WEIGHTS_FILE),
+        sha256=file_sha256(folder / file),
         base_model=config.get("base_model_name_or_path"),
         base_revision=config.get("revision"),
         peft_type=config["peft_type"],
@@ -230,29 +239,33 @@ def _describe(folder: Path, name: str, revision: str | None) -> AdapterInfo:
         alpha=config.get("lora_alpha", config.get("alpha")),
         targets=target_names(config, shapes),
         num_parameters=sum(count(shape) for shape in shapes.values()),
-        size_bytes=(folder / WEIGHTS_FILE).stat().st_size,
+        size_bytes=(folder / file).stat().st_size,
         num_classes=num_classes,
         labels=read_labels(folder, where, num_classes),
         generation=guess_generation(config, shapes),
         config=config,
+        file=file,
+        bits=bits,
     )
 
 
-def _read_tensors(info: AdapterInfo) -> dict[str, Tensor]:
-    """All tensors of the file, numbers as float32. Raises `AdapterError` where the file changed."""
-    where = f"{info.where}: {WEIGHTS_FILE}"
+def read_tensors(info: AdapterInfo) -> dict[str, Tensor]:
+    """All tensors of the file, decoded, numbers as float32. Raises `AdapterError` where the file changed."""
+    where = f"{info.where}: {info.file}"
     try:
-        data = (info.path / WEIGHTS_FILE).read_bytes()
+        data = (info.path / info.file).read_bytes()
         if hashlib.sha256(data).hexdigest() != info.sha256:
             raise _changed(info)
-        tensors = load(data)
-    except (OSError, SafetensorError) as error:
+        tensors = decode(data) if info.file == CODES_FILE else load(data)
+    except AdapterError:
+        raise
+    except (OSError, SafetensorError, ValueError) as error:
         raise AdapterError(f"{where} cannot be read ({error}).") from error
     return {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
 
 
 def _changed(info: AdapterInfo) -> AdapterError:
-    return AdapterError(f"{info.where}: {WEIGHTS_FILE} changed since it was pulled; pull it again.")
+    return AdapterError(f"{info.where}: {info.file} changed since it was pulled; pull it again.")
 
 
 def _head_keys(info: AdapterInfo, shapes: dict[str, tuple[int, ...]], hidden: int) -> dict[str, str]:
@@ -261,7 +274,7 @@ def _head_keys(info: AdapterInfo, shapes: dict[str, tuple[int, ...]], hidden: in
     width = shapes[head["weight"]][1] if "weight" in head else hidden
     if width not in (hidden, 2 * hidden):
         raise AdapterError(
-            f"{info.where}: {WEIGHTS_FILE}: {head['weight']} reads {width} features, but the model has "
+            f"{info.where}: {info.file}: {head['weight']} reads {width} features, but the model has "
             f"{hidden} (or {2 * hidden} with the mean of its patches). Was it made for another base model?"
         )
     return head
@@ -278,7 +291,7 @@ def _check_against_model(
 
     Returns what PEFT would save, on the meta device; `met` remembers it by config.
     """
-    where = f"{info.where}: {WEIGHTS_FILE}"
+    where = f"{info.where}: {info.file}"
     own = {PEFT_PREFIX + name for name, _ in model.named_parameters()} & shapes.keys()
     if own and info.peft_type != "LN_TUNING":  # only that type stores its tensors under the base's own names
         raise AdapterError(f"{where}: {min(own)} retrains a weight of the base model, which adapters here share.")
@@ -310,9 +323,9 @@ def _check_numbers(info: AdapterInfo, tensors: dict[str, Tensor], expected: dict
         floating = key not in expected or expected[key].is_floating_point()
         if tensor.is_complex() or tensor.is_floating_point() != floating:
             kind = "floating point" if floating else "whole numbers"
-            raise AdapterError(f"{info.where}: {WEIGHTS_FILE}: {key} must be {kind}, got {tensor.dtype}.")
+            raise AdapterError(f"{info.where}: {info.file}: {key} must be {kind}, got {tensor.dtype}.")
         if not torch.isfinite(tensor).all():
-            raise AdapterError(f"{info.where}: {WEIGHTS_FILE}: {key} holds NaN or infinity.")
+            raise AdapterError(f"{info.where}: {info.file}: {key} holds NaN or infinity.")
 
 
 def _expected_tensors(peft_config: PeftConfig, model: nn.Module) -> dict[str, Tensor]:

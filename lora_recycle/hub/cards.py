@@ -45,9 +45,10 @@ def meta_lora_card(
     name: str,
     base_model: str,
     base_revision: str | None,
-    rank: int,
+    rank: int | None,
     settings: dict[str, Any],
     picture: bool = False,
+    bits: int | None = None,
 ) -> str:
     """The README.md of a meta-LoRA.
 
@@ -57,6 +58,7 @@ def meta_lora_card(
             `num_classes` of a fitted task and, where it was judged, `results` (rows of
             `evaluation.protocol.summarise`).
         picture (`bool`): whether `PICTURE_FILE` lies beside it.
+        bits (`int`, *optional*): for each weight, where they are coded and so no plain PEFT adapter.
     """
     sources, results = settings.get("sources") or [], settings.get("results") or []
     distillation, inversion = settings.get("distillation"), settings.get("inversion")
@@ -78,6 +80,7 @@ def meta_lora_card(
         str(TEMPLATES / "meta_lora.md"),
         name=name,
         rank=rank,
+        bits=bits,
         base=base_model,
         base_revision=base_revision,
         version=(settings.get("versions") or {}).get("lora_recycle", "(unknown version)"),

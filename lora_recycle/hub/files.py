@@ -13,6 +13,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError, safe_open
 
 from ..errors import AdapterError
+from .codes import CODES_FILE, WEIGHTS_FILE, read_coded_header
 from .snapshots import fetch
 from .untrusted import (
     MAX_FILE_BYTES,
@@ -25,7 +26,6 @@ from .untrusted import (
 
 
 CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
 SIDECAR_FILE = "meta_lora_config.json"
 #: The grid of surrogate images beside a meta-LoRA's, or surrogate data's, card.
@@ -35,6 +35,7 @@ MAX_PICTURE_BYTES = 10 * 1024**2
 REPO_FILES = {
     CONFIG_FILE: MAX_TEXT_BYTES,
     WEIGHTS_FILE: MAX_FILE_BYTES,
+    CODES_FILE: MAX_FILE_BYTES,
     CARD_FILE: MAX_TEXT_BYTES,
     SIDECAR_FILE: MAX_TEXT_BYTES,
     PICTURE_FILE: MAX_PICTURE_BYTES,
@@ -99,18 +100,38 @@ def _check_type(peft_type: Any, where: str) -> None:
         raise AdapterError(f"{where}: adapters of type {peft_type} steer a text model, not an image encoder.")
 
 
+def weights_file(folder: Path) -> str:
+    """Name of the file that holds the adapter's tensors: the plain one, or codes where that alone is there."""
+    coded = (folder / CODES_FILE).exists() and not (folder / WEIGHTS_FILE).exists()
+    return CODES_FILE if coded else WEIGHTS_FILE
+
+
 def read_header(folder: Path, where: str) -> dict[str, tuple[int, ...]]:
-    """Shape of each tensor in `adapter_model.safetensors`, from its header alone.
+    """Shape of each tensor in `adapter_model.safetensors`, or of those that coded ones stand for, from the header.
 
     Raises:
         AdapterError: the file is missing, no regular file, only there as `.bin`, damaged, empty or of absurd size.
     """
+    if weights_file(folder) == CODES_FILE:
+        return read_codes(folder, where)[1]
     if not (folder / WEIGHTS_FILE).exists() and (folder / "adapter_model.bin").exists():
         raise AdapterError(
             f"{where}: only adapter_model.bin is there, and unpickling it could run any code. Convert it to "
             f"{WEIGHTS_FILE} where you trust it (PeftModel.save_pretrained does)."
         )
     return read_shapes(checked_file(folder, WEIGHTS_FILE, where), f"{where}: {WEIGHTS_FILE}")
+
+
+def read_codes(folder: Path, where: str) -> tuple[int, dict[str, tuple[int, ...]]]:
+    """Bits for a weight and tensor shapes of `adapter_codes.safetensors`. Raises `AdapterError` as `read_header`."""
+    path = checked_file(folder, CODES_FILE, where)
+    try:
+        with safe_open(path, framework="pt"):
+            return read_coded_header(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterError(
+            f"{where}: {CODES_FILE} is truncated or damaged, or unsafe: {error}. Fetch it again."
+        ) from error
 
 
 def read_shapes(path: Path, where: str) -> dict[str, tuple[int, ...]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,31 @@ def parse_json(text: str | bytes) -> Any:
 
 def read_safetensors_header(path: Path) -> dict[str, tuple[int, ...]]:
     """Shape of each tensor, from the header alone: names once, sizes positive and bounded, all inside the file."""
+    header = _safetensors_json(path)
+    shapes = {
+        key: checked_shape(key, entry.get("shape") if isinstance(entry, dict) else None)
+        for key, entry in header.items()
+        if key != "__metadata__"
+    }
+    if not shapes:
+        raise ValueError("it holds no tensors")
+    check_total(shapes.values())
+    return shapes
+
+
+def safetensors_metadata(path: Path) -> Any:
+    """What the header holds beside the tensors, None where that is nothing."""
+    return _safetensors_json(path).get("__metadata__")
+
+
+def check_total(shapes: Iterable[tuple[int, ...]]) -> None:
+    """Refuse tensors that would be too large together."""
+    total = sum(count(shape) for shape in shapes) * _BYTES_PER_NUMBER
+    if total > MAX_FILE_BYTES:
+        raise ValueError(f"its tensors would take {total} bytes as float32, more than {MAX_FILE_BYTES}")
+
+
+def _safetensors_json(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -58,13 +84,7 @@ def read_safetensors_header(path: Path) -> dict[str, tuple[int, ...]]:
         header = parse_json(file.read(length))
     if not isinstance(header, dict):
         raise ValueError(f"its header must be a JSON object, got a {type(header).__name__}")
-    shapes = {key: _shape(key, entry) for key, entry in header.items() if key != "__metadata__"}
-    if not shapes:
-        raise ValueError("it holds no tensors")
-    total = sum(count(shape) for shape in shapes.values()) * _BYTES_PER_NUMBER
-    if total > MAX_FILE_BYTES:
-        raise ValueError(f"its tensors would take {total} bytes as float32, more than {MAX_FILE_BYTES}")
-    return shapes
+    return header
 
 
 def count(shape: tuple[int, ...]) -> int:
@@ -120,8 +140,8 @@ def _finite(text: str) -> float:
     return value
 
 
-def _shape(key: str, entry: Any) -> tuple[int, ...]:
-    shape = entry.get("shape") if isinstance(entry, dict) else None
+def checked_shape(key: str, shape: Any) -> tuple[int, ...]:
+    """The shape that a header gives a tensor, where it is one of a size that may be."""
     if not isinstance(shape, list) or not all(type(size) is int for size in shape):
         raise ValueError(f"{key[:200]} has no shape of whole numbers")
     shape, least = tuple(shape), 0 if _MAY_BE_EMPTY.fullmatch(key) else 1

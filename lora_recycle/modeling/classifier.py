@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from .heads import FewShotHead
 from .support import support_set, without_failures
 from .task import FewShotTask, save_task
@@ -88,14 +88,27 @@ class FewShotClassifier:
         """
         return self._probabilities(self._fitted(), images, failures, progress)
 
-    def predict(self, images, *, failures: dict[int, str] | None = None) -> list[Any]:
+    def predict(self, images, *, failures: dict[int, str] | None = None, reject_below: float = 0.0) -> list[Any]:
         """The label of each image, as it was given to `fit`: the largest of `predict_proba`, the first one of equals.
 
         Args:
             failures: takes the images that cannot be read; their labels are None.
+            reject_below (`float`): an image whose best class has a lower probability gets None: it may belong to none
+                of the classes. Probabilities mean what they say as far as the head's temperature was fitted
+                ([`fit_head`]); docs/more.md has how well strangers are told.
+
+        Raises:
+            ConfigError: `reject_below` is no probability.
         """
+        if not 0 <= reject_below <= 1:
+            raise ConfigError(f"reject_below is a probability, from 0 to 1, got {reject_below}.")
         task = self._fitted()
-        return best_labels(task, self._probabilities(task, images, failures), failures)
+        probabilities = self._probabilities(task, images, failures)
+        labels = best_labels(task, probabilities, failures)
+        if not reject_below:
+            return labels
+        best = probabilities.amax(-1).tolist()
+        return [label if value >= reject_below else None for label, value in zip(labels, best, strict=True)]
 
     @torch.inference_mode()
     def _probabilities(self, task: FewShotTask, images, failures=None, progress: bool = False) -> torch.Tensor:

@@ -20,6 +20,7 @@ from ..backbones import Backbone
 from ..embedded import backbone_name, resolve_meta_lora
 from ..errors import AdapterError, DataError
 from ..hub.adapters import load_adapter, pull_adapter
+from ..hub.codes import store_weights
 from ..hub.files import CARD_FILE, PICTURE_FILE, SIDECAR_FILE
 from ..storage import atomic_write, replacing_files
 from ..task_tuning.base import TaskNetwork
@@ -271,8 +272,16 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
             raise DataError("A task belongs to another model. Make tasks with new_task() of the model that is asked.")
         return mixed_probabilities(tasks, self.embed(images, batch_size))
 
-    def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write a plain PEFT adapter with our sidecar, and the fitted task where there is one."""
+    def save_pretrained(self, save_directory: str | Path, *, bits: int | None = None) -> None:
+        """Write a plain PEFT adapter with our sidecar, and the fitted task where there is one.
+
+        Args:
+            bits (`int`, *optional*): for each weight. 16 (bfloat16) is a plain adapter too; 8, 4, 2 and 1 are codes
+                that only this library reads (`hub.codes`). By default weights are saved as they are.
+
+        Raises:
+            ConfigError: another number of bits.
+        """
         folder, task = Path(save_directory), self._task
         config = self.peft_model.peft_config["default"]
         config.base_model_name_or_path = backbone_name(config.base_model_name_or_path)
@@ -281,6 +290,7 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
             if (folder / CARD_FILE).is_file():
                 shutil.copyfile(folder / CARD_FILE, partial / CARD_FILE)  # PEFT only adds to a card that is there
             worn.save_pretrained(partial, safe_serialization=True)
+        store_weights(folder, bits)
         settings = {
             "head": self.head.name,
             "metric": self.settings.get("metric", "cosine"),
@@ -306,6 +316,7 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
         revision: str | None = None,
         commit_message: str | None = None,
         create_pr: bool = False,
+        bits: int | None = None,
     ) -> str:
         """Publish what `save_pretrained` writes, with a card, in one commit, and return the URL.
 
@@ -314,13 +325,14 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
             private (`bool`, *optional*): whether a new repo is.
             revision (`str`, *optional*): branch, made from main if it is new.
             create_pr (`bool`, *optional*, defaults to `False`): open a pull request and return its URL.
+            bits (`int`, *optional*): for each weight, as in `save_pretrained`.
 
         Raises:
             PushError: the base model is a local folder, or the push failed; then nothing of it is in the repo.
         """
         options = {"private": private, "token": token, "revision": revision, "create_pr": create_pr}
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
+            self.save_pretrained(folder, bits=bits)
             return push_adapter_folder(folder, repo_id, commit_message=commit_message, **options)
 
 

@@ -28,7 +28,7 @@ def save_meta_lora(model: MetaLoRAForFewShotClassification, folder: str | Path) 
     model.save_pretrained(folder)
     config = model.peft_model.peft_config["default"]
     base, picture = config.base_model_name_or_path, model.picture is not None
-    card = meta_lora_card(folder.name, base, config.revision, config.r, model.settings, picture)
+    card = meta_lora_card(folder.name, base, config.revision, getattr(config, "r", None), model.settings, picture)
     atomic_write(folder / "README.md", card.encode())
 
 

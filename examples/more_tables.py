@@ -1,0 +1,96 @@
+"""The tables of docs/more.md, from what small_files.py, adapter_types.py, fscil.py, rejection.py and
+choose_adapters.py wrote."""
+
+import json
+from pathlib import Path
+
+
+def more_tables(results: Path) -> dict[str, str]:
+    """Name of the table to its Markdown, for the result files that there are."""
+    makers = {
+        "small_files": small_files,
+        "adapter_types": adapter_types,
+        "fscil": fscil,
+        "rejection": rejection,
+        "choose_adapters": choose_adapters,
+    }
+    paths = {name: results / f"{name}.json" for name in makers}
+    return {name: makers[name](json.loads(path.read_text())) for name, path in paths.items() if path.exists()}
+
+
+def markdown(header: list[str], rows: list[list]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def small_files(found: dict) -> str:
+    rows = sorted(found["rows"], key=lambda row: -row["bits"])
+    whole, sets = rows[0]["bytes"], _sets(rows[0])
+    cells = [
+        [row["bits"], f"{row['bytes'] / 1e3:.0f} kB", f"{whole / row['bytes']:.1f}x", row["relative_error"]]
+        + [*_gains(row, sets), _mean(row)]
+        for row in rows
+    ]
+    return markdown(["bits", "file", "smaller", "error", *sets, "mean gain"], cells)
+
+
+def adapter_types(found: dict) -> str:
+    sets = _sets(found["rows"][0])
+    cells = [
+        [row["variant"], *_gains(row, sets), _mean(row), f"{row['learned']:,}", f"{row['stored']:,}"]
+        + [f"{row['seconds_a_step'] / found['rows'][0]['seconds_a_step']:.2f}"]
+        for row in found["rows"]
+    ]
+    return markdown(["type, start", *sets, "mean gain", "learned", "stored", "time of a step"], cells)
+
+
+def fscil(found: dict) -> str:
+    count = len(found["rows"][0]["sessions"])
+    header = ["method", "head", "base images", *map(str, range(count)), "average", "drop", "base, end", "new, end"]
+    cells = [
+        [row["method"], row["head"], row["base_images"], *(f"{value:.1f}" for value in row["sessions"])]
+        + [f"{row[name]:.2f} ± {row[f'{name}_ci95']:.2f}" for name in ("average", "drop")]
+        + [f"{row['base_at_the_end']:.1f}", f"{row['new_at_the_end']:.1f}"]
+        for row in found["rows"]
+    ]
+    return markdown(header, cells)
+
+
+def rejection(found: dict) -> str:
+    scores, temperatures = ("max_softmax", "max_cosine", "energy"), ("default", "surrogate", "validation")
+    header = ["data", "shots", "method", *(f"AUROC {score}" for score in scores), *(f"ECE {t}" for t in temperatures)]
+    rows = sorted(found["rows"], key=lambda row: (row["data"], row["shots"]))
+    cells = [
+        [row["data"], row["shots"], row["method"]]
+        + [f"{row['auroc'][score][0]:.1f} ± {row['auroc'][score][1]:.1f}" for score in scores]
+        + [f"{row['ece'][name]:.1f}" for name in temperatures]
+        for row in rows
+    ]
+    return markdown(header, cells)
+
+
+def choose_adapters(found: dict) -> str:
+    header = ["way to choose", *(f"{shots}-shot" for shots in (1, 5)), "share of the picks from the target's own set"]
+    cells = [
+        [row["way"], *(f"{row['gain'][str(k)][0]:+.2f} ± {row['gain'][str(k)][1]:.2f}" for k in (1, 5))]
+        + ["" if row["own_share"] is None else f"{100 * row['own_share']:.0f} %"]
+        for row in found["rows"]
+    ]
+    return markdown(header, cells)
+
+
+def _sets(row: dict) -> list[str]:
+    return list(dict.fromkeys(key.rsplit(" ", 1)[0] for key in row["gain_over_frozen"]))
+
+
+def _gains(row: dict, sets: list[str]) -> list[str]:
+    """1-shot / 5-shot."""
+    every = row["gain_over_frozen"]
+    return [
+        " / ".join(f"{every[f'{name} {k}'][0]:+.1f} ± {every[f'{name} {k}'][1]:.1f}" for k in (1, 5)) for name in sets
+    ]
+
+
+def _mean(row: dict) -> str:
+    gains = [gain for gain, _ in row["gain_over_frozen"].values()]
+    return f"{sum(gains) / len(gains):+.2f}"

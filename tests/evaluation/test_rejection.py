@@ -1,0 +1,70 @@
+"""Scores of strangers and calibration, by hand and on tasks that are easy."""
+
+import pytest
+import torch
+
+from lora_recycle.distillation.config import DistillationConfig
+from lora_recycle.distillation.trainer import MetaLoraTrainer
+from lora_recycle.errors import ConfigError
+from lora_recycle.evaluation.episodes import sample_episodes
+from lora_recycle.evaluation.rejection import (
+    OpenTask,
+    auroc,
+    expected_calibration_error,
+    fit_temperature,
+    known_scores,
+    open_tasks,
+)
+from lora_recycle.modeling.meta_lora import MetaLoRAForFewShotClassification
+
+
+def test_scores_by_hand():
+    logits = torch.tensor([[0.2, 0.1], [0.5, 0.5]])
+    assert known_scores(logits, "max_cosine", 0.1).tolist() == pytest.approx([0.2, 0.5])
+    e = 2.718281828
+    assert known_scores(logits, "max_softmax", 0.1).tolist() == pytest.approx([e / (e + 1), 0.5])
+    energy = [0.1 * torch.tensor([2.0, 1.0]).exp().sum().log().item(), 0.5 + 0.1 * 0.6931472]
+    assert known_scores(logits, "energy", 0.1).tolist() == pytest.approx(energy)
+    with pytest.raises(ConfigError, match="score must be one of"):
+        known_scores(logits, "margin", 0.1)
+
+
+def test_auroc_and_calibration_by_hand():
+    assert auroc(torch.tensor([3.0, 1.0]), torch.tensor([2.0, 1.0])) == pytest.approx(100 * (2 + 0.5) / 4)
+    confidence = torch.tensor([0.95, 0.95, 0.55, 0.55])
+    correct = torch.tensor([True, True, True, False])
+    assert expected_calibration_error(confidence, correct) == pytest.approx(100 * (0.1 + 0.1) / 4, abs=1e-3)
+    assert expected_calibration_error(torch.ones(3), torch.ones(3, dtype=torch.bool)) == 0
+
+
+def test_the_temperature_makes_frequencies_of_probabilities():
+    """Right in 3 of 4, with a lead of 0.2: sigmoid(0.2 / T) = 3 / 4."""
+    task = OpenTask(torch.tensor([[0.2, 0.0]] * 4), torch.tensor([0, 0, 0, 1]))
+    assert fit_temperature([task]) == pytest.approx(0.2 / torch.tensor(3.0).log().item(), rel=0.05)
+
+
+def test_strangers_of_other_colours_are_told(toy_data):
+    features = toy_data.pixels.float().mean((2, 3))
+    features = features - features.mean(0)
+    episodes = sample_episodes(toy_data.labels, 4, 2, 5, 8, seed=0)
+    tasks = open_tasks(features, episodes)
+    assert len(tasks) == 8 and tasks[0].logits.shape == (20, 2) and len(tasks[0].labels) == 10
+    right = [(task.logits[:10].argmax(1) == task.labels).float().mean() for task in tasks]
+    assert torch.stack(right).mean() > 0.95
+    told = [auroc(*(known_scores(task.logits, "max_cosine", 0.1).split(10))) for task in tasks]
+    assert sum(told) / len(told) > 75
+    with pytest.raises(ConfigError, match="even number of ways"):
+        open_tasks(features, sample_episodes(toy_data.labels, 5, 1, 1, 2, seed=0))
+
+
+def test_predict_says_none_below_a_probability(tiny_pool, toy_data):
+    student = MetaLoraTrainer(tiny_pool, None, DistillationConfig(steps=0, rank=4)).train(progress=False)
+    model = MetaLoRAForFewShotClassification.from_student(student)
+    model.fit(toy_data.pixels[::20][:4], ["a", "b", "c", "d"])
+    best = model.predict_proba(toy_data.pixels[::7]).max(1).values
+    limit = best.median().item()
+    said = model.predict(toy_data.pixels[::7], reject_below=limit)
+    assert [name is None for name in said] == (best < limit).tolist() and None in said
+    assert None not in model.predict(toy_data.pixels[::7])
+    with pytest.raises(ConfigError, match="from 0 to 1, got 50"):
+        model.predict(toy_data.pixels[:1], reject_below=50)
