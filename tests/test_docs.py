@@ -44,7 +44,7 @@ ELSEWHERE = {
     "app": "serves a page until it is stopped",
 }
 #: Pages that begin where others end: with surrogate/ and meta_lora/, made of adapters/.
-PREPARED = ("docs/app.md", "docs/pictures.md")
+PREPARED = ("docs/app.md", "docs/more.md", "docs/pictures.md")
 #: Pages that have a test of their own, which runs every block and looks at what comes out.
 TESTED = {
     "docs/hub.md": ("tests/hub/test_docs.py", "tests/commands/test_hub_commands.py"),

@@ -117,14 +117,22 @@ def test_names_of_the_card_serve_inversion_and_the_users_go_before(pool_path, tm
     assert given[0].info.labels == ("eagle", "emu", "kiwi")
 
 
-def test_shards_of_other_class_names_or_prompts_are_made_again(pool_path, tmp_path):
+def test_shards_of_other_class_names_or_prompts_are_of_another_recipe(pool_path, tmp_path):
     config, made = InversionConfig(iterations=1, images_per_class=1), []
-    options = [{"class_names": NAMES}, {"class_names": NAMES[::-1]}, {"class_names": NAMES, "prompt": "{}"}]
-    for option in [*options, options[-1]]:
-        pool = AdapterPool.from_pretrained(pool_path / "birds", **option)
+
+    def run(resume=True, **options):
+        pool = AdapterPool.from_pretrained(pool_path / "birds", **options)
         inverter = LoraInverter(pool, config)
-        inverter.run(tmp_path / "out", progress=False, on_shard=lambda name, _: made.append(name))
-    assert len(made) == 3
+        inverter.run(tmp_path / "out", progress=False, resume=resume, on_shard=lambda name, _: made.append(name))
+
+    run(class_names=NAMES)
+    for options in ({"class_names": NAMES[::-1]}, {"class_names": NAMES, "prompt": "{}"}):
+        with pytest.raises(ConfigError, match="holds surrogate data of another recipe"):
+            run(**options)
+    assert len(made) == 1
+    run(resume=False, **options)
+    run(**options)
+    assert len(made) == 2
     assert SurrogateDataset.from_pretrained(tmp_path / "out").shard(0).adapter["prompt"] == "{}"
 
 
