@@ -17,10 +17,11 @@ from transformers.utils import ModelOutput
 
 from ..backbones import Backbone
 from ..embedded import backbone_name, resolve_meta_lora
-from ..errors import AdapterError, ConfigError, DataError
+from ..errors import AdapterError, DataError
 from ..hub.adapters import load_adapter, pull_adapter
 from ..hub.codes import store_weights
 from ..hub.files import PICTURE_FILE, SIDECAR_FILE
+from ..prototypes import centre_logits
 from ..storage import atomic_write
 from ..version import __version__
 from ..weight_changes import wear_layers
@@ -212,29 +213,37 @@ class MetaLoRAForFewShotClassification(nn.Module):
         A transductive head (`model.head.transductive`) takes the N images as one query set: the answer for an image
         depends on the others, so images that belong together should come in one call.
         """
-        return self._probabilities(self._fitted(), images)
+        return self._probabilities(self._fitted(), self.embed(images))
 
-    def predict(self, images, *, reject_below: float = 0.0) -> list[Any]:
+    def predict(self, images, *, reject_below: float | None = None) -> list[Any]:
         """The label of each image, as it was given to `fit`. Transductive heads as in `predict_proba`.
 
         Args:
-            reject_below (`float`): an image whose best class has a lower probability gets None: it may belong to none
-                of the classes. Probabilities mean what they say as far as the head's temperature was fitted
-                ([`fit_head`]); docs/more.md has how well strangers are told.
-
-        Raises:
-            ConfigError: `reject_below` is no probability.
+            reject_below (`float`, *optional*): an image less similar than that to the nearest class centre (see
+                `similarity`) gets None: it may belong to none of the classes.
         """
-        if not 0 <= reject_below <= 1:
-            raise ConfigError(f"reject_below is a probability, from 0 to 1, got {reject_below}.")
-        task = self._fitted()
-        best = self._probabilities(task, images).max(-1)
-        named = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        return [task.label_names[i] if value >= reject_below else None for i, value in named]
+        task, features = self._fitted(), self.embed(images)
+        labels = [task.label_names[i] for i in self._probabilities(task, features).argmax(-1).tolist()]
+        if reject_below is None:
+            return labels
+        near = self._similarity(task, features).tolist()
+        return [label if value >= reject_below else None for label, value in zip(labels, near, strict=True)]
+
+    def similarity(self, images) -> torch.Tensor:
+        """Cosine of each image's embedding to that of the nearest class centre: (N,), float32 on the CPU.
+
+        It tells images of no class better than the probability does, which only says which class is nearer
+        (docs/more.md). What is low depends on backbone and task: look at it for images of your own.
+        """
+        return self._similarity(self._fitted(), self.embed(images))
+
+    def _similarity(self, task: FewShotTask, features: torch.Tensor) -> torch.Tensor:
+        centres = self.head.centres(task.statistics).to(features.device)
+        return centre_logits(features.float(), centres.float()).max(1).values.cpu()
 
     @torch.inference_mode()
-    def _probabilities(self, task: FewShotTask, images) -> torch.Tensor:
-        return task.logits(self.embed(images), self.head).float().softmax(-1).cpu()
+    def _probabilities(self, task: FewShotTask, features: torch.Tensor) -> torch.Tensor:
+        return task.logits(features, self.head).float().softmax(-1).cpu()
 
     @property
     def prototypes(self) -> torch.Tensor:
