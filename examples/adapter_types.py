@@ -23,6 +23,7 @@ from lora_recycle import (
     MetaLoraTrainer,
     SurrogateDataset,
 )
+from lora_recycle.distillation.config import PRINCIPAL_STARTS
 from lora_recycle.embedded import pool_path
 from lora_recycle.evaluation.episodes import sample_episodes
 from lora_recycle.evaluation.protocol import confidence
@@ -86,7 +87,8 @@ def try_variant(pool, surrogate, settings, folder, sets, episodes, frozen) -> di
         trainer.step(step)
     seconds = time.process_time() - started
     trainer.close()
-    learning = sum(p.numel() for p in trainer.student.trainable())
+    half = 2 if trainer.config.init in PRINCIPAL_STARTS else 1  # the other half of their rank stays as it is
+    learning = sum(p.numel() for p in trainer.student.trainable()) // half
     wrap_student(trainer).save_pretrained(folder)
     found = judge(MetaLoRAForFewShotClassification.from_pretrained(folder).backbone, sets, episodes)
     info = pull_adapter(folder)

@@ -70,7 +70,7 @@ def rejection(found: dict) -> str:
 
 
 def choose_adapters(found: dict) -> str:
-    header = ["way to choose", *(f"{shots}-shot" for shots in (1, 5)), "share of the picks from the target's own set"]
+    header = ["way to choose", *(f"{shots}-shot" for shots in (1, 5)), "picks of the target's own adapters"]
     cells = [
         [row["way"], *(f"{row['gain'][str(k)][0]:+.2f} ± {row['gain'][str(k)][1]:.2f}" for k in (1, 5))]
         + ["" if row["own_share"] is None else f"{100 * row['own_share']:.0f} %"]

@@ -14,7 +14,6 @@ checkpoint. Of omniglot_small's training split this reads 33 characters that the
 import argparse
 import dataclasses
 import hashlib
-import json
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from lora_recycle import AdapterPool, Backbone, DistillationConfig, MetaLoRAForFewShotClassification
-from lora_recycle.distillation.checkpoints import load_checkpoint, save_checkpoint
+from lora_recycle.distillation.checkpoints import Checkpoints
 from lora_recycle.distillation.student import Student
 from lora_recycle.distillation.trainer import learning_rate
 from lora_recycle.embedded import backbone_name, pool_path
@@ -58,7 +57,7 @@ def train(
     backbone: Backbone,
     sets: list[LabelledImages],
     config: DistillationConfig,
-    checkpoint: Path,
+    work: Path,
     pool: AdapterPool | None = None,
     flip: bool = True,
     progress: bool = True,
@@ -73,8 +72,8 @@ def train(
     parameters = student.trainable()
     optimizer = torch.optim.Adam(parameters, lr=config.lr)
     sums = [hashlib.sha256(data.pixels.numpy()).hexdigest() for data in sets]
-    identity = hashlib.sha256(json.dumps([config.to_dict(), sums, flip], sort_keys=True).encode()).hexdigest()
-    start, history = load_checkpoint(checkpoint, parameters, optimizer, identity) if checkpoint.exists() else (0, {})
+    checkpoints = Checkpoints(work, {"config": config.to_dict(), "data": sums, "flip": flip})
+    start, history = checkpoints.load(parameters, optimizer)
     by_class = [data.by_class() for data in sets]
     for step in tqdm(range(start, config.steps), initial=start, total=config.steps, disable=not progress):
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
@@ -91,7 +90,7 @@ def train(
         optimizer.step()
         history.setdefault("prototype", []).append(loss.item())
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
-            save_checkpoint(checkpoint, parameters, optimizer, step + 1, identity, history)
+            checkpoints.save(parameters, optimizer, step + 1, history)
     return student
 
 
@@ -120,7 +119,7 @@ def main() -> None:
     size, resample = backbone.image_size, int(backbone.processor.resample)
     sets = [load_labelled_images(path, size, resample, args.max_per_class, "train", config.seed) for path in args.data]
     work = args.work or args.output.with_name(f"{args.output.name}-work")
-    student = train(backbone, sets, config, work / "checkpoint.safetensors", pool, flip=not args.no_flip)
+    student = train(backbone, sets, config, work, pool, flip=not args.no_flip)
     settings = {"real_data": [data.name for data in sets], "meta_training": config.to_dict()}
     model = MetaLoRAForFewShotClassification.from_student(student, {"metric": config.metric, **settings})
     model.save_pretrained(args.output)

@@ -4,7 +4,7 @@
 
 Tasks of 5 ways whose queries are half from 5 other classes; 600 episodes, seed 0, 15 queries a class, at most 20
 images of each class; class centres by cosine. Calibration (ECE) is of the queries that belong to a class.
-Temperatures: 0.1, the default; `surrogate`, what `fit_head` learns on surrogate episodes, without real images;
+Temperatures: 0.1, the default; `surrogate`, what `fit_head` learns on surrogate episodes of 1 shot;
 `validation`, learned on episodes of validation classes, which shows what is to be had. The surrogate
 images are those of docs/embedded.md.
 """
@@ -57,10 +57,9 @@ def main() -> None:
     with pool.folded() as averaged:
         features["average"] = embed(averaged, sets)
     features["meta-lora"] = embed(model.backbone, sets)
-    surrogate, rows = SurrogateDataset.from_pretrained(args.surrogate), []
+    fitted, rows = fit_head(model, SurrogateDataset.from_pretrained(args.surrogate)).temperature, []
     for shots in (1, 5):
         drawn = {key: sample_episodes(data.labels, 10, shots, 15, args.episodes, 0) for key, data in sets.items()}
-        fitted = fit_head(model, surrogate, shots=shots).temperature
         for method, found in features.items():
             seen = [task for name in TEST for task in open_tasks(found[name, "validation"], drawn[name, "validation"])]
             temperatures = {"default": DEFAULT, "surrogate": fitted, "validation": fit_temperature(seen)}

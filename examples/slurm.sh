@@ -11,7 +11,8 @@ set -euo pipefail
 
 # one task a node starts accelerate, which starts a process for each GPU
 gpus=${SLURM_GPUS_ON_NODE:?request GPUs, as in --gpus-per-node 4}
-main=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+main=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+main=${main%%$'\n'*}
 port=$((20000 + SLURM_JOB_ID % 10000))
 
 export MAIN="$main" PORT="$port" GPUS="$gpus" PROCESSES=$((SLURM_NNODES * gpus))

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
         _tell(failures)
     elif not model.label_names:
         raise DataError(f"{args.model} was saved without a task: show examples with --support FOLDER.")
-    probabilities = model.predict_proba(paths, failures=failures, progress=not args.quiet)
+    probabilities = model.predict_proba(paths, failures=failures, progress=not args.quiet and len(paths) > 64)
     _tell(failures)
     if failures and len(failures) == len(paths):
         raise DataError(f"None of the {len(paths)} images can be read.")

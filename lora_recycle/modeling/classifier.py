@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..errors import ConfigError, DataError
+from ..errors import DataError
+from ..prototypes import centre_logits
 from .heads import FewShotHead
 from .support import support_set, without_failures
 from .task import FewShotTask, save_task
@@ -86,54 +87,73 @@ class FewShotClassifier:
         Args:
             failures: takes the images that cannot be read; their rows are NaN.
         """
-        return self._probabilities(self._fitted(), images, failures, progress)
+        task = self._fitted()
+        return self._probabilities(task, self._seen(images, failures, progress), failures)
 
-    def predict(self, images, *, failures: dict[int, str] | None = None, reject_below: float = 0.0) -> list[Any]:
+    def predict(
+        self, images, *, failures: dict[int, str] | None = None, reject_below: float | None = None
+    ) -> list[Any]:
         """The label of each image, as it was given to `fit`: the largest of `predict_proba`, the first one of equals.
 
         Args:
             failures: takes the images that cannot be read; their labels are None.
-            reject_below (`float`): an image whose best class has a lower probability gets None: it may belong to none
-                of the classes. Probabilities mean what they say as far as the head's temperature was fitted
-                ([`fit_head`]); docs/more.md has how well strangers are told.
-
-        Raises:
-            ConfigError: `reject_below` is no probability.
+            reject_below (`float`, *optional*): an image less similar than that to the nearest class centre (see
+                `similarity`) gets None: it may belong to none of the classes.
         """
-        if not 0 <= reject_below <= 1:
-            raise ConfigError(f"reject_below is a probability, from 0 to 1, got {reject_below}.")
-        task = self._fitted()
-        probabilities = self._probabilities(task, images, failures)
-        labels = best_labels(task, probabilities, failures)
-        if not reject_below:
+        task, features = self._fitted(), self._seen(images, failures)
+        labels = best_labels(task, self._probabilities(task, features, failures), failures)
+        if reject_below is None:
             return labels
-        best = probabilities.amax(-1).tolist()
-        return [label if value >= reject_below else None for label, value in zip(labels, best, strict=True)]
+        near = _with_failures(self._similarity(task, features), failures).tolist()
+        return [label if value >= reject_below else None for label, value in zip(labels, near, strict=True)]
+
+    def similarity(self, images, *, failures: dict[int, str] | None = None) -> torch.Tensor:
+        """Cosine of each image's embedding to that of the nearest class centre: (N,), float32 on the CPU.
+
+        It tells images of no class better than the probability does, which only says which class is nearer
+        (docs/more.md). What is low depends on backbone and task: look at it for images of your own.
+
+        Args:
+            failures: takes the images that cannot be read; their values are NaN.
+        """
+        task = self._fitted()
+        return _with_failures(self._similarity(task, self._seen(images, failures)), failures)
 
     @torch.inference_mode()
-    def _probabilities(self, task: FewShotTask, images, failures=None, progress: bool = False) -> torch.Tensor:
+    def _similarity(self, task: FewShotTask, features: torch.Tensor) -> torch.Tensor:
+        centres = self.head.centres(task.statistics).to(features.device)
+        return centre_logits(features.float(), centres.float()).amax(1).cpu()
+
+    @torch.inference_mode()
+    def _probabilities(self, task: FewShotTask, features: torch.Tensor, failures=None) -> torch.Tensor:
+        if not len(features):  # all of them failed
+            return torch.full((len(failures or ()), len(task.label_names)), torch.nan)
+        return _with_failures(probabilities_of(task, features, self.head), failures)
+
+    def _seen(self, images, failures: dict[int, str] | None, progress: bool = False) -> torch.Tensor:
+        """Embeddings of the images that can be read."""
         if failures is not None:
             failures.clear()  # of an earlier call
-        features = self.embed(images, failures=failures, progress=progress)
-        if not failures:
-            return probabilities_of(task, features, self.head)
-        every = torch.full((len(features) + len(failures), len(task.label_names)), torch.nan)
-        if len(features):
-            read = [number for number in range(len(every)) if number not in failures]
-            every[read] = probabilities_of(task, features, self.head)
-        return every
+        return self.embed(images, failures=failures, progress=progress)
 
     def _embedded(self, images, names: list[Any], failures: dict[int, str] | None):
         """Embeddings of the images that can be read, float32, and their labels."""
-        if failures is not None:
-            failures.clear()  # of an earlier call
-        features = self.embed(images, failures=failures)
+        features = self._seen(images, failures)
         return features.float(), without_failures(names, failures or {})
 
     def _fitted(self) -> FewShotTask:
         if self._task is None:
             raise DataError("This model has no task yet. Call fit(images, labels) first.")
         return self._task
+
+
+def _with_failures(values: torch.Tensor, failures: dict[int, str] | None) -> torch.Tensor:
+    """(N, ...) of the images that could be read, with NaN in the places of the others."""
+    if not failures:
+        return values
+    every = values.new_full((len(values) + len(failures), *values.shape[1:]), torch.nan)
+    every[[number for number in range(len(every)) if number not in failures]] = values
+    return every
 
 
 def probabilities_of(task: FewShotTask, features: torch.Tensor, head: FewShotHead) -> torch.Tensor:

@@ -165,7 +165,12 @@ def test_bash_completes_verbs_flags_and_choices(tmp_path, capsys):
     assert end.value.code == 0
     (tmp_path / "completion").write_text(capsys.readouterr().out)
     done = subprocess.run(["bash", "-c", COMPLETE], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["invert", "--images-per-class", "average zero", "inspect invert"]
+    assert done.stdout.splitlines() == [
+        "invert",
+        "--images-per-class",
+        "undiluted average zero pissa olora corda",
+        "inspect invert",
+    ]
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])

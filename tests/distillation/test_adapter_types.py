@@ -54,7 +54,7 @@ def test_a_dora_from_the_average_is_the_average(tiny_pool):
 
 @torch.no_grad()
 def test_a_shira_from_the_average_holds_its_largest_entries(tiny_pool):
-    student = trainer_of(tiny_pool, None, steps=0, peft_type="SHIRA").student
+    student = trainer_of(tiny_pool, None, steps=0, peft_type="SHIRA", init="average").student
     layer = student.backbone.model.get_submodule("layers.0.mlp.fc1")
     b, a = tiny_pool.average()["layers.0.mlp.fc1"]
     delta, rows = b @ a, layer.shira_indices["default"].long()

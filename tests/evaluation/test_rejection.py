@@ -57,14 +57,15 @@ def test_strangers_of_other_colours_are_told(toy_data):
         open_tasks(features, sample_episodes(toy_data.labels, 5, 1, 1, 2, seed=0))
 
 
-def test_predict_says_none_below_a_probability(tiny_pool, toy_data):
+@pytest.mark.parametrize("head", ["class_centres", "lda", "logistic_regression"])
+def test_predict_says_none_for_what_is_like_no_class(head, tiny_pool, toy_data):
     student = MetaLoraTrainer(tiny_pool, None, DistillationConfig(steps=0, rank=4)).train(progress=False)
-    model = MetaLoRAForFewShotClassification.from_student(student)
+    model = MetaLoRAForFewShotClassification.from_student(student, {"head": head})
     model.fit(toy_data.pixels[::20][:4], ["a", "b", "c", "d"])
-    best = model.predict_proba(toy_data.pixels[::7]).max(1).values
-    limit = best.median().item()
-    said = model.predict(toy_data.pixels[::7], reject_below=limit)
-    assert [name is None for name in said] == (best < limit).tolist() and None in said
-    assert None not in model.predict(toy_data.pixels[::7])
-    with pytest.raises(ConfigError, match="from 0 to 1, got 50"):
-        model.predict(toy_data.pixels[:1], reject_below=50)
+    near, features = model.similarity(toy_data.pixels[::7]), model.embed(toy_data.pixels[::7])
+    cosine = torch.cosine_similarity(features[:, None], model.embed(toy_data.pixels[::20][:4])[None], dim=-1)
+    torch.testing.assert_close(near, cosine.max(1).values, rtol=1e-4, atol=1e-5)
+    limit = near.median().item()
+    said, labels = model.predict(toy_data.pixels[::7], reject_below=limit), model.predict(toy_data.pixels[::7])
+    assert None in said and None not in labels
+    assert said == [label if value >= limit else None for label, value in zip(labels, near.tolist(), strict=True)]

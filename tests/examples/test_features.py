@@ -13,8 +13,8 @@ from helpers_hub import publish
 from lora_recycle.commands.arguments import SECTIONS, build_config
 from lora_recycle.commands.main import build_parser
 from lora_recycle.distillation.config import DistillationConfig
-from lora_recycle.pictures import to_picture
 from lora_recycle.inversion.config import InversionConfig
+from lora_recycle.pictures import to_picture
 from lora_recycle.tuning_config import TuningConfig
 
 

@@ -33,22 +33,22 @@ def sets(toy_data):
 def test_it_learns_and_goes_on_where_it_was_killed(reference, sets, tmp_path, monkeypatch):
     config, options = DistillationConfig(**{**reference.DEFAULTS, **CONFIG}), {"progress": False}
     history = []
-    save = reference.save_checkpoint
-    monkeypatch.setattr(reference, "save_checkpoint", lambda *a: history.append(list(a[5]["prototype"])) or save(*a))
-    whole = reference.train(tiny_backbone(), sets, config, tmp_path / "whole.safetensors", **options)
+    save = reference.Checkpoints.save
+    monkeypatch.setattr(reference.Checkpoints, "save", lambda *a: history.append(list(a[4]["prototype"])) or save(*a))
+    whole = reference.train(tiny_backbone(), sets, config, tmp_path / "whole", **options)
     noisy = history[-1][::2]  # every other step is of the first set
     assert len(history[-1]) == 30 and sum(noisy[-5:]) < sum(noisy[:5])
 
-    def killed(path, parameters, optimizer, step, *rest):
-        save(path, parameters, optimizer, step, *rest)
+    def killed(self, parameters, optimizer, step, *rest):
+        save(self, parameters, optimizer, step, *rest)
         if step == 20:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(reference, "save_checkpoint", killed)
+    monkeypatch.setattr(reference.Checkpoints, "save", killed)
     with pytest.raises(KeyboardInterrupt):
-        reference.train(tiny_backbone(), sets, config, tmp_path / "part.safetensors", **options)
-    monkeypatch.setattr(reference, "save_checkpoint", save)
-    part = reference.train(tiny_backbone(), sets, config, tmp_path / "part.safetensors", **options)
+        reference.train(tiny_backbone(), sets, config, tmp_path / "part", **options)
+    monkeypatch.setattr(reference.Checkpoints, "save", save)
+    part = reference.train(tiny_backbone(), sets, config, tmp_path / "part", **options)
     assert all(torch.equal(a, b) for a, b in zip(whole.trainable(), part.trainable(), strict=True))
 
 
