@@ -143,7 +143,8 @@ def test_quiet_leaves_nothing_but_results(work, evaluate_arguments, tmp_path, ru
         for quiet in ([], ["--quiet"]):
             code, out, err = run(verb, *arguments, *quiet)
             assert code == 0 and out and out == answers.setdefault(verb, out)
-            assert err == "" if quiet else err.splitlines()[-1].startswith("Next: lora-recycle ")
+            told = verb == "invert" and "not sure of the images" in err  # one iteration is too few, and that is said
+            assert (told or err == "") if quiet else err.splitlines()[-1].startswith("Next: lora-recycle ")
 
 
 COMPLETE = """\

@@ -79,7 +79,7 @@ def test_half_of_a_pissa_stays_what_it_takes_out_of_the_weights(tiny_pool, tiny_
 
 def test_what_does_not_go_together_is_refused(tiny_pool):
     for kind in set(PEFT_TYPES) - set(STARTS_FROM_AVERAGE):
-        with pytest.raises(ConfigError, match=f"{kind} cannot start from the average"):
+        with pytest.raises(ConfigError, match=f"{kind} cannot start from an average"):
             DistillationConfig(peft_type=kind)
     with pytest.raises(ConfigError, match="pissa is for peft_type LORA, got DORA"):
         DistillationConfig(peft_type="DORA", init="pissa")

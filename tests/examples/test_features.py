@@ -120,5 +120,7 @@ def test_the_commands_of_a_recipe_build_the_settings_that_it_states(recipe, monk
 def test_every_example_is_listed_and_has_its_command_on_top():
     told = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     for path in sorted(EXAMPLES.glob("*.py")):
-        assert f"`{path.name}`" in told and f"python examples/{path.name}" in path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
+        runs = f"python examples/{path.name}" in text or "__main__" not in text  # others are parts of one that runs
+        assert f"`{path.name}`" in told and runs
     assert all(f"`{path.name}`" in told for path in EXAMPLES.glob("*.ipynb"))
