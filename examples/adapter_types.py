@@ -34,9 +34,9 @@ from lora_recycle.storage import atomic_write
 
 #: name: what differs from a LoRA that starts from the average
 VARIANTS = {
-    "LoRA, average": {},
-    "DoRA, average": {"peft_type": "DORA"},
-    "SHiRA, average": {"peft_type": "SHIRA"},
+    "LoRA, average": {"init": "average"},
+    "DoRA, average": {"peft_type": "DORA", "init": "average"},
+    "SHiRA, average": {"peft_type": "SHIRA", "init": "average"},
     "LoRA, zero": {"init": "zero"},
     "LoRA, PiSSA": {"init": "pissa"},
     "LoRA, OLoRA": {"init": "olora"},

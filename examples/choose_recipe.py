@@ -28,7 +28,7 @@ from lora_recycle.storage import atomic_write
 
 
 BASE_INVERT = {"images_per_class": 2, "max_classes": 8, "iterations": 20}
-BASE_DISTILL = {"steps": 60, "relational_batch": 64}
+BASE_DISTILL = {"steps": 60, "relational_batch": 64, "init": "average"}
 NATURAL = "tiny_imagenet_32/train.parquet"
 MIX = {"dead-leaves": 0.5, "fractal": 0.25, "strokes": 0.25}
 

@@ -99,7 +99,8 @@ def attempt(stage: Stage, folder: Path, resume: bool, kill: Kill | None) -> tupl
         code, seconds = process.wait(), time.monotonic() - started
         told.seek(0)
         words = told.read()
-    killed = kill is not None and code == EXIT_CODES[kill.signal]
+    # the second code: the process was done, and no longer minded the signal
+    killed = kill is not None and code in (EXIT_CODES[kill.signal], -getattr(signal, f"SIG{kill.signal}"))
     if code != 0 and not killed or "Traceback" in words:
         raise SystemExit(f"{stage.name} ended with {code}:\n{words[-3000:]}")
     return killed, seconds

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from .errors import StorageError
 #: Why a file cannot be written that is no fault of the program: space, rights, limits.
 _REFUSALS = ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EEXIST")
 _REFUSED = {getattr(errno, name) for name in _REFUSALS if hasattr(errno, name)}
-#: A folder of what is being written; the number is the writer's process.
+#: A folder of what is being written; the numbers are the writer's process and thread.
 _PARTIAL = re.compile(r"\..+\.\d+\.partial")
 
 
@@ -38,7 +39,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     with _partial_folder(path) as partial:
         yield partial / path.name
-        _flush(partial / path.name)
+        _finish(partial / path.name)
         os.replace(partial / path.name, path)
 
 
@@ -49,7 +50,7 @@ def replacing_files(folder: Path) -> Iterator[Path]:
         yield partial
         written = sorted(partial.iterdir())
         for path in written:
-            _flush(path)
+            _finish(path)
         for path in written:
             os.replace(path, folder / path.name)
 
@@ -58,7 +59,7 @@ def replacing_files(folder: Path) -> Iterator[Path]:
 def _partial_folder(path: Path) -> Iterator[Path]:
     """A folder beside `path`, gone at the end: safetensors writes to a name of its own first, which belongs there."""
     with refusals_explained(path):
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
         partial.mkdir(parents=True, exist_ok=True)
         try:
             yield partial
@@ -93,9 +94,11 @@ def _error_number(error: Exception) -> int | None:
     return getattr(error, "errno", None) or (int(found[1]) if found else None)
 
 
-def _flush(path: Path) -> None:
+def _finish(path: Path) -> None:
+    """Bytes to the disk; and who may read the folder may read the file, which safetensors makes for its owner alone."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def atomic_write(path: Path, data: bytes) -> None:

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 pytestmark = pytest.mark.slow
 
 LAUNCHED = Path(__file__).with_name("launched.py")
-INVERT = ["--images-per-class", "6", "--iterations", "5", "--keep-ratio", "0.5", "--jitter", "0", "--quiet"]
-DISTILL = ["--steps", "6", "--rank", "4", "--relational-batch", "16", "--checkpoint-every", "3", "--quiet"]
+INVERT = ["--images-per-class", "6", "--iterations", "5", "--keep-ratio", "0.5", "--jitter", "0"]
+DISTILL = ["--steps", "6", "--rank", "4", "--relational-batch", "16", "--checkpoint-every", "3"]
 DISTILL += ["--ways", "3", "--queries", "3", "--episodes", "2", "--kl-weight", "1", "--interpolation-weight", "1"]
 DISTILL += ["--gradient-accumulation-steps", "2", "--max-grad-norm", "0.5"]
 

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -192,3 +193,21 @@ def test_a_read_only_folder_is_told_at_once(tmp_path):
             pass
     with pytest.raises(StorageError, match="cannot be written"):
         atomic_write(folder / "file", b"x")
+
+
+def test_files_may_be_read_by_who_may_read_their_folder(tmp_path):
+    before = os.umask(0o022)
+    try:
+        atomic_save_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(2)}, "{}")
+        atomic_write(tmp_path / "b", b"b")
+    finally:
+        os.umask(before)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("a.safetensors", "b")] == [0o644, 0o644]
+
+
+def test_threads_that_write_one_file_leave_one_whole(tmp_path):
+    path = tmp_path / "file"
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda i: atomic_write(path, bytes([i]) * 100_000), range(64)))
+    assert len(set(path.read_bytes())) == 1 and len(path.read_bytes()) == 100_000
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

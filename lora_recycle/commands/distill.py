@@ -85,7 +85,8 @@ def run(args: argparse.Namespace) -> None:
     save_meta_lora(model, args.output)
     if trainer.history:
         report = write_training_report(Path(args.output) / "report.html", trainer, model.settings, args.output)
-        note(f"Report: {report}")
+        if not args.quiet:
+            note(f"Report: {report}")
     rows = [(name, round(values[0], 4), round(values[-1], 4)) for name, values in trainer.history.items()]
     print(
         table(("loss", "first step", "last step"), rows) if rows else f"{args.output}: the initialisation, untrained"

@@ -80,5 +80,6 @@ def run(args: argparse.Namespace) -> None:
             f"Their own heads are not sure of the images of {len(low)} adapters: {', '.join(low)}. More --iterations "
             f"help; `distill --min-confidence {LOW_CONFIDENCE}` leaves them out."
         )
-    note(f"See them: lora-recycle inspect {shlex.quote(args.output)} --images")
+    if not args.quiet:
+        note(f"See them: lora-recycle inspect {shlex.quote(args.output)} --images")
     hint(f"lora-recycle distill {shlex.join(args.pool)} --surrogate {shlex.quote(args.output)} --output meta_lora")

@@ -143,7 +143,9 @@ def _surrogate_usage(name: str) -> str:
 
 def _origin(distillation: dict[str, Any], inversion: dict[str, Any] | None) -> str:
     average = "the average of their weight changes, cut to its rank"
-    start = f"It started from {average}" if distillation["init"] == "average" else "It started from zero"
+    starts = {"average": average, "undiluted": f"{average} and scaled to the full strength of their largest group"}
+    starts["zero"] = "zero"
+    start = f"It started from {starts.get(distillation['init'], 'directions of the weights by ' + distillation['init'])}"
     if not distillation["steps"] or not inversion:
         return f"{start}, and was not trained."
     images = ", ".join(name for name, share in inversion["starts"].items() if share > 0)

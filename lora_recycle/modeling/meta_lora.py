@@ -219,7 +219,8 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
         threads must not predict meanwhile.
 
         Args:
-            images, labels: as for `fit`.
+            images: as for `fit`.
+            labels: as for `fit`.
             config ([`TaskTuningConfig`], *optional*): how; by default `modeling.tuning_task.default_config`.
 
         Raises:
