@@ -2,7 +2,7 @@
 
     python examples/write_tables.py
 
-Reads `docs/results/*.json`, as `lora-recycle evaluate --json` and the scripts choose_recipe.py, choose_tuning.py,
+Reads `docs/benchmarks/**/results.json` of `lora-recycle benchmark` and `docs/results/*.json`, as `lora-recycle evaluate --json` and the scripts choose_recipe.py, choose_tuning.py,
 benchmark.py, scale.py and efficiency.py write them, and replaces what stands between `<!-- NAME -->` and
 `<!-- /NAME -->` in README.md and docs/*.md.
 """
@@ -18,22 +18,25 @@ from speed.report import markdown
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
+BENCHMARKS = ROOT / "docs" / "benchmarks"
+HOME = ("cifar_fs", "mini_imagenet", "vgg_flower", "omniglot_small")
+RIVALS = ("frozen", "undiluted", "group-sum", "nearest-group", "ties", "dare", "knots", "magnitude", "arrow")
 METHODS = ("frozen", "frozen-centred", "random", "average", "meta-lora", "ensemble")
 
 
-def evaluation_table(names: list[str], methods: tuple[str, ...] = METHODS) -> str:
+def evaluation_table(rows: list[dict], methods: tuple[str, ...] = METHODS) -> str:
     """One line a data set and shot, one column a method: the accuracy of `frozen`, differences for the others."""
     lines = ["| data | shots | " + " | ".join(methods) + " |", "|---|---|" + "---|" * len(methods)]
-    for name in names:
-        path = RESULTS / f"{name}.json"
-        if not path.exists():
-            continue
-        rows = json.loads(path.read_text())["rows"]
-        for shots in sorted({row["shots"] for row in rows}):
-            found = {row["method"]: row for row in rows if row["shots"] == shots}
+    for data in dict.fromkeys(row["data"] for row in rows):
+        for shots in sorted({row["shots"] for row in rows if row["data"] == data}):
+            found = {row["method"]: row for row in rows if (row["data"], row["shots"]) == (data, shots)}
             cells = [cell(found[method]) if method in found else "" for method in methods]
-            lines.append(f"| {rows[0]['data']} | {shots} | " + " | ".join(cells) + " |")
+            lines.append(f"| {data} | {shots} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def rows_of(*paths: Path) -> list[dict]:
+    return [row for path in paths if path.exists() for row in json.loads(path.read_text())["rows"]]
 
 
 def cell(row: dict) -> str:
@@ -112,12 +115,17 @@ def scale_table() -> str:
 
 
 def main() -> None:
-    home = ["cifar_fs", "mini_imagenet", "vgg_flower", "omniglot_small"]
+    judged, chosen = rows_of(BENCHMARKS / "results.json"), rows_of(BENCHMARKS / "validation" / "results.json")
+    home = [row for row in judged if row["data"].split("/")[0] in HOME]
+    frozen = rows_of(*(RESULTS / f"frozen_{name}.json" for name in FROZEN_SETS))
+    starts = ("frozen", "average", "undiluted", "undiluted-16", "distilled", "group-sum", "nearest-group")
     tables = {
         "results": evaluation_table(home, ("frozen", "average", "meta-lora")),
-        "test": evaluation_table(home),
-        "backbone": evaluation_table([f"frozen_{name}" for name in FROZEN_SETS], ("frozen", "frozen-centred")),
-        "demo": evaluation_table(["demo_digits"]),
+        "test": evaluation_table(judged),
+        "rivals": evaluation_table(judged, RIVALS),
+        "validation": evaluation_table(chosen, starts),
+        "backbone": evaluation_table(frozen, ("frozen", "frozen-centred")),
+        "demo": evaluation_table(rows_of(RESULTS / "demo_digits.json")),
         "choice": choice_table() if (RESULTS / "choice.json").exists() else "",
         "pool": pool_table(),
         "tuning": tuning_table() if (RESULTS / "tuning.json").exists() else "",
