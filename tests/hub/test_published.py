@@ -51,7 +51,7 @@ def test_no_path_of_this_machine_is_pushed_with_a_meta_lora(hub, model, tmp_path
 def test_no_path_of_this_machine_is_pushed_with_surrogate_data(hub, tiny_surrogate, tmp_path):
     shutil.copytree(tiny_surrogate.folder, tmp_path / "s")
     manifest = json.loads((tmp_path / "s" / "manifest.json").read_text())
-    manifest["config"] |= {"start_images": str(tmp_path / "photos"), "hard_reference": "../older"}
+    manifest["config"] = manifest["config"] | {"start_images": str(tmp_path / "photos"), "hard_reference": "../older"}
     (tmp_path / "s" / "manifest.json").write_text(json.dumps(manifest))
     assert mentions({"name": manifest["backbone"]["name"].encode()})
     SurrogateDataset.from_pretrained(tmp_path / "s").push_to_hub("org/s")
