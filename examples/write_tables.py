@@ -2,9 +2,9 @@
 
     python examples/write_tables.py
 
-Reads `docs/benchmarks/**/results.json` of `lora-recycle benchmark` and `docs/results/*.json`, as `lora-recycle evaluate --json` and the scripts choose_recipe.py, choose_tuning.py,
-benchmark.py, scale.py and efficiency.py write them, and replaces what stands between `<!-- NAME -->` and
-`<!-- /NAME -->` in README.md and docs/*.md.
+Reads `docs/benchmarks/**/results.json` of `lora-recycle benchmark` and `docs/results/*.json`, as `lora-recycle
+evaluate --json` and the scripts choose_recipe.py, choose_tuning.py, benchmark.py, scale.py and efficiency.py write
+them, and replaces what stands between `<!-- NAME -->` and `<!-- /NAME -->` in README.md and docs/*.md.
 """
 
 import json

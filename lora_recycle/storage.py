@@ -95,7 +95,7 @@ def _error_number(error: Exception) -> int | None:
 
 
 def _finish(path: Path) -> None:
-    """Bytes to the disk; and who may read the folder may read the file, which safetensors makes for its owner alone."""
+    """Bytes to the disk. Who may read the folder may read the file too: safetensors makes it for its owner alone."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
     path.chmod(path.parent.stat().st_mode & 0o666)

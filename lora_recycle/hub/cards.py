@@ -145,7 +145,8 @@ def _origin(distillation: dict[str, Any], inversion: dict[str, Any] | None) -> s
     average = "the average of their weight changes, cut to its rank"
     starts = {"average": average, "undiluted": f"{average} and scaled to the full strength of their largest group"}
     starts["zero"] = "zero"
-    start = f"It started from {starts.get(distillation['init'], 'directions of the weights by ' + distillation['init'])}"
+    init = distillation["init"]
+    start = f"It started from {starts.get(init, f'directions of the weights by {init}')}"
     if not distillation["steps"] or not inversion:
         return f"{start}, and was not trained."
     images = ", ".join(name for name, share in inversion["starts"].items() if share > 0)

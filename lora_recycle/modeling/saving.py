@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def _settings(trainer: MetaLoraTrainer) -> dict[str, Any]:
             "sha256": tensors_sha256(backbone.model.state_dict()),
         },
         "distillation": trainer.config.to_dict(),
-        "inversion": manifest.get("config"),
+        "inversion": copy.deepcopy(manifest.get("config")),
         "inversion_precision": manifest.get("precision"),
         "inversion_data_sha256": manifest.get("data_sha256"),
         "metric": trainer.config.metric,
