@@ -1,6 +1,7 @@
 """The harness itself, on real processes; and that it would notice a difference."""
 
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -20,11 +21,13 @@ def kill_harness(monkeypatch):
 
 @pytest.mark.slow
 def test_killed_runs_end_as_undisturbed_ones():
-    command = [sys.executable, EXAMPLES / "kill_harness.py", "--quick", "--kills", "3", "--signals", "KILL", "TERM"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, EXAMPLES / "kill_harness.py", "--quick", "--kills", "2", "--signals", "KILL", "TERM"]
+    # whose lines count is tested elsewhere; to count them here takes minutes
+    uncounted = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
+    done = subprocess.run(command, capture_output=True, text=True, env=uncounted)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == "3 kills, 3 resumes, 0 differences"
-    assert len(re.findall(r"^kill \d: (invert|distill) after [\d.]+ s of work$", done.stdout, re.MULTILINE)) == 3
+    assert done.stdout.splitlines()[-1] == "2 kills, 2 resumes, 0 differences"
+    assert len(re.findall(r"^kill \d: (invert|distill) after [\d.]+ s of work$", done.stdout, re.MULTILINE)) == 2
 
 
 def test_what_counts_as_a_difference(kill_harness, tmp_path):
