@@ -115,7 +115,7 @@ def _wait_for_moment(process: subprocess.Popen, output: Path, kill: Kill) -> Non
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """What a run is for: shards, manifest, meta-LoRA. Checkpoints, locks and pages, which name their folder, are not."""
+    """What a run is for: shards, manifest, meta-LoRA; not checkpoints, locks and pages, which name their folder."""
     paths = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
     paths = [path for path in paths if path.suffix != ".html"]
     names = {path.relative_to(folder).as_posix(): path for path in paths if "work" not in path.parts}
