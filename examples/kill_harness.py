@@ -116,9 +116,9 @@ def _wait_for_moment(process: subprocess.Popen, output: Path, kill: Kill) -> Non
 
 def content(folder: Path) -> dict[str, bytes]:
     """What a run is for: shards, manifest, meta-LoRA; not checkpoints, locks and pages, which name their folder."""
-    paths = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
-    paths = [path for path in paths if path.suffix != ".html"]
-    names = {path.relative_to(folder).as_posix(): path for path in paths if "work" not in path.parts}
+    paths = [path for path in folder.rglob("*") if path.is_file() and "work" not in path.parts]
+    kept = [path for path in paths if not path.name.startswith(".") and path.suffix != ".html"]
+    names = {path.relative_to(folder).as_posix(): path for path in kept}
     return {name: path.read_bytes() for name, path in names.items()}
 
 

@@ -62,6 +62,7 @@ class AdapterPool:
             raise AdapterError("A pool needs at least one adapter.")
         self.backbone, self.skipped, self._members = backbone, list(skipped), list(adapters)
         self._last: tuple[object, Adapter] | None = None
+        self._similarity: torch.Tensor | None = None
 
     @classmethod
     def from_pretrained(
@@ -210,9 +211,12 @@ class AdapterPool:
     def similarity(self) -> torch.Tensor:
         """Cosine between the adapters' weight changes, mean over the layers that both change: (T, T).
 
-        Layers that only one of the two changes say nothing about how alike they are.
+        Layers that only one of the two changes say nothing about how alike they are. Computed once, as starts,
+        teachers and the methods that go by groups all ask.
         """
-        return similarity_of_changes(self, len(self))
+        if self._similarity is None:
+            self._similarity = similarity_of_changes(self, len(self))
+        return self._similarity
 
     def groups(self, max_groups: int = 8) -> list[list[int]]:
         """Adapters that belong together by the similarity of their weight changes, see [`average_linkage_groups`]."""

@@ -1,5 +1,6 @@
 """Tiny backbones, images and adapters with planted weights, never downloaded."""
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -110,3 +111,15 @@ def same_weights(one: torch.nn.Module, state: dict[str, torch.Tensor]) -> bool:
 
 def copied_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+@dataclasses.dataclass
+class ListedShard:
+    """What is needed of [`ShardRows`]: labels of images that nobody looks at."""
+
+    adapter: dict
+    labels: torch.Tensor
+    tensors: tuple = ()
+
+    def __len__(self):
+        return len(self.labels)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from helpers_tiny import ListedShard
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -68,18 +69,6 @@ def test_more_evaluation_episodes_begin_with_the_same_ones(sizes, numbers, seed)
     for one, other in zip(few, many, strict=False):
         for field in dataclasses.fields(one):
             assert torch.equal(getattr(one, field.name), getattr(other, field.name))
-
-
-@dataclasses.dataclass
-class ListedShard:
-    """What is needed of [`ShardRows`]: labels of images that nobody looks at."""
-
-    adapter: dict
-    labels: torch.Tensor
-    tensors: tuple = ()
-
-    def __len__(self):
-        return len(self.labels)
 
 
 #: Adapters, each with the number of images of its classes, whose names repeat among adapters

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 from pathlib import Path
 
 from ..errors import ConfigError
@@ -68,10 +67,11 @@ def run(args: argparse.Namespace) -> None:
 def _write(name: str, recipe, cells, notes: list[str], output: Path) -> None:
     from ..evaluation.page import benchmark_page
     from ..evaluation.summary import markdown, rows_and_details
+    from ..provenance import versions
     from ..storage import atomic_write
 
     rows, details = rows_and_details(cells)
-    about = {"recipe": recipe.to_dict(), "notes": notes, "versions": _versions()}
+    about = {"recipe": recipe.to_dict(), "notes": notes, "versions": versions()}
     values = {"rows": rows, "details": details, **about}
     atomic_write(output / "results.json", (json.dumps(values, indent=1) + "\n").encode())
     atomic_write(output / "results.md", markdown(rows, details).encode())
@@ -90,15 +90,3 @@ def _write(name: str, recipe, cells, notes: list[str], output: Path) -> None:
     ]
     print(table(header, shown))
     note(f"Wrote {', '.join(str(output / file) for file in ('results.json', 'results.md', 'index.html'))}.")
-
-
-def _versions() -> dict[str, str]:
-    import peft
-    import torch
-    import transformers
-
-    from ..version import __version__
-
-    modules = {"torch": torch, "transformers": transformers, "peft": peft}
-    found = {name: str(module.__version__) for name, module in modules.items()}
-    return {"lora_recycle": __version__, **found, "python": platform.python_version()}

@@ -81,11 +81,3 @@ def data_checksum(data: LabelledImages) -> str:
     digest.update(data.labels.contiguous().numpy())
     digest.update(json.dumps(data.label_names).encode())
     return digest.hexdigest()
-
-
-def weights_checksum(module: torch.nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -6,48 +6,22 @@ import json
 import math
 from collections.abc import Sequence
 from html import escape
-from string import Template
 from typing import Any
 
+from ..pages.page import page, table
 from .summary import shown_name
 
 
-_PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>$title</title>
-<style>
-:root { color-scheme: light dark; --ink: #1d2329; --soft: #57606a; --line: #d0d7de; --page: #fff; --panel: #f6f8fa; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9da7b1; --line: #3d444d; --page: #0d1117;
-  --panel: #161b22; } }
-body { margin: 0 auto; max-width: 76rem; padding: 1rem; background: var(--page); color: var(--ink);
-  font: 1rem/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; } p { color: var(--soft); max-width: 50rem; }
+#: Beside the style of every page; the last column of the tables is text too.
+_STYLE = """body { max-width: 76rem; } p { max-width: 50rem; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1rem; }
-figure { margin: 0; background: var(--panel); border: 1px solid var(--line); border-radius: 6px; padding: .6rem; }
-figcaption { font-weight: 600; }
-svg { display: block; width: 100%; height: auto; } svg text { fill: var(--ink); font: 12px system-ui, sans-serif; }
+figure { background: var(--panel); border: 1px solid var(--line); border-radius: 6px; padding: .6rem; }
+figcaption { font-size: 1rem; font-weight: 600; }
 .grid { stroke: var(--line); } .zero { stroke: var(--ink); stroke-dasharray: 4 3; }
 .whisker { stroke: var(--ink); stroke-width: 1.5; }
-.mark { stroke: var(--ink); stroke-width: 1.5; fill: var(--page); } .mark.full { fill: var(--ink); }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-caption { text-align: left; color: var(--soft); }
-th, td { padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child, th:last-child, td:last-child { text-align: left; }
-pre { background: var(--panel); border: 1px solid var(--line); border-radius: 6px; padding: .8rem; overflow-x: auto; }
-</style>
-</head>
-<body>
-<main>
-<h1>$title</h1>
-$body
-</main>
-</body>
-</html>
-""")
+.mark { stroke: var(--ink); fill: var(--page); } .mark.full { fill: var(--ink); }
+th:last-child, td:last-child { text-align: left; }
+"""
 
 _KEY = (
     "Paired differences to class centres on the frozen backbone, in points of accuracy; lines are 95% intervals. "
@@ -72,12 +46,12 @@ def benchmark_page(
     plots = "\n".join(_plot(task, group) for task, group in groups.items())
     tables = "\n".join(_table(task, group) for task, group in groups.items())
     notes = "".join(f"<p>{escape(note)}</p>" for note in about.get("notes", ()))
-    body = (
-        f'<section>\n<h2>At a glance</h2>\n<p>{escape(_KEY)}</p>\n<div class="plots">\n{plots}\n</div>\n</section>\n'
-        f"<section>\n<h2>Numbers</h2>\n{tables}\n{notes}</section>\n"
-        f"<section>\n<h2>Settings</h2>\n<pre>{escape(json.dumps(about, indent=1, default=str))}</pre>\n</section>"
-    )
-    return _PAGE.substitute(title=escape(title), body=body)
+    sections = [
+        ("At a glance", f'<p>{escape(_KEY)}</p>\n<div class="plots">\n{plots}\n</div>'),
+        ("Numbers", f"{tables}\n{notes}"),
+        ("Settings", f"<pre>{escape(json.dumps(about, indent=1, default=str))}</pre>"),
+    ]
+    return page(title, sections, _STYLE)
 
 
 def _heading(task: tuple[str, int, int]) -> str:
@@ -134,18 +108,12 @@ def _step(span: float) -> float:
 
 def _table(task: tuple[str, int, int], group: Sequence[tuple[dict, dict]]) -> str:
     header = ("method", "episodes", "accuracy", "vs frozen", "vs average", "vs best rival", "s/task", "MB", "pool")
-    lines = []
+    rows = []
     for row, detail in group:
         cells = [shown_name(detail), row["episodes"], f"{row['accuracy']:.2f} ± {row['ci95']:.2f}"]
         cells.append(f"{row['delta_vs_frozen']:+.2f} ± {row['delta_ci95']:.2f}")
         for rival in ("average", "best_rival"):
             cells.append(f"{detail[f'delta_vs_{rival}']:+.2f} ± {detail[f'delta_vs_{rival}_ci95']:.2f}")
-        cells += [f"{detail['seconds_per_task']:g}", f"{detail['peak_memory_mb']:g}", detail["pool"]]
-        lines.append("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in cells) + "</tr>")
-    names = "".join(f'<th scope="col">{name}</th>' for name in header)
+        rows.append([*cells, f"{detail['seconds_per_task']:g}", f"{detail['peak_memory_mb']:g}", detail["pool"]])
     best = ", ".join(dict.fromkeys(detail["best_rival"] for _, detail in group))
-    return (
-        f'<div class="scroll"><table><caption>{escape(_heading(task))}, per cent; best rival: {escape(best)}</caption>'
-        f"<thead><tr>{names}</tr></thead>"
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
-    )
+    return table(f"{_heading(task)}, per cent; best rival: {best}", header, rows)

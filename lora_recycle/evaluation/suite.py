@@ -18,7 +18,8 @@ from ..hub.sources import one_id
 from ..images import LabelledImages, load_labelled_images
 from ..modeling.meta_lora import MetaLoRAForFewShotClassification
 from ..pool import AdapterPool
-from .cells import Cell, data_checksum, identity, weights_checksum
+from ..storage import tensors_sha256
+from .cells import Cell, data_checksum, identity
 from .episodes import EpisodeSet, sample_episodes
 from .judge import POOLLESS, Judge
 from .recipe import TUNED, BenchmarkRecipe, DataSpec, PoolSpec
@@ -159,7 +160,7 @@ class Benchmark:
         for method, source in spec.meta_loras.items():
             models[method], sums[method] = self._load_model(source, pool, spec)
         adapter_sums = [info.sha256 for info in pool.infos]
-        return LoadedPool(pool, models, weights_checksum(pool.backbone), adapter_sums, sums)
+        return LoadedPool(pool, models, tensors_sha256(pool.backbone.state_dict()), adapter_sums, sums)
 
     def _load_model(self, source: str, pool: AdapterPool, spec: PoolSpec) -> tuple:
         path, revision = one_id(source)

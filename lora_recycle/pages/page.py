@@ -56,13 +56,10 @@ pre { background: var(--panel); border: 1px solid var(--line); border-radius: 6p
   .images { grid-template-columns: repeat(auto-fill, minmax(28mm, 1fr)); }
   .images img { print-color-adjust: exact; }
 }
-</style>
+$style</style>
 </head>
 <body>
-<svg class="patterns" aria-hidden="true"><defs><pattern id="hatched" width="6" height="6"
- patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><rect class="ground" width="6" height="6"/>
-<path class="hatch" d="M0 0V6"/></pattern></defs></svg>
-<main>
+$patterns<main>
 <h1>$title</h1>
 $sections
 </main>
@@ -70,15 +67,28 @@ $sections
 </html>
 """)
 
+#: what `.bar.best` is filled with, once in a page
+_PATTERNS = """<svg class="patterns" aria-hidden="true"><defs><pattern id="hatched" width="6" height="6"
+ patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><rect class="ground" width="6" height="6"/>
+<path class="hatch" d="M0 0V6"/></pattern></defs></svg>
+"""
 
-def write_page(path: str | Path, title: str, sections: Sequence[tuple[str, str]]) -> Path:
-    """Write a page atomically and return its path.
+
+def page(title: str, sections: Sequence[tuple[str, str]], style: str = "", patterns: str = "") -> str:
+    """A page as HTML.
 
     Args:
         sections: headings and HTML, both ready for the page; sections without content are left out.
+        style: CSS of this page alone, which comes after that of all.
+        patterns: SVG that others of the page refer to.
     """
     body = "\n".join(f"<section>\n<h2>{head}</h2>\n{content}\n</section>" for head, content in sections if content)
-    atomic_write(Path(path), _PAGE.substitute(title=escape(title), sections=body).encode())
+    return _PAGE.substitute(title=escape(title), sections=body, style=style, patterns=patterns)
+
+
+def write_page(path: str | Path, title: str, sections: Sequence[tuple[str, str]]) -> Path:
+    """Write a page whose charts may hatch, atomically, and return its path."""
+    atomic_write(Path(path), page(title, sections, patterns=_PATTERNS).encode())
     return Path(path)
 
 

@@ -1,25 +1,12 @@
 """Episodes of surrogate images: one source or mixed, never the same thing twice."""
 
-import dataclasses
-
 import pytest
 import torch
+from helpers_tiny import ListedShard
 
 from lora_recycle.distillation.episodes import EpisodeSampler, class_identities
 from lora_recycle.distillation.images import SurrogateImages
 from lora_recycle.errors import DataError
-
-
-@dataclasses.dataclass
-class ListedShard:
-    """What is needed of [`ShardRows`]: labels of images that nobody looks at."""
-
-    adapter: dict
-    labels: torch.Tensor
-    tensors: tuple = ()
-
-    def __len__(self):
-        return len(self.labels)
 
 
 def shard(name, labels, num_classes=3, each=4):

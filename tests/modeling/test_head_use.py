@@ -9,21 +9,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lora_recycle import fit_head
-from lora_recycle.distillation.config import DistillationConfig
-from lora_recycle.distillation.trainer import MetaLoraTrainer
 from lora_recycle.errors import AdapterError, ConfigError, DataError
 from lora_recycle.modeling.heads import HEADS, make_head
 from lora_recycle.modeling.meta_lora import MetaLoRAForFewShotClassification
 from lora_recycle.modeling.pipeline import FewShotImageClassificationPipeline
 from lora_recycle.modeling.task import load_task
-
-
-@pytest.fixture(scope="module")
-def folder(tiny_pool, tmp_path_factory):
-    student = MetaLoraTrainer(tiny_pool, None, DistillationConfig(steps=0, rank=4)).train(progress=False)
-    path = tmp_path_factory.mktemp("meta")
-    MetaLoRAForFewShotClassification.from_student(student).save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")

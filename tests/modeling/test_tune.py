@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers_tiny import random_pixels
 
-from lora_recycle import DistillationConfig, MetaLoRAForFewShotClassification, MetaLoraTrainer, TaskTuningConfig
+from lora_recycle import MetaLoRAForFewShotClassification, TaskTuningConfig
 from lora_recycle.errors import ConfigError, DataError
 from lora_recycle.modeling.tuning_task import MetaLoraTuning, default_config
 from lora_recycle.task_tuning import tuning_methods
@@ -15,14 +15,6 @@ from lora_recycle.task_tuning import tuning_methods
 
 NAMES = ["ant", "ant", "bee", "bee", "cow", "cow"]
 CONFIG = TaskTuningConfig(steps=6, lr=5e-3, head_lr=0.05, last_layers=1)
-
-
-@pytest.fixture(scope="module")
-def folder(tiny_pool, tmp_path_factory):
-    student = MetaLoraTrainer(tiny_pool, None, DistillationConfig(steps=0, rank=4)).train(progress=False)
-    path = tmp_path_factory.mktemp("meta")
-    MetaLoRAForFewShotClassification.from_student(student).save_pretrained(path)
-    return path
 
 
 @pytest.fixture
