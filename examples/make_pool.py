@@ -153,7 +153,10 @@ def main() -> None:
             path = args.data / name / "train.parquet"
             data = {name: load_labelled_images(path, backbone.image_size, int(backbone.processor.resample))}
         common, own = PLAN[name]
-        settings = {**common, **(own[i] if i < len(own) else {"rank": FURTHER_RANKS[i % len(FURTHER_RANKS)]})}
+        settings = {
+            **common,
+            **(own[i] if i < len(own) else {"rank": FURTHER_RANKS[i % len(FURTHER_RANKS)], "keep_ratio": 0.5}),
+        }
         legacy = settings.pop("legacy", False)
         config = TuningConfig(**settings)
         seed = 100 * config.seed + i

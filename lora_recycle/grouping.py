@@ -15,7 +15,7 @@ from .weight_changes import Adapter
 #: Numbers of one block of factors (or of changes), about: 16 MB. Blocks are what is in memory at a time.
 BLOCK_NUMBERS = 2**22
 #: Rows of one block of factors; the products of two blocks are (ROWS, ROWS).
-BLOCK_ROWS = 1024
+BLOCK_ROWS = 512
 
 
 def similarity_of_changes(adapters: Iterable[Adapter], count: int) -> torch.Tensor:
@@ -115,12 +115,12 @@ def average_linkage_groups(similarity: torch.Tensor, max_groups: int = 8) -> lis
     all stay one group.
     """
     from scipy.cluster.hierarchy import fcluster, linkage
-    from scipy.spatial.distance import squareform
 
     if len(similarity) < 3:
         return [list(range(len(similarity)))]
-    distance = (1 - similarity).clamp_min_(0).fill_diagonal_(0)
-    tree = linkage(squareform(distance.numpy(), checks=False), method="average")
+    # each pair once: whole matrices in double precision would be most of the memory that many adapters take
+    pairs = torch.cat([1 - similarity[i, i + 1 :] for i in range(len(similarity))])
+    tree = linkage(pairs.clamp_min_(0).numpy(), method="average")
     merged_at = (1 - torch.tensor(tree[:, 2])).clamp_min(1e-4)  # similarity of each merge, falling
     top = merged_at[-(max_groups + 1) :]
     ratio = top[:-1] / top[1:]
