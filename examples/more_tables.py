@@ -1,18 +1,20 @@
-"""The tables of docs/more.md, from what small_files.py, adapter_types.py, fscil.py, rejection.py and
-choose_adapters.py wrote."""
+"""Tables of the documentation, from what small_files.py, adapter_types.py, fscil.py, rejection.py, choose_adapters.py,
+group_weights.py and choose_without_images.py wrote."""
 
 import json
 from pathlib import Path
 
 
 def more_tables(results: Path) -> dict[str, str]:
-    """Name of the table to its Markdown, for the result files that there are."""
+    """Name of the table, and of its file, to its Markdown, for the result files that there are."""
     makers = {
         "small_files": small_files,
         "adapter_types": adapter_types,
         "fscil": fscil,
         "rejection": rejection,
         "choose_adapters": choose_adapters,
+        "group_weights": group_weights,
+        "figures": figures,
     }
     paths = {name: results / f"{name}.json" for name in makers}
     return {name: makers[name](json.loads(path.read_text())) for name, path in paths.items() if path.exists()}
@@ -21,6 +23,30 @@ def more_tables(results: Path) -> dict[str, str]:
 def markdown(header: list[str], rows: list[list]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def group_weights(found: dict) -> str:
+    tasks = list(found["rows"][0]["tasks"])
+    sets = list(dict.fromkeys(task.rpartition(" ")[0] for task in tasks))
+    rows = []
+    for row in found["rows"][1:]:
+        cut = f", cut to rank {row['rank']}" if row["rank"] else ""
+        cells = [row["name"].partition(",")[0] + cut, " / ".join(f"{factor:.2g}" for factor in row["factors"])]
+        for name in sets:
+            gains = [row["tasks"][f"{name} {shots}"]["frozen"] for shots in (1, 5)]
+            cells.append(" / ".join(f"{mean:+.1f} ± {half:.1f}" for mean, half in gains))
+        rows.append(cells)
+    return markdown(["merge", " / ".join(found["groups"]), *sets], rows)
+
+
+def figures(found: dict) -> str:
+    rows = [
+        [name, f"{row['rank correlation']:+.2f}", f"{row['and were']} of {row['said to be better than the start']}"]
+        + [f"{row['their mean gain']:+.2f}", f"{row['chosen of all']['run']}: {row['chosen of all']['gain']:+.2f}"]
+        for name, row in found["figures"].items()
+    ]
+    header = ["figure", "rank correlation", "better, of those it calls better", "their mean gain", "its choice of all"]
+    return markdown(header, rows)
 
 
 def small_files(found: dict) -> str:

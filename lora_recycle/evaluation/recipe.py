@@ -45,6 +45,7 @@ class PoolSpec(RecipeConfig):
     adapters: tuple[str, ...] = field(("demo",), "sources of adapters, as of --pool elsewhere")
     names: str = field("*", "only adapters of names that match this pattern, as in cifar_fs-*")
     data: tuple[str, ...] = field((), "only data sets of paths that match one of these patterns; all by default")
+    methods: tuple[str, ...] = field((), "only these of the recipe's methods, with frozen and average; all by default")
     meta_loras: dict[str, str] = field({}, "method name to folder or repo id of a meta-LoRA")
     base_model: str | None = field(None, "folder or repo id of the base; by default what adapters name")
 
@@ -126,6 +127,9 @@ class BenchmarkRecipe:
         if taken:
             raise ConfigError(f"{where}: a meta-LoRA cannot be called {sorted(taken)[0]!r}, that is a method.")
         known = rivals | tuned | set(CENTRES) | self.meta_loras | {name + TUNED for name in self.meta_loras}
+        for name, pool in self.pools.items():
+            if more := sorted(set(pool.methods) - {"frozen", "average", *self.episodes.methods}):
+                raise ConfigError(f"{where}: pools: {name}: {more[0]!r} is not among the recipe's methods.")
         for method in self.episodes.methods:
             base, plus, head = method.partition(" + ")
             if not (base in bases and head in HEADS if plus else method in known):

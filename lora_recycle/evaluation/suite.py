@@ -89,10 +89,10 @@ class Benchmark:
 
     def _count(self) -> int:
         pairs = [(d, p) for d in self.recipe.data for p in self.recipe.pools.values() if p.judged_on(d)]
-        return len(pairs) * len(self._methods()) * len(self.recipe.episodes.shots)
+        return sum(len(self._methods(pool)) for _, pool in pairs) * len(self.recipe.episodes.shots)
 
-    def _methods(self) -> list[str]:
-        return list(dict.fromkeys(["frozen", "average", *self.recipe.episodes.methods]))
+    def _methods(self, pool: PoolSpec) -> list[str]:
+        return list(dict.fromkeys(["frozen", "average", *(pool.methods or self.recipe.episodes.methods)]))
 
     def _groups(self, spec: DataSpec, loaded: dict[str, LoadedPool]) -> Iterator[tuple[Judge, str, list[Cell]]]:
         """Each method on one data set: the judge, the method, and a cell for each number of shots."""
@@ -106,7 +106,7 @@ class Benchmark:
             own = loaded[name]
             options = {"tuning": self.recipe.tuning, "tuning_episodes": numbers.tuning_episodes, "seed": numbers.seed}
             judge = Judge(data, episodes, own.pool, own.models, **options)
-            for method in self._methods():
+            for method in self._methods(self.recipe.pools[name]):
                 base = method.partition(" + ")[0]
                 poolless = method in POOLLESS or base == "frozen"
                 meta = base if base in own.models else base.removesuffix(TUNED)

@@ -133,6 +133,10 @@ def test_further_pools_are_named_and_take_their_own_adapters(work, values, tmp_p
     assert [cell.label for cell in cells] == ["frozen", "average", "meta-lora", "average @ half"]
     whole, half = (next(c for c in cells if c.label == label) for label in ("average", "average @ half"))
     assert len(whole.identity["adapters"]) == 4 and len(half.identity["adapters"]) == 2
+    fewer = {**changed["pools"], "half": {**own, "methods": ["average"]}}
+    more = {**values, **changed, "methods": ["average", "meta-lora", "undiluted"], "tuning": {}, "pools": fewer}
+    cells = Benchmark(BenchmarkRecipe.from_dict(more), tmp_path, work).run(progress=False)
+    assert [cell.label for cell in cells] == ["frozen", "average", "meta-lora", "undiluted", "average @ half"]
     none = {**changed["pools"], "half": {**own, "names": "cifar*"}}
     with pytest.raises(ConfigError, match="pools: half: no adapter has a name like 'cifar\\*'; there are adapter-0"):
         Benchmark(BenchmarkRecipe.from_dict({**values, "pools": none}), tmp_path, work).run(progress=False)
@@ -164,6 +168,7 @@ def test_recipes_that_are_wrong(values):
         "'frozen-centred' does not tune": {"tuning": {"frozen-centred": {}}},
         "unknown key 'stepz'": {"tuning": {"linear-probe": {"stepz": 3}}},
         "cannot be called 'ties'": {"pools": {"a": {"meta_loras": {"ties": "x"}}}},
+        "pools: a: 'ties' is not among the recipe's methods": {"pools": {"a": {"methods": ["ties"]}}},
         "expected a mapping of settings, got 3": {"pools": {"a": 3}},
         "max_per_class must be at least 1": {"data": [{"path": "x", "max_per_class": 0}]},
     }

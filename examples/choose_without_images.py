@@ -1,0 +1,178 @@
+"""Can a figure that needs no real images tell which meta-LoRA is better? Many distillations, several figures of each.
+
+    lora-recycle invert demo --recipe examples/recipe.yaml --output runs/surrogate             # 10 minutes
+    python examples/choose_without_images.py --data DATA --surrogate runs/surrogate --work runs/figures \
+        --json docs/results/figures.json                                                       # half an hour
+
+Every fourth adapter of each group of the embedded pool, with its surrogate images, is kept from all runs. `RUNS`
+distils the others with one setting after the other; after a third of the steps and at the end the student is judged
+twice: by `FIGURES` on the images of the adapters that taught nothing, and by real images of validation classes. All
+are differences to the run's own start, which took seconds. DATA holds `<set>/<split>.parquet`; no test class is read.
+Two shells share the runs with `--part 0 2` and `--part 1 2`; finished runs are kept in the work folder, and the JSON
+appears when the last one is done.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from choose_recipe import judge, validation_sets
+from scipy.stats import spearmanr
+
+from lora_recycle import AdapterPool, DistillationConfig, MetaLoraTrainer
+from lora_recycle.backbones import extract_features
+from lora_recycle.distillation.callbacks import TrainerCallback
+from lora_recycle.embedded import pool_path
+from lora_recycle.evaluation.episodes import sample_episodes
+from lora_recycle.evaluation.protocol import prototype_accuracy
+from lora_recycle.prototypes import centre_logits, class_centres
+from lora_recycle.relations import relational_divergence
+from lora_recycle.storage import atomic_write
+from lora_recycle.surrogate import SurrogateDataset
+
+
+TEMPERATURE = 0.1
+BASE = {"steps": 60, "relational_batch": 64, "lr": 5e-4}
+EPISODES = {"relational_weight": 0, "kl_weight": 1, "interpolation_weight": 1, "queries": 3}
+
+#: name: settings of distillation that differ from the base
+RUNS = {
+    "base": {},
+    "seed 1": {"seed": 1},
+    "lr 1e-4": {"lr": 1e-4},
+    "lr 2e-3": {"lr": 2e-3},
+    "lr 5e-3": {"lr": 5e-3},
+    "20 steps": {"steps": 20},
+    "200 steps": {"steps": 200},
+    "start: average": {"init": "average"},
+    "start: average, lr 2e-3": {"init": "average", "lr": 2e-3},
+    "start: zero": {"init": "zero"},
+    "start: zero, lr 2e-3": {"init": "zero", "lr": 2e-3},
+    "one group": {"groups": "one"},
+    "whole images": {"use_masks": False},
+    "scale 5": {"similarity_scale": 5.0},
+    "scale 40": {"similarity_scale": 40.0},
+    "rank 4": {"rank": 4},
+    "rank 64": {"rank": 64},
+    "from layer 3": {"first_layer": 3},
+    "KL": {**EPISODES, "interpolation_weight": 0},
+    "interpolation": {**EPISODES, "kl_weight": 0},
+    "KL and interpolation": EPISODES,
+    "KL and interpolation, start: zero": {**EPISODES, "init": "zero"},
+    "all losses": {**EPISODES, "relational_weight": 1},
+    "all losses, lr 2e-3": {**EPISODES, "relational_weight": 1, "lr": 2e-3},
+}
+
+#: what is measured on surrogate images of adapters that taught nothing; lower is better
+FIGURES = {
+    "divergence": "divergence of the similarities between images from those of the adapter itself",
+    "episode error": "per cent of queries of 5-way 1-shot episodes that go to the wrong class centre",
+    "episode KL": "KL of the answers in these episodes to the adapter's own head",
+}
+
+
+class Judge(TrainerCallback):
+    """Figures and accuracies of the student at some steps."""
+
+    def __init__(self, surrogate, unseen: AdapterPool, sets, episodes, at: set[int]):
+        names = {info.sha256 for info in unseen.infos}
+        entries = enumerate(surrogate.manifest["shards"])
+        self.shards = [surrogate.shard(i) for i, entry in entries if entry["adapter"]["sha256"] in names]
+        self.sets, self.episodes, self.at, self.points = sets, episodes, at, []
+
+    def on_step_end(self, trainer, step):
+        if step + 1 in self.at:
+            self.points.append(self.look(trainer.student.backbone, step + 1))
+
+    @torch.inference_mode()
+    def look(self, network, step: int) -> dict:
+        found = [self._figures(network, shard) for shard in self.shards]
+        point = {"step": step} | {name: sum(f[name] for f in found) / len(found) for name in FIGURES}
+        real = judge(network, self.sets, self.episodes)
+        return point | {"real": {key: values.mean().item() for key, values in real.items()}}
+
+    def _figures(self, network, shard) -> dict[str, float]:
+        kept = None if shard.kept_tokens is None else shard.kept_tokens.long()
+        features = extract_features(network, shard.pixels, kept=kept)
+        episodes = sample_episodes(shard.labels, min(5, len(shard.labels.unique())), 1, 3, 60, seed=0)
+        divergences = []
+        for one in episodes:
+            centres = class_centres(features[one.support.flatten()], torch.arange(episodes.ways), episodes.ways)
+            said = centre_logits(features[one.query], centres, temperature=TEMPERATURE).log_softmax(1)
+            ways = shard.labels[one.support[:, 0]]
+            own = shard.teacher_logits[one.query][:, ways].float().log_softmax(1)
+            divergences.append(F.kl_div(said, own, log_target=True, reduction="batchmean").item())
+        return {
+            "divergence": relational_divergence(features, shard.teacher_features.float()).item(),
+            "episode error": 100 - prototype_accuracy(features, episodes).mean().item(),
+            "episode KL": sum(divergences) / len(divergences),
+        }
+
+
+def summary(runs: dict[str, list[dict]]) -> dict:
+    """Rank correlations over all points, and what choosing by each figure would have brought."""
+    points = []
+    for name, (start, *later) in runs.items():
+        for point in later:
+            gains = {key: point["real"][key] - start["real"][key] for key in start["real"]}
+            figures = {figure: point[figure] - start[figure] for figure in FIGURES}
+            mean = sum(gains.values()) / len(gains)
+            points.append({"run": name, "step": point["step"], "gain": mean, "gains": gains, **figures})
+    found = {}
+    for figure in FIGURES:
+        rho, p = spearmanr([point[figure] for point in points], [-point["gain"] for point in points])
+        better = [point for point in points if point[figure] < 0]
+        best = min(points, key=lambda point: point[figure])
+        found[figure] = {
+            "rank correlation": round(float(rho), 3),
+            "p": float(p),
+            "said to be better than the start": len(better),
+            "and were": sum(point["gain"] > 0 for point in better),
+            "their mean gain": round(sum(p["gain"] for p in better) / max(1, len(better)), 3),
+            "chosen of all": {key: best[key] for key in ("run", "step", "gain")},
+        }
+    truly = sum(point["gain"] > 0 for point in points)
+    return {"points": points, "figures": found, "of": len(points), "truly better": truly}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--surrogate", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--part", nargs=2, type=int, default=(0, 1), metavar=("I", "N"), help="every N-th from I on")
+    args = parser.parse_args()
+    pool = AdapterPool.from_pretrained(sorted(pool_path().iterdir()))
+    unseen = sorted(i for group in pool.groups() for i in group[::4])
+    teachers = pool.subset([i for i in range(len(pool)) if i not in unseen])
+    surrogate = SurrogateDataset.from_pretrained(args.surrogate)
+    backbone = pool.backbone
+    sets = validation_sets(args.data, backbone.image_size, int(backbone.processor.resample), each=30)
+    episodes = {(d.name, k): sample_episodes(d.labels, 5, k, 15, 600, seed=1) for d in sets for k in (1, 5)}
+    (args.work / "stored").mkdir(parents=True, exist_ok=True)
+    finished = {name: args.work / f"{i:02d}.json" for i, name in enumerate(RUNS)}
+    first, parts = args.part
+    for name, path in list(finished.items())[first::parts]:
+        if not path.exists():
+            config = DistillationConfig(**{**BASE, **RUNS[name]})
+            look = Judge(surrogate, pool.subset(unseen), sets, episodes, {config.steps // 3, config.steps})
+            trainer = MetaLoraTrainer(teachers, surrogate, config, [look])
+            points = [look.look(trainer.student.backbone, 0)]
+            stored = args.work / path.stem / "stored"
+            if not stored.exists():  # what the teachers say is the same for many runs
+                stored.parent.mkdir(exist_ok=True)
+                stored.symlink_to((args.work / "stored").resolve())
+            trainer.train(args.work / path.stem, progress=False)
+            atomic_write(path, json.dumps(points + look.points).encode())
+            print(name, *look.points, flush=True)
+    if all(path.exists() for path in finished.values()):
+        results = summary({name: json.loads(path.read_text()) for name, path in finished.items()})
+        atomic_write(args.json, json.dumps(results, indent=1).encode())
+        print(json.dumps(results["figures"], indent=1))
+
+
+if __name__ == "__main__":
+    main()
