@@ -65,21 +65,22 @@ RUNS = {
     "all losses, lr 2e-3": {**EPISODES, "relational_weight": 1, "lr": 2e-3},
 }
 
-#: what is measured on surrogate images of adapters that taught nothing; lower is better
-FIGURES = {
-    "divergence": "divergence of the similarities between images from those of the adapter itself",
-    "episode error": "per cent of queries of 5-way 1-shot episodes that go to the wrong class centre",
-    "episode KL": "KL of the answers in these episodes to the adapter's own head",
-}
+#: What is measured on surrogate images of an adapter; lower is better. `divergence`: of the similarities between
+#: images from those of the adapter itself. The others are of 5-way 1-shot episodes of its classes: per cent of queries
+#: that go to the wrong class centre, cross-entropy of the answers, and their KL to the adapter's own head.
+KINDS = ("divergence", "episode error", "episode loss", "episode KL")
+#: the same of adapters that taught nothing, and of as many that did
+FIGURES = (*KINDS, *(f"{kind}, taught" for kind in KINDS))
 
 
 class Judge(TrainerCallback):
     """Figures and accuracies of the student at some steps."""
 
-    def __init__(self, surrogate, unseen: AdapterPool, sets, episodes, at: set[int]):
-        names = {info.sha256 for info in unseen.infos}
-        entries = enumerate(surrogate.manifest["shards"])
-        self.shards = [surrogate.shard(i) for i, entry in entries if entry["adapter"]["sha256"] in names]
+    def __init__(self, surrogate, unseen: AdapterPool, taught: AdapterPool, sets, episodes, at: set[int]):
+        entries = {entry["adapter"]["sha256"]: i for i, entry in enumerate(surrogate.manifest["shards"])}
+        self.unseen, self.taught = (
+            [surrogate.shard(entries[info.sha256]) for info in part.infos] for part in (unseen, taught)
+        )
         self.sets, self.episodes, self.at, self.points = sets, episodes, at, []
 
     def on_step_end(self, trainer, step):
@@ -88,8 +89,10 @@ class Judge(TrainerCallback):
 
     @torch.inference_mode()
     def look(self, network, step: int) -> dict:
-        found = [self._figures(network, shard) for shard in self.shards]
-        point = {"step": step} | {name: sum(f[name] for f in found) / len(found) for name in FIGURES}
+        point = {"step": step}
+        for suffix, shards in (("", self.unseen), (", taught", self.taught)):
+            found = [self._figures(network, shard) for shard in shards]
+            point |= {kind + suffix: sum(figures[kind] for figures in found) / len(found) for kind in KINDS}
         real = judge(network, self.sets, self.episodes)
         return point | {"real": {key: values.mean().item() for key, values in real.items()}}
 
@@ -97,16 +100,18 @@ class Judge(TrainerCallback):
         kept = None if shard.kept_tokens is None else shard.kept_tokens.long()
         features = extract_features(network, shard.pixels, kept=kept)
         episodes = sample_episodes(shard.labels, min(5, len(shard.labels.unique())), 1, 3, 60, seed=0)
-        divergences = []
+        divergences, losses = [], []
         for one in episodes:
             centres = class_centres(features[one.support.flatten()], torch.arange(episodes.ways), episodes.ways)
             said = centre_logits(features[one.query], centres, temperature=TEMPERATURE).log_softmax(1)
             ways = shard.labels[one.support[:, 0]]
             own = shard.teacher_logits[one.query][:, ways].float().log_softmax(1)
+            losses.append(F.nll_loss(said, one.query_labels).item())
             divergences.append(F.kl_div(said, own, log_target=True, reduction="batchmean").item())
         return {
             "divergence": relational_divergence(features, shard.teacher_features.float()).item(),
             "episode error": 100 - prototype_accuracy(features, episodes).mean().item(),
+            "episode loss": sum(losses) / len(losses),
             "episode KL": sum(divergences) / len(divergences),
         }
 
@@ -147,6 +152,7 @@ def main() -> None:
     args = parser.parse_args()
     pool = AdapterPool.from_pretrained(sorted(pool_path().iterdir()))
     unseen = sorted(i for group in pool.groups() for i in group[::4])
+    taught = sorted(i for group in pool.groups() for i in group[1::4])
     teachers = pool.subset([i for i in range(len(pool)) if i not in unseen])
     surrogate = SurrogateDataset.from_pretrained(args.surrogate)
     backbone = pool.backbone
@@ -158,7 +164,9 @@ def main() -> None:
     for name, path in list(finished.items())[first::parts]:
         if not path.exists():
             config = DistillationConfig(**{**BASE, **RUNS[name]})
-            look = Judge(surrogate, pool.subset(unseen), sets, episodes, {config.steps // 3, config.steps})
+            look = Judge(
+                surrogate, pool.subset(unseen), pool.subset(taught), sets, episodes, {config.steps // 3, config.steps}
+            )
             trainer = MetaLoraTrainer(teachers, surrogate, config, [look])
             points = [look.look(trainer.student.backbone, 0)]
             stored = args.work / path.stem / "stored"
