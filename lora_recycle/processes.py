@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import socket
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -11,7 +12,7 @@ import torch.distributed
 from accelerate import Accelerator, PartialState
 from accelerate.utils import parse_flag_from_env
 
-from .errors import ConfigError
+from .errors import ConfigError, ProcessError
 
 
 #: Environment variable: seconds that processes wait for each other before the run stops with an error.
@@ -33,12 +34,34 @@ def process_state() -> PartialState:
     Raises:
         ConfigError: more processes were asked for or started than accelerate sees: each would do all the work, or
             one would do it alone.
+        ProcessError: the others cannot be reached.
     """
-    state = PartialState(
-        cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(seconds=collective_timeout())
-    )
+    timeout = timedelta(seconds=collective_timeout())
+    try:
+        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timeout)
+    except RuntimeError as error:
+        if not lost_the_others(error):
+            raise
+        raise ProcessError(
+            f"The process on {socket.gethostname()} does not reach the others ({first_line(error)}). Each machine "
+            "needs the same --num_processes, --main_process_ip and --main_process_port, a --machine_rank of its own, "
+            "and a name that leads to an address which the others reach. Where it leads to 127.0.0.1 or 127.0.1.1, "
+            "set GLOO_SOCKET_IFNAME (on GPUs NCCL_SOCKET_IFNAME) to its network interface, such as eth0."
+        ) from error
     _check_launch(state.num_processes)
     return state
+
+
+def lost_the_others(error: BaseException) -> bool:
+    """Whether a collective failed: the backends tell of a peer that is gone and of a time that is up."""
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """What the backends say, without their traces."""
+    return str(error).strip().splitlines()[0]
 
 
 def collective_timeout() -> float:
