@@ -86,10 +86,10 @@ class Heartbeat:
         if error is not None and lost_the_others(error):
             silent = self.silent(self._limit / 10)
             silent.pop(self._rank, None)
-            reason = "; ".join(silent.values()) or ("one of them failed, and says so itself, above or in its own log")
+            reason = "; ".join(silent.values()) or "one of them failed, and says so itself, above or in its own log"
             raise ProcessError(
-                f"{self.stage}: process {self._rank} lost the others: {reason} ({first_line(error)}). What was finished is kept; "
-                "run the command again."
+                f"{self.stage}: process {self._rank} lost the others: {reason} ({first_line(error)}). What "
+                "was finished is kept; run the command again."
             ) from error
         if error is None:
             self._tell(left=True)

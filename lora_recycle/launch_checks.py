@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
+from .configuration import differences
 from .errors import ConfigError, StorageError
 from .heartbeat import Heartbeat
 from .processes import collective_timeout, process_state
@@ -34,11 +35,11 @@ def check_same(**parts: Any) -> None:
         return
     mine = {"version of lora_recycle": __version__, "version of torch": torch.__version__, **parts}
     with Heartbeat("begin"):
-        everyone = gather_object([(_this_process(), {name: json.dumps(part) for name, part in mine.items()})])
+        everyone = gather_object([(_this_process(), json.loads(json.dumps(mine)))])
     first, expected = everyone[0]
     for other, found in everyone:
         if differing := [name for name in expected | found if expected.get(name) != found.get(name)]:
-            told = "; ".join(f"{name}{_both(expected.get(name), found.get(name))}" for name in differing)
+            told = ", ".join(f"{name}{_both(expected.get(name), found.get(name))}" for name in differing)
             raise ConfigError(
                 f"{first} and {other} of this launch do not do the same: they differ in {told}. Start the same "
                 "command on all machines, with the same files and packages."
@@ -94,6 +95,8 @@ def _this_process() -> str:
     return f"process {process_state().process_index} on {socket.gethostname()}"
 
 
-def _both(one: str | None, other: str | None) -> str:
-    """Short values, to be told; a list of checksums says nothing."""
-    return f" ({one} and {other})" if len(str(one)) + len(str(other)) < 80 else ""
+def _both(one: Any, other: Any) -> str:
+    """How values differ; of lists of checksums it says nothing."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return f" ({differences(one, other)})"
+    return "" if isinstance(one, list) else f" ({one} and {other})"

@@ -24,6 +24,10 @@ _RIGHT_COMMAND = (
     "Start it with `accelerate launch --num_processes N -m lora_recycle ...`; on CPU with "
     "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N -m lora_recycle ...`"
 )
+_INTERFACE = (
+    "Where the name of a machine does not lead to that, set GLOO_SOCKET_IFNAME (on GPUs NCCL_SOCKET_IFNAME) to its "
+    "network interface, such as eth0."
+)
 
 _calls = itertools.count()
 
@@ -33,20 +37,21 @@ def process_state() -> PartialState:
 
     Raises:
         ConfigError: more processes were asked for or started than accelerate sees: each would do all the work, or
-            one would do it alone.
+            one would do it alone. Or this machine's name leads nowhere for the others.
         ProcessError: the others cannot be reached.
     """
-    timeout = timedelta(seconds=collective_timeout())
+    timeout, cpu = timedelta(seconds=collective_timeout()), parse_flag_from_env("ACCELERATE_USE_CPU")
+    if cpu:
+        _check_name()
     try:
-        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timeout)
+        state = PartialState(cpu=cpu, timeout=timeout)
     except RuntimeError as error:
         if not lost_the_others(error):
             raise
         raise ProcessError(
             f"The process on {socket.gethostname()} does not reach the others ({first_line(error)}). Each machine "
             "needs the same --num_processes, --main_process_ip and --main_process_port, a --machine_rank of its own, "
-            "and a name that leads to an address which the others reach. Where it leads to 127.0.0.1 or 127.0.1.1, "
-            "set GLOO_SOCKET_IFNAME (on GPUs NCCL_SOCKET_IFNAME) to its network interface, such as eth0."
+            f"and an address that the others reach. {_INTERFACE}"
         ) from error
     _check_launch(state.num_processes)
     return state
@@ -74,6 +79,25 @@ def collective_timeout() -> float:
     except ValueError:
         raise ConfigError(f"{TIMEOUT_VARIABLE} must be a positive number of seconds, got {text!r}.") from None
     return seconds
+
+
+def _check_name() -> None:
+    """Gloo tells the other machines the address of this one's name; they would wait for it for hours."""
+    world, here = os.environ.get("WORLD_SIZE"), os.environ.get("LOCAL_WORLD_SIZE")
+    if here in (None, world) or "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    name, main = socket.gethostname(), os.environ.get("MASTER_ADDR", "")
+    if _leads_to_itself(name) and not _leads_to_itself(main):
+        raise ConfigError(
+            f"{name}, the name of this machine, leads to 127.*, where {main} does not find it. {_INTERFACE}"
+        )
+
+
+def _leads_to_itself(name: str) -> bool:
+    try:
+        return socket.gethostbyname(name).startswith("127.")
+    except OSError:
+        return False
 
 
 def _check_launch(seen: int) -> None:

@@ -1,11 +1,16 @@
 """Launches of one run on two machines: what they make together, and what is told where they do not fit together."""
 
 import dataclasses
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from helpers_machines import free_port, run, two_machines
 from safetensors.torch import load_file
-from test_processes import INVERT, distill, furthest
+from test_processes import INVERT, LAUNCHED, distill, environment, furthest
 
 from lora_recycle.commands.main import main
 from lora_recycle.locks import only_run_in
@@ -57,42 +62,49 @@ def test_two_machines_make_what_one_process_makes(machines, tiny_pool_path, tiny
     assert not list(shared.rglob(".launch"))
 
 
-def test_a_folder_that_the_machines_do_not_share_is_refused(machines, tiny_pool_path):
-    command = ["invert", tiny_pool_path, "--output", "own", *INVERT]
-    ended = launch_both(machines, command, LORA_RECYCLE_TIMEOUT="20")
-    for code, out, err in ended:
-        assert code != 0 and out == ""
-        here, there = (machine.folder / "own" for machine in reversed(machines))
-        assert "error: process 1 on " in err and f"does not see in {here} what process 0 on " in err
-        assert f" in {there} wrote. All machines must write to one folder" in err
-    assert not (machines[1].folder / "own").exists() and not list((machines[0].folder / "own").rglob("*.safetensors"))
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory, tiny_pool_path):
+    """Launches on two machines that are refused, with forked processes: name to what both said, and the folder."""
+    work, scenarios = tmp_path_factory.mktemp("refused"), {}
+    command = ["invert", str(tiny_pool_path), *INVERT, "--output"]
+    outputs = {"unshared": "out", "other": str(work / "other"), "held": str(work / "held")}
+    for name, output in outputs.items():
+        machines = [{"folder": str(work / f"{name}-{rank}"), "commands": [[*command, output]]} for rank in (0, 1)]
+        for machine in machines:
+            Path(machine["folder"]).mkdir()
+        if name == "other":
+            machines[1]["commands"][0] += ["--iterations", "4"]
+        scenarios[name] = {"processes": 2, "machines": machines, "environment": {"LORA_RECYCLE_TIMEOUT": "20"}}
+        scenarios[name]["log"] = str(work / f"{name}.log")
+    with only_run_in(work / "held"):
+        told = [sys.executable, str(LAUNCHED), "--fork", json.dumps(list(scenarios.values()))]
+        ran = subprocess.run(told, capture_output=True, text=True, timeout=300, env=environment())
+    assert json.loads(ran.stdout) == [1, 1, 1], ran.stderr
+    return {name: Path(scenario["log"]).read_text() for name, scenario in scenarios.items()}, work
 
 
-def test_machines_that_do_not_do_the_same_are_refused(machines, tiny_pool_path, tmp_path):
-    command = ["invert", tiny_pool_path, "--output", tmp_path / "out", *INVERT]
-    for code, out, err in launch_both(machines, command, [*command, "--iterations", "4"]):
-        assert code != 0 and out == ""
-        assert "of this launch do not do the same: they differ in settings" in err
-        assert "Start the same command on all machines" in err
-    assert not (tmp_path / "out").exists()
+def test_a_folder_that_the_machines_do_not_share_is_refused(refused):
+    said, work = refused[0]["unshared"], refused[1]
+    for rank in (0, 1):
+        assert (
+            f"process {rank}: error: process 1 on {socket.gethostname()} does not see in {work / 'unshared-1'}" in said
+        )
+    assert said.count(f" in {work / 'unshared-0' / 'out'} wrote. All machines must write to one folder") == 2
+    assert not (work / "unshared-1" / "out").exists() and not list((work / "unshared-0").rglob("*.safetensors"))
 
 
-def test_what_stops_one_machine_is_told_on_the_other(machines, tiny_pool_path, tmp_path):
-    command = ["invert", tiny_pool_path, "--output", tmp_path, *INVERT]
-    with only_run_in(tmp_path):
-        first, second = launch_both(machines, command, LORA_RECYCLE_TIMEOUT="60")
-    assert first[0] != 0 and "process 0: error: " in first[2] and "is at work here" in first[2]
-    assert second[0] != 0 and "process 1: error: begin: process 1 lost the others: one of them failed" in second[2]
+def test_machines_that_do_not_do_the_same_are_refused(refused):
+    said, work = refused[0]["other"], refused[1]
+    for rank in (0, 1):
+        assert f"process {rank}: error: process 0 on " in said
+    assert said.count("of this launch do not do the same: they differ in settings (iterations: 5 there, 4 here)") == 2
+    assert said.count("Start the same command on all machines") == 2 and not (work / "other").exists()
 
 
-def test_machines_that_do_not_reach_each_other_are_told_what_to_set(machines, tmp_path):
-    if not machines[0].within:
-        pytest.skip("only root may make networks")
-    command = ["invert", "nothing", "--output", tmp_path]
-    ended = launch_both(machines, command, LORA_RECYCLE_TIMEOUT="10", GLOO_SOCKET_IFNAME="lo")
-    assert all(code != 0 for code, _, _ in ended)
-    told = [err for _, _, err in ended if "does not reach the others" in err]
-    assert told and all("set GLOO_SOCKET_IFNAME" in err and "bug: " not in err for err in told)
+def test_what_stops_one_machine_is_told_on_the_other(refused):
+    said = refused[0]["held"]
+    assert "process 0: error: " in said and "is at work here. Wait for it" in said
+    assert "process 1: error: begin: process 1 lost the others: one of them failed, and says so itself" in said
 
 
 @pytest.mark.parametrize("ranks", [[0], [0, 0], [1]])
@@ -100,6 +112,8 @@ def test_a_machine_that_does_not_come_ends_the_launch(machines, ranks, tmp_path)
     port, launches = free_port(), []
     for machine, rank in zip(machines, ranks, strict=False):
         asked = dataclasses.replace(machine, rank=rank)
-        launches.append(asked.launch(port, "--rdzv_conf", "timeout=5", *VERB, "invert", "nothing", "--output", tmp_path))
+        launches.append(
+            asked.launch(port, "--rdzv_conf", "timeout=5", *VERB, "invert", "nothing", "--output", tmp_path)
+        )
     for code, _, err in run(*launches, timeout=120):
         assert code not in (0, None) and ("imeout" in err or "imed out" in err or "port" in err)
