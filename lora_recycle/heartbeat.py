@@ -10,10 +10,8 @@ import threading
 import time
 from dataclasses import dataclass
 
-import torch.distributed
-
 from .errors import ProcessError
-from .processes import collective_timeout, process_state, shared_store
+from .processes import collective_timeout, first_line, lost_the_others, process_state, shared_store
 
 
 _INTERVAL = 1.0  # seconds between two looks
@@ -85,14 +83,13 @@ class Heartbeat:
             return
         self._stop.set()
         self._thread.join(timeout=2 * _INTERVAL)
-        if error is not None and _lost_the_others(error):
+        if error is not None and lost_the_others(error):
             silent = self.silent(self._limit / 10)
             silent.pop(self._rank, None)
-            reason = "; ".join(silent.values()) or ("one of them failed, and says so itself, above or in its own log")
-            first = str(error).strip().splitlines()[0]
+            reason = "; ".join(silent.values()) or "one of them failed, and says so itself, above or in its own log"
             raise ProcessError(
-                f"{self.stage}: process {self._rank} lost the others: {reason} ({first}). What was finished is kept; "
-                "run the command again."
+                f"{self.stage}: process {self._rank} lost the others: {reason} ({first_line(error)}). What "
+                "was finished is kept; run the command again."
             ) from error
         if error is None:
             self._tell(left=True)
@@ -173,8 +170,3 @@ class Heartbeat:
                     file=sys.stderr,
                     flush=True,
                 )
-
-
-def _lost_the_others(error: BaseException) -> bool:
-    """Whether a collective failed: the backends tell of a peer that is gone and of a time that is up."""
-    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

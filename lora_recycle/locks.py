@@ -13,6 +13,7 @@ from pathlib import Path
 import filelock
 
 from .errors import StorageError
+from .launch_checks import check_shared
 from .storage import atomic_write, refusals_explained, remove_partials, replacing_files
 
 
@@ -22,19 +23,25 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def only_run_in(folder: str | Path | None, needed: bool = True) -> Iterator[None]:
-    """Hold `folder`, made where it is not there, against other runs; nothing where it is not `needed`.
+    """Hold `folder`, made where it is not there, against other runs.
+
+    Of the processes of a launch one holds it (`needed`), and all make sure that it is the same folder for all of them.
 
     The system holds the lock for as long as this process lives, so one that was killed leaves none behind, whatever
     the clock says and whoever got its process number. `.owner.json` says who holds it. What a killed run had begun to
     write is deleted.
 
     Raises:
-        StorageError: another run holds it, or nothing can be written there.
+        StorageError: another run holds it, nothing can be written there, or it is not shared by all processes.
     """
-    if folder is None or not needed:
+    if folder is None:
         yield
         return
     folder = Path(folder)
+    if not needed:
+        check_shared(folder)
+        yield
+        return
     lock = filelock.FileLock(folder / LOCK_FILE)
     with refusals_explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -50,6 +57,7 @@ def only_run_in(folder: str | Path | None, needed: bool = True) -> Iterator[None
             logger.warning("%s: an earlier run%s was killed; its lock is taken over.", folder, _owner(folder))
         remove_partials(folder)
         atomic_write(folder / OWNER_FILE, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+        check_shared(folder)
         yield
     finally:
         with contextlib.suppress(OSError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import socket
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -11,7 +12,7 @@ import torch.distributed
 from accelerate import Accelerator, PartialState
 from accelerate.utils import parse_flag_from_env
 
-from .errors import ConfigError
+from .errors import ConfigError, ProcessError
 
 
 #: Environment variable: seconds that processes wait for each other before the run stops with an error.
@@ -23,6 +24,10 @@ _RIGHT_COMMAND = (
     "Start it with `accelerate launch --num_processes N -m lora_recycle ...`; on CPU with "
     "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N -m lora_recycle ...`"
 )
+_INTERFACE = (
+    "Where the name of a machine does not lead to that, set GLOO_SOCKET_IFNAME (on GPUs NCCL_SOCKET_IFNAME) to its "
+    "network interface, such as eth0."
+)
 
 _calls = itertools.count()
 
@@ -32,13 +37,36 @@ def process_state() -> PartialState:
 
     Raises:
         ConfigError: more processes were asked for or started than accelerate sees: each would do all the work, or
-            one would do it alone.
+            one would do it alone. Or this machine's name leads nowhere for the others.
+        ProcessError: the others cannot be reached.
     """
-    state = PartialState(
-        cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(seconds=collective_timeout())
-    )
+    timeout, cpu = timedelta(seconds=collective_timeout()), parse_flag_from_env("ACCELERATE_USE_CPU")
+    if cpu:
+        _check_name()
+    try:
+        state = PartialState(cpu=cpu, timeout=timeout)
+    except RuntimeError as error:
+        if not lost_the_others(error):
+            raise
+        raise ProcessError(
+            f"The process on {socket.gethostname()} does not reach the others ({first_line(error)}). Each machine "
+            "needs the same --num_processes, --main_process_ip and --main_process_port, a --machine_rank of its own, "
+            f"and an address that the others reach. {_INTERFACE}"
+        ) from error
     _check_launch(state.num_processes)
     return state
+
+
+def lost_the_others(error: BaseException) -> bool:
+    """Whether a collective failed: the backends tell of a peer that is gone and of a time that is up."""
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """What the backends say, without their traces."""
+    return str(error).strip().splitlines()[0]
 
 
 def collective_timeout() -> float:
@@ -51,6 +79,25 @@ def collective_timeout() -> float:
     except ValueError:
         raise ConfigError(f"{TIMEOUT_VARIABLE} must be a positive number of seconds, got {text!r}.") from None
     return seconds
+
+
+def _check_name() -> None:
+    """Gloo tells the other machines the address of this one's name; they would wait for it for hours."""
+    world, here = os.environ.get("WORLD_SIZE"), os.environ.get("LOCAL_WORLD_SIZE")
+    if here in (None, world) or "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    name, main = socket.gethostname(), os.environ.get("MASTER_ADDR", "")
+    if _leads_to_itself(name) and not _leads_to_itself(main):
+        raise ConfigError(
+            f"{name}, the name of this machine, leads to 127.*, where {main} does not find it. {_INTERFACE}"
+        )
+
+
+def _leads_to_itself(name: str) -> bool:
+    try:
+        return socket.gethostbyname(name).startswith("127.")
+    except OSError:
+        return False
 
 
 def _check_launch(seen: int) -> None:

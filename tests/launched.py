@@ -2,7 +2,8 @@
 one after the other, whose processes are forked from one that has imported torch, which takes most of the time.
 
     launched.py JSON            {"commands": [[...], ...], "fault": [kind, process] or null}
-    launched.py --fork JSON     a list of these, each with "processes", "environment" and "log" (a file)
+    launched.py --fork JSON     a list of these, each with "processes", "environment" and "log" (a file); with
+                                "machines" (each a "folder" and "commands") every process is a machine of its own
 """
 
 import json
@@ -58,7 +59,10 @@ def deal_out(count: str) -> int:
 
 
 def fork(scenario) -> int:
-    """The processes of one launch, all ended when one fails, as `accelerate launch` does. Returns the exit code."""
+    """The processes of one launch, all ended when one fails, as `accelerate launch` does on one machine.
+
+    Returns the exit code of the first that failed.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -73,7 +77,7 @@ def fork(scenario) -> int:
         if status and not code:
             code = os.waitstatus_to_exitcode(status)
             time.sleep(1)  # the others may say what they saw
-            for other in children:
+            for other in () if scenario.get("machines") else children:
                 os.kill(other, signal.SIGKILL)
     return code
 
@@ -88,6 +92,9 @@ def _become(rank: int, port: int, scenario) -> None:
         os.environ |= {name: str(value) for name, value in world.items()}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= scenario.get("environment", {})
+    if machines := scenario.get("machines"):
+        os.chdir(machines[rank]["folder"])
+        scenario |= {"commands": machines[rank]["commands"]}
     code = 70
     try:
         code = run(scenario)

@@ -1,10 +1,13 @@
 """Launches that would do the work several times are refused before they begin."""
 
+import socket
+
 import pytest
 import torch
 
+from lora_recycle import processes
 from lora_recycle.commands.main import main
-from lora_recycle.errors import ConfigError
+from lora_recycle.errors import ConfigError, ProcessError
 from lora_recycle.processes import collective_timeout, deal, process_state
 
 
@@ -22,6 +25,32 @@ def test_copies_of_one_process_are_refused(monkeypatch, variables, told):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=told):
+        process_state()
+
+
+def test_a_machine_whose_name_leads_nowhere_is_told_what_to_set(monkeypatch):
+    addresses = {"gpu08": "127.0.1.1", "gpu07": "10.0.0.1", "localhost": "127.0.0.1"}
+    monkeypatch.setattr(socket, "gethostname", lambda: "gpu08")
+    monkeypatch.setattr(socket, "gethostbyname", addresses.__getitem__)
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "gpu07"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        ConfigError, match=r"gpu08, .* leads to 127.\*, where gpu07 does not .* set GLOO_SOCKET_IFNAME"
+    ):
+        process_state()
+    for name, value in {"MASTER_ADDR": "localhost", "GLOO_SOCKET_IFNAME": "eth0", "LOCAL_WORLD_SIZE": "2"}.items():
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            with pytest.raises(ConfigError, match="2 processes were launched, but accelerate sees 1"):
+                process_state()
+
+
+def test_processes_that_do_not_reach_each_other_are_told_what_to_look_at(monkeypatch):
+    def unreachable(**options):
+        raise RuntimeError("Gloo connectFullMesh failed with timed out connecting\nframe 0")
+
+    monkeypatch.setattr(processes, "PartialState", unreachable)
+    with pytest.raises(ProcessError, match=r"does not reach the others \(Gloo .* connecting\). Each machine needs"):
         process_state()
 
 

@@ -193,6 +193,9 @@ def test_a_read_only_folder_is_told_at_once(tmp_path):
             pass
     with pytest.raises(StorageError, match="cannot be written"):
         atomic_write(folder / "file", b"x")
+    with pytest.raises(StorageError, match=f"{folder.parent}.* cannot be written: "):  # one that is there
+        with only_run_in(folder.parent):
+            pass
 
 
 def test_files_may_be_read_by_who_may_read_their_folder(tmp_path):

@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> None:
     from ..distillation.callbacks import Trackers
     from ..distillation.trainer import MetaLoraTrainer
     from ..hub.sources import one_id
+    from ..launch_checks import check_same
     from ..modeling.saving import save_meta_lora, wrap_student
     from ..pages.report import write_training_report
     from ..surrogate import SurrogateDataset
@@ -73,6 +74,9 @@ def run(args: argparse.Namespace) -> None:
     pool = load_pool(args)
     if surrogate and args.on_error == "skip":
         pool = _with_images(pool, surrogate)
+    adapters = [info.sha256 for info in pool.infos]
+    shards = [entry["sha256"] for entry in surrogate.manifest["shards"]] if surrogate else []
+    check_same(verb=args.verb, settings=config.to_dict(), adapters=adapters, surrogate=shards)
     folder = Path(args.output) / "work"
     callbacks = [Trackers(args.report_to, folder / "trackers")] if args.report_to else []
     trainer = MetaLoraTrainer(pool, surrogate, config, callbacks)

@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from ..inversion.inverter import LoraInverter
+    from ..launch_checks import check_same
     from ..text_heads import PROMPT
 
     pool = load_pool(
@@ -66,6 +67,7 @@ def run(args: argparse.Namespace) -> None:
         require_heads=True,
         dtype=getattr(torch, args.dtype) if args.dtype else None,
     )
+    check_same(verb=args.verb, settings=config.to_dict(), adapters=[info.sha256 for info in pool.infos])
     inverter = LoraInverter(pool, config)
     surrogate = inverter.run(args.output, progress=not args.quiet, resume=args.resume)
     if not is_main_process():
