@@ -1,6 +1,7 @@
 """Recycle LoRAs of vision transformers into one meta-LoRA that classifies new tasks without tuning."""
 
 import importlib
+from typing import Any
 
 from .version import __version__
 
@@ -59,11 +60,11 @@ __all__ = [  # noqa: F822 - loaded on first use, so that importing the package s
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__

@@ -21,8 +21,11 @@ class Head:
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
-    #: what class names were put into, for a head that was made of them
-    prompt = None
+
+    @property
+    def prompt(self) -> str | None:
+        """What class names were put into, for a head that was made of them."""
+        return None
 
     @property
     def in_features(self) -> int:

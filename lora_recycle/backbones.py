@@ -58,7 +58,7 @@ FAMILIES = {
     "siglip_vision_model": Family("encoder.layers", "post_layernorm", head_input="patches", pooler="head"),
 }
 #: The image towers of models that are published together with a text tower.
-_TOWERS = {
+_TOWERS: dict[str, type[PreTrainedModel]] = {
     "clip": CLIPVisionModel,
     "clip_vision_model": CLIPVisionModel,
     "siglip": SiglipVisionModel,
@@ -76,7 +76,10 @@ class Backbone(nn.Module):
         revision (`str`, *optional*): the commit it was loaded from.
     """
 
-    def __init__(self, model: PreTrainedModel, processor, name: str, revision: str | None = None):
+    mean: torch.Tensor  # buffers
+    std: torch.Tensor
+
+    def __init__(self, model: PreTrainedModel, processor: Any, name: str, revision: str | None = None):
         super().__init__()
         family = FAMILIES.get(model.config.model_type)
         if family is None:
@@ -107,14 +110,19 @@ class Backbone(nn.Module):
     ) -> Backbone:
         """Load a backbone and its image processor from a folder or a repo id (`demo`: the embedded one)."""
         path = resolve_backbone(name_or_path)
-        hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        hub: dict[str, Any] = {
+            "revision": revision,
+            "token": token,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+        }
         try:
             commit = None if Path(path).is_dir() else resolve_commit(path, **hub)
             hub["revision"] = commit or revision  # all parts of one commit
             hub["trust_remote_code"] = False  # left out, transformers asks whether to run it
             config = AutoConfig.from_pretrained(path, **hub)
             model_class = _TOWERS.get(config.model_type, AutoModel)
-            extra = {"add_pooling_layer": False} if config.model_type in ("vit", "deit") else {}
+            extra: dict[str, Any] = {"add_pooling_layer": False} if config.model_type in ("vit", "deit") else {}
             model = model_class.from_pretrained(
                 path, dtype=dtype or torch.float32, use_safetensors=True, **extra, **hub
             )
@@ -193,13 +201,18 @@ class Backbone(nn.Module):
             )
         if kept is not None and isinstance(self._patch_projection, nn.Conv2d):  # no adapter wraps it
             return self.embed_patches(take_patches(pixel_values, kept, self.patch_size), kept)
-        hidden = self.model.embeddings(pixel_values.to(self.dtype))
+        hidden = self._embeddings(pixel_values.to(self.dtype))
         hidden = self.model.get_submodule(self.family.pre_norm)(hidden) if self.family.pre_norm else hidden
         return hidden if kept is None else keep_tokens(hidden, kept, self.num_prefix_tokens)
 
     @property
-    def _patch_projection(self) -> nn.Module:
-        embeddings = self.model.embeddings
+    def _embeddings(self) -> nn.Module:
+        return self.model.get_submodule("embeddings")
+
+    @property
+    def _patch_projection(self) -> Any:
+        """The convolution, or PEFT's layer around it."""
+        embeddings = self._embeddings
         names = ("patch_embedding", "patch_embeddings.projection")  # CLIP and SigLIP; ViT and DINOv2
         return next(module for name, module in embeddings.named_modules() if name in names)
 
@@ -209,7 +222,7 @@ class Backbone(nn.Module):
         Embeddings are linear in the pixels: what they make of an empty image (positions, the tokens before the
         patches), plus the projection of each patch.
         """
-        empty = self.model.embeddings(self.mean.new_zeros(1, 3, self.image_size, self.image_size, dtype=self.dtype))
+        empty = self._embeddings(self.mean.new_zeros(1, 3, self.image_size, self.image_size, dtype=self.dtype))
         weight = self._patch_projection.weight.flatten(1)
         tokens = keep_tokens(empty.expand(len(kept), -1, -1), kept, self.num_prefix_tokens)
         patches = F.linear(patches.flatten(2).to(weight.dtype), weight)
@@ -281,7 +294,10 @@ class Backbone(nn.Module):
         self, layer: int, pixel_values: torch.Tensor, kept: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The tokens that layer number `layer` gets, of images as `features` takes them: to (B, T, D)."""
-        hidden = self.embed_patches(pixel_values, kept) if pixel_values.ndim == 5 else self.embed(pixel_values, kept)
+        if kept is not None and pixel_values.ndim == 5:
+            hidden = self.embed_patches(pixel_values, kept)
+        else:
+            hidden = self.embed(pixel_values, kept)
         for before in self.layers[:layer]:
             hidden = self._call(before, hidden)
         return hidden

@@ -6,11 +6,15 @@ import dataclasses
 import types
 import typing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from .errors import ConfigError
+
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # of typing itself from Python 3.11 on
 
 
 @dataclasses.dataclass
@@ -20,7 +24,7 @@ class RecipeConfig:
     A subclass lists its fields with `field(default, "help text")` and checks ranges in `check`.
     """
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for f in dataclasses.fields(self):
             setattr(self, f.name, _coerce(getattr(self, f.name), hints[f.name], f"{type(self).__name__}.{f.name}"))
@@ -34,7 +38,7 @@ class RecipeConfig:
             raise ConfigError(f"{type(self).__name__}: {message}")
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], where: str = "the recipe"):
+    def from_dict(cls, values: dict[str, Any], where: str = "the recipe") -> Self:
         names = [f.name for f in dataclasses.fields(cls)]
         unknown = sorted(set(values) - set(names), key=str)
         if unknown:
@@ -44,14 +48,14 @@ class RecipeConfig:
         return cls(**values)
 
     @classmethod
-    def from_yaml(cls, path: str | Path):
+    def from_yaml(cls, path: str | Path) -> Self:
         return cls.from_dict(read_yaml(path), where=str(path))
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
 
-def field(default: Any, help: str, choices: tuple[str, ...] | None = None):
+def field(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
     """A dataclass field with its documentation and, for strings, the values allowed."""
     metadata = {"help": help, "choices": choices}
     if isinstance(default, (dict, list)):

@@ -45,7 +45,7 @@ def decoded(
             return error
         return convert(picture)
 
-    pending: collections.deque[Future | Converted | DataError] = collections.deque()
+    pending: collections.deque[Future[Converted | DataError] | Converted | DataError] = collections.deque()
     with ThreadPoolExecutor(WORKERS) as executor:
         try:
             for where, image in items:
@@ -61,5 +61,5 @@ def decoded(
                     waiting.cancel()
 
 
-def _result(pending):
+def _result(pending: Future[Converted | DataError] | Converted | DataError) -> Converted | DataError:
     return pending.result() if isinstance(pending, Future) else pending

@@ -25,7 +25,8 @@ def similarity_of_changes(adapters: Iterable[Adapter], count: int) -> torch.Tens
     as much disk as the adapters do (a change of full rank twice the weights that it changes). The products of all
     pairs are exact and quadratic in T, a small part of what anything else does with T adapters.
     """
-    total, modules = torch.zeros(count, count), {}
+    total = torch.zeros(count, count)
+    modules: dict[str, _Factors] = {}
     with tempfile.TemporaryDirectory(prefix="lora-recycle-") as folder:
         for owner, adapter in enumerate(adapters):
             for module, (b, a) in adapter.factors.items():

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from types import TracebackType
 
 from .errors import ProcessError
 from .processes import collective_timeout, first_line, lost_the_others, process_state, shared_store
@@ -61,7 +62,8 @@ class Heartbeat:
 
     def __init__(self, stage: str):
         self.stage, self._doing, self._beats, self._alive = stage, "starting", 0, 0
-        self._store = self._thread = None
+        self._store: torch.distributed.Store | None = None
+        self._thread: threading.Thread | None = None
         self._meetings = 0
 
     def __enter__(self) -> Heartbeat:
@@ -77,7 +79,9 @@ class Heartbeat:
         _active.append(self)
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         _active.remove(self)
         if self._thread is None:
             return
@@ -145,11 +149,13 @@ class Heartbeat:
 
     def _tell(self, left: bool = False) -> None:
         self._alive += 1
+        assert self._store is not None  # as long as the thread runs
         who = f" (pid {os.getpid()} on {socket.gethostname()})"
         told = {"alive": self._alive, "beats": self._beats, "doing": self._doing, "left": left, "who": who}
         self._store.set(f"rank/{self._rank}", json.dumps(told))
 
     def _look(self) -> None:
+        assert self._store is not None
         for rank, seen in enumerate(self._seen):
             key = f"rank/{rank}"
             if not self._store.check([key]):

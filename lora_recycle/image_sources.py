@@ -44,6 +44,11 @@ class ImageSource:
     def __len__(self) -> int:
         return self.count
 
+    def classes(self) -> tuple[torch.Tensor, list[str | int]]:
+        """`labels` and `label_names` of a source that was opened with them."""
+        assert self.labels is not None and self.label_names is not None, f"{self.name} was opened without labels"
+        return self.labels, self.label_names
+
 
 def open_source(
     path: str | Path, split: str | None = None, labelled: bool = True, order: Sequence[str] = SPLITS

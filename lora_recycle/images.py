@@ -59,9 +59,10 @@ def load_labelled_images(
         DataError: nothing there, no image or label column, an empty class folder, or an image that cannot be read.
     """
     source = open_source(path, split)
-    kept = _subset(source.labels, max_per_class, seed)
-    names = [str(name) for name in source.label_names]
-    return LabelledImages(_decode(source, kept, size, resample), source.labels[kept], names, source.name)
+    labels, label_names = source.classes()
+    kept = _subset(labels, max_per_class, seed)
+    names = [str(name) for name in label_names]
+    return LabelledImages(_decode(source, kept, size, resample), labels[kept], names, source.name)
 
 
 def load_unlabelled_images(

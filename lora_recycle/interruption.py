@@ -6,6 +6,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
+from types import FrameType
 
 
 class Terminated(KeyboardInterrupt):
@@ -16,7 +17,7 @@ class Terminated(KeyboardInterrupt):
 def terminable() -> Iterator[None]:
     """SIGTERM raises `Terminated`, so that what is half written is cleared away and locks are given back."""
 
-    def terminate(number, frame):
+    def terminate(number: int, frame: FrameType | None) -> None:
         raise Terminated
 
     previous = _handle({signal.SIGTERM: terminate})
@@ -35,7 +36,8 @@ class Interruption:
     """
 
     def __init__(self, patient: bool = False):
-        self.patient, self._number = patient, None
+        self.patient = patient
+        self._number: int | None = None
         self._previous = _handle({signal.SIGINT: self._note, signal.SIGTERM: self._note})
 
     @property
@@ -43,7 +45,7 @@ class Interruption:
         """Whether a signal came."""
         return self._number is not None
 
-    def _note(self, number, frame) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         if self.asked and not self.patient:
             self.deliver()
         self._number = number

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 
-def cls_layer(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+def cls_layer(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
     """What a pre-norm layer makes of the CLS token: (B, T, D) to (B, 1, D).
 
     All tokens are keys and values; query, output projection and MLP, five sixths of a layer's work, are CLS's alone.
@@ -29,6 +31,6 @@ def cls_layer(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     return (cls + _part(layer, "layer_scale2", default=nn.Identity())(changed)).unsqueeze(1)
 
 
-def _part(module: nn.Module, *names: str, default: nn.Module | None = None) -> nn.Module:
-    """The submodule under the one of its `names` that this family uses."""
+def _part(module: nn.Module, *names: str, default: nn.Module | None = None) -> Any:
+    """The submodule under the one of its `names` that this family uses: each has a class of its own."""
     return next((getattr(module, name) for name in names if hasattr(module, name)), default)

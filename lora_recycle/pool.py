@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -31,10 +32,13 @@ def truncate(b: torch.Tensor, a: torch.Tensor, rank: int | None) -> tuple[torch.
         q_a, r_a = torch.linalg.qr(a.T)
         u, s, vh = torch.linalg.svd(r_b @ r_a.T)
         return _factors_of(q_b @ u, s, vh @ q_a.T, rank)
-    return _factors_of(*torch.linalg.svd(b @ a, full_matrices=False), rank)
+    u, s, vh = torch.linalg.svd(b @ a, full_matrices=False)
+    return _factors_of(u, s, vh, rank)
 
 
-def _factors_of(u: torch.Tensor, s: torch.Tensor, vh: torch.Tensor, rank: int | None):
+def _factors_of(
+    u: torch.Tensor, s: torch.Tensor, vh: torch.Tensor, rank: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     rank = min(len(s), rank or len(s))
     root = s[:rank].sqrt()
     return u[:, :rank] * root, root[:, None] * vh[:rank]
@@ -100,7 +104,7 @@ class AdapterPool:
             AdapterError: an adapter is missing, damaged, or made for another base model; or all are skipped.
             ConfigError: `on_error` is neither `"raise"` nor `"skip"`, or the class names or the prompt are no good.
         """
-        hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         bad = BadAdapters(on_error)
         infos = pull_adapters(sources, bad, progress=progress, **hub)
         infos = name_classes(infos, class_names, [name for name, _ in bad.skipped])
@@ -109,7 +113,9 @@ class AdapterPool:
                 base_model, agreed, infos = agree_on_base(infos, bad, base_revision)
                 base_revision = base_revision or agreed
             backbone = Backbone.from_pretrained(base_model, revision=base_revision, device=device, dtype=dtype, **hub)
-        adapters, expected = [], {}
+        adapters: list[Adapter | StoredAdapter] = []
+        expected: dict[str, dict[str, torch.Tensor]] = {}
+        backbone = cast(Backbone, backbone)  # None only where `infos` is empty, which is refused below
         for info in tqdm(infos, desc="adapters", disable=not progress):
             with bad.handled(info.where):
                 adapters.append(StoredAdapter(info, backbone, expected))
@@ -167,7 +173,8 @@ class AdapterPool:
             adapters = [self[adapters]]
         adapters = self if adapters is None else adapters
         total, layers = (_sum_changes(adapters), {}) if len(adapters) > 1 else _only_changes(adapters[0])
-        parameters, saved = dict(self.backbone.model.named_parameters()), {}
+        parameters = dict(self.backbone.model.named_parameters())
+        saved: dict[str, torch.Tensor] = {}
 
         def change(name: str, delta: torch.Tensor) -> None:
             saved.setdefault(name, parameters[name].data.clone())
@@ -202,8 +209,8 @@ class AdapterPool:
         for module in total.modules:
             factors = total.factors(module)
             if factors is None:
-                parts = torch.linalg.svd(total.delta(module) / len(chosen), full_matrices=False)
-                result[module] = _factors_of(*parts, rank)
+                u, s, vh = torch.linalg.svd(total.delta(module) / len(chosen), full_matrices=False)
+                result[module] = _factors_of(u, s, vh, rank)
             else:
                 result[module] = truncate(factors[0] / len(chosen), factors[1], rank)
         return result

@@ -31,6 +31,9 @@ from .text_heads import PROMPT
 _DTYPES = {"torch.float32": torch.float32, "torch.bfloat16": torch.bfloat16}
 
 
+Device = str | torch.device | None
+
+
 @dataclasses.dataclass
 class Reproduction:
     """How a rebuilt meta-LoRA compares.
@@ -58,7 +61,7 @@ def reproduce(
     *,
     pool: Sequence[str | Path] = (),
     surrogate: str | Path | None = None,
-    device: str | torch.device | None = None,
+    device: Device = None,
     progress: bool = True,
 ) -> Reproduction:
     """Make a meta-LoRA again: invert its source adapters, unless `surrogate` is given, and distil them.
@@ -94,7 +97,7 @@ def _recipe(info: AdapterInfo) -> dict[str, Any]:
     """The sidecar, checked to hold what is needed."""
     where = f"{info.where}: {SIDECAR_FILE}"
     settings = read_sidecar(info.path / SIDECAR_FILE)
-    kinds = {"sources": list, "distillation": dict, "inversion": (dict, type(None)), "versions": dict}
+    kinds: dict[str, Any] = {"sources": list, "distillation": dict, "inversion": (dict, type(None)), "versions": dict}
     kinds |= {key: (dict, type(None)) for key in ("hardware", "backbone", "inversion_data_sha256")}
     for key, kind in kinds.items():
         if not isinstance(settings.get(key), kind):
@@ -105,7 +108,7 @@ def _recipe(info: AdapterInfo) -> dict[str, Any]:
     return settings
 
 
-def _pool(info: AdapterInfo, settings: dict, given: Sequence, dtype: torch.dtype, device) -> AdapterPool:
+def _pool(info: AdapterInfo, settings: dict, given: Sequence, dtype: torch.dtype, device: Device) -> AdapterPool:
     """The source adapters in their order, with the heads that they were inverted with."""
     sources = settings["sources"]
     known = list(given) or ([pool_path()] if info.base_model == BACKBONE_NAME else [])
@@ -123,7 +126,7 @@ def _pool(info: AdapterInfo, settings: dict, given: Sequence, dtype: torch.dtype
         names.append(f"{source['name']}@{source['revision']}" if source.get("revision") else local[source["sha256"]])
     prompted = {s["name"]: s["labels"] for s in sources if s.get("prompt") and s.get("labels")}
     prompt = next((s["prompt"] for s in sources if s.get("prompt")), PROMPT)
-    options = {"base_revision": info.base_revision, "class_names": prompted or None, "prompt": prompt}
+    options: dict[str, Any] = {"base_revision": info.base_revision, "class_names": prompted or None, "prompt": prompt}
     pool = AdapterPool.from_pretrained(names, info.base_model, device=device, dtype=dtype, **options)
     for source, got in zip(sources, pool.infos, strict=True):
         if got.sha256 != source["sha256"]:
@@ -131,7 +134,15 @@ def _pool(info: AdapterInfo, settings: dict, given: Sequence, dtype: torch.dtype
     return pool
 
 
-def _surrogate(info: AdapterInfo, settings: dict, pool: AdapterPool, given, surrogate, output: Path, progress: bool):
+def _surrogate(
+    info: AdapterInfo,
+    settings: dict,
+    pool: AdapterPool,
+    given: Sequence[str | Path],
+    surrogate: str | Path | None,
+    output: Path,
+    progress: bool,
+) -> SurrogateDataset:
     if surrogate is not None:
         name, revision = one_id(str(surrogate))
         return SurrogateDataset.from_pretrained(name, revision=revision, progress=progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 from collections.abc import Iterable
@@ -55,8 +56,8 @@ class RowFile:
             self._fill(file, found)
         return torch.from_numpy(found)
 
-    def _fill(self, file, place: np.ndarray) -> None:
-        rest = memoryview(place.reshape(-1).view(np.uint8))
+    def _fill(self, file: io.FileIO, place: np.ndarray) -> None:
+        rest = place.reshape(-1).view(np.uint8).data
         while len(rest):
             count = file.readinto(rest)  # a single call reads 2 GiB at most
             if not count:

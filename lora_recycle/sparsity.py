@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from transformers import AttentionInterface
@@ -22,12 +23,20 @@ class ClsAttention:
     Where a model has no CLS token, the row is the mean over all tokens that look: what each is worth to the others.
     """
 
-    row: torch.Tensor | None = None
+    row: torch.Tensor  # there once the attention has run
     recording = False
     has_cls = True
 
 
-def sdpa_with_cls_row(module, query, key, value, attention_mask, scaling=None, **kwargs):
+def sdpa_with_cls_row(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
     """SDPA that also keeps softmax(q_cls k^T), the one row of the map that token pruning needs.
 
     `query`, `key`, `value` are (B, heads, T, head_dim). The row carries no gradient.
@@ -50,7 +59,7 @@ def record_cls_attention(layer: torch.nn.Module, has_cls: bool = True) -> Iterat
     """Record the CLS row of the attention inside one transformer layer, or without CLS the mean of all rows."""
     recorder = ClsAttention()
     recorder.recording, recorder.has_cls = True, has_cls
-    attention = [m for m in layer.modules() if hasattr(m, "is_causal")]
+    attention: list[Any] = [m for m in layer.modules() if hasattr(m, "is_causal")]
     for module in attention:
         module.cls_attention = recorder
     try:

@@ -80,7 +80,7 @@ def refusals_explained(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         number = _error_number(error)
-        if number not in _REFUSED:
+        if number is None or number not in _REFUSED:
             raise
         raise StorageError(
             f"{path} cannot be written: {os.strerror(number)}. What was finished is kept: make room, or choose "

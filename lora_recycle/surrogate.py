@@ -15,8 +15,9 @@ import contextlib
 import dataclasses
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -30,6 +31,10 @@ from .hub.untrusted import MAX_FILE_BYTES, MAX_TEXT_BYTES, parse_json, read_text
 from .shard_checks import check_manifest
 from .shard_rows import TENSORS, ShardRows, open_shard
 from .storage import atomic_write, file_sha256, read_header, save_sealed
+
+
+if TYPE_CHECKING:
+    import datasets
 
 
 FORMAT_VERSION = 1
@@ -142,7 +147,7 @@ class SurrogateDataset:
             DataError: there is none, it cannot be fetched whole, or its manifest is damaged.
         """
         folder = Path(repo_or_path)
-        hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         if not folder.is_dir():
             try:
                 folder = fetch(str(repo_or_path), REPO_FILES, revision, **hub, repo_type="dataset", progress=progress)
@@ -194,7 +199,8 @@ class SurrogateDataset:
             labels += [f"{shard.label_names[c]} ({shard.adapter['name']})" for c in shard.labels[chosen].tolist()]
             kept.append(None if shard.kept_tokens is None else shard.kept_tokens[chosen])
             confidence.append(shard.confidences[chosen])
-        masks = None if any(part is None for part in kept) else torch.cat(kept)
+        masked = [part for part in kept if part is not None]
+        masks = torch.cat(masked) if len(masked) == len(kept) else None
         return SurrogateSample(torch.cat(images), labels, masks, torch.cat(confidence))
 
     def picture(self) -> bytes:
@@ -244,7 +250,7 @@ class SurrogateDataset:
                 create_pr=create_pr,
             )
 
-    def to_dataset(self):
+    def to_dataset(self) -> datasets.Dataset:
         """A `datasets.Dataset` with `image`, `label` (`ClassLabel`, "<adapter>/<class>") and `adapter`."""
         import datasets
         from PIL import Image
@@ -255,7 +261,7 @@ class SurrogateDataset:
         for shard in shards:
             offsets.append(offsets[-1] + len(shard.label_names))
 
-        def rows():
+        def rows() -> Iterator[dict[str, Any]]:
             for shard, offset in zip(shards, offsets, strict=False):
                 for pixels, label in zip(shard.pixels, shard.labels.tolist(), strict=True):
                     image = Image.fromarray(pixels.permute(1, 2, 0).numpy())

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from .adapter_heads import TextHead
 from .backbones import Backbone
@@ -28,7 +29,7 @@ def give_heads(
     *,
     prompt: str,
     required: bool,
-    **hub,
+    **hub: Any,
 ) -> list[Adapter | StoredAdapter]:
     """Give adapters without a head that know their class names (`info.labels`) one made of them.
 
@@ -38,7 +39,7 @@ def give_heads(
     lacking, heads, reason = [a for a in adapters if a.headless and a.info.labels], [], None
     if lacking:
         try:
-            heads = text_heads(backbone, [a.info.labels for a in lacking], prompt, **hub)
+            heads = text_heads(backbone, [a.info.labels or () for a in lacking], prompt, **hub)
         except AdapterError as error:
             reason = str(error)
     made, usable = iter(heads), []
@@ -56,7 +57,7 @@ def give_heads(
 
 
 def text_heads(
-    backbone: Backbone, class_names: Sequence[Sequence[str]], prompt: str = PROMPT, **hub
+    backbone: Backbone, class_names: Sequence[Sequence[str]], prompt: str = PROMPT, **hub: Any
 ) -> list[TextHead]:
     """One head for each list of class names. On `backbone` its logits are the whole model's `logits_per_image`.
 
@@ -94,7 +95,7 @@ def text_heads(
     return heads
 
 
-def _load_text_tower(backbone: Backbone, hub: dict) -> tuple[PreTrainedModel, object]:
+def _load_text_tower(backbone: Backbone, hub: dict[str, Any]) -> tuple[Any, Any]:
     """The whole model in float32 on the backbone's device, without the image tower, and its tokenizer."""
     path, hub = resolve_backbone(backbone.name), {**hub, "revision": backbone.revision}
     try:
@@ -120,12 +121,12 @@ def _load_text_tower(backbone: Backbone, hub: dict) -> tuple[PreTrainedModel, ob
     return model.to(backbone.device).eval(), tokenizer
 
 
-def _token_ids(tokenizer, texts: list[str]) -> list[set[int]]:
+def _token_ids(tokenizer: Any, texts: list[str]) -> list[set[int]]:
     return [set(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 
 @torch.no_grad()
-def _embed(model: PreTrainedModel, tokenizer, texts: list[str]) -> torch.Tensor:
+def _embed(model: Any, tokenizer: Any, texts: list[str]) -> torch.Tensor:
     """Texts to their embeddings, of length 1, float32 on the CPU: (N, P)."""
     longest = model.config.text_config.max_position_embeddings
     # SigLIP was trained on texts of full length

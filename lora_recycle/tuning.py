@@ -9,12 +9,13 @@ import math
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from .backbones import Backbone, extract_features
 from .embedded import backbone_name, resolve_backbone
@@ -26,13 +27,17 @@ from .sparsity import num_kept
 from .tuning_config import TuningConfig
 
 
-def adapter_config(config: TuningConfig, model: torch.nn.Module) -> peft.PeftConfig:
+#: Images, uint8 (N, 3, H, W), and their labels, int64 (N,).
+Task = tuple[torch.Tensor, torch.Tensor]
+
+
+def adapter_config(config: TuningConfig, model: PreTrainedModel) -> peft.PeftConfig:
     """The PEFT configuration for one adapter with its head."""
     linear = {name.split(".")[-1] for name, m in model.base_model.named_modules() if isinstance(m, torch.nn.Linear)}
     targets = sorted(linear) if config.targets == "all" else [t.strip() for t in config.targets.split(",")]
     unknown = sorted(set(targets) - linear)
     config.require(not unknown, f"targets: {unknown[:1]} is no linear layer here ({', '.join(sorted(linear))})")
-    common = {"target_modules": targets, "modules_to_save": ["classifier"], "r": config.rank}
+    common: dict[str, Any] = {"target_modules": targets, "modules_to_save": ["classifier"], "r": config.rank}
     if config.peft_type in ("LORA", "DORA"):
         return peft.LoraConfig(lora_alpha=2 * config.rank, use_dora=config.peft_type == "DORA", **common)
     return {"LOHA": peft.LoHaConfig, "LOKR": peft.LoKrConfig}[config.peft_type](alpha=2 * config.rank, **common)
@@ -51,7 +56,9 @@ def augment(pixels: torch.Tensor, flip: bool, generator: torch.Generator, reach:
     return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def split_task(data: LabelledImages, classes: list[int], config: TuningConfig, generator: torch.Generator):
+def split_task(
+    data: LabelledImages, classes: list[int], config: TuningConfig, generator: torch.Generator
+) -> tuple[Task, Task]:
     """Training and held-out images of a task, labels renumbered: ((N, 3, H, W), (N,)) twice."""
     train, held = [], []
     by_class = data.by_class()
@@ -62,10 +69,11 @@ def split_task(data: LabelledImages, classes: list[int], config: TuningConfig, g
             raise DataError(f"{data.name}: class {data.label_names[old]!r} has {len(index)} image: two are needed.")
         held += [(i, new) for i in index[:k].tolist()]
         train += [(i, new) for i in index[k : k + config.images_per_class].tolist()]
-    return [(data.pixels[[i for i, _ in part]], torch.tensor([y for _, y in part])) for part in (train, held)]
+    tasks = [(data.pixels[[i for i, _ in part]], torch.tensor([y for _, y in part])) for part in (train, held)]
+    return tasks[0], tasks[1]
 
 
-def start_head(view: Backbone, head: torch.nn.Linear, train, held) -> float:
+def start_head(view: Backbone, head: torch.nn.Linear, train: Task, held: Task) -> float:
     """Set the head to the nearest class centre on the frozen backbone, so that tuning starts from what that knows.
 
     Returns its held-out accuracy with cosine (per cent): what an adapter must beat.
@@ -107,7 +115,7 @@ def tune_adapter(
         if parameter.requires_grad:
             parameter.data = parameter.data.half()
     partial = output.with_name(f".{output.name}.{os.getpid()}")
-    wrapped.save_pretrained(partial)
+    wrapped.save_pretrained(str(partial))
     results = {"accuracy": round(accuracy, 2), "frozen_class_centres": round(frozen, 2)}
     (partial / "README.md").write_text(_card(output.name.lstrip("."), base_model, data.name, names, results, config))
     if output.exists():
@@ -116,12 +124,21 @@ def tune_adapter(
     return results
 
 
-def _logits(wrapped, view: Backbone, pixel_values: torch.Tensor, kept=None) -> torch.Tensor:
+def _logits(
+    wrapped: Any, view: Backbone, pixel_values: torch.Tensor, kept: torch.Tensor | None = None
+) -> torch.Tensor:
     hidden, _ = view(pixel_values, kept)
     return wrapped.base_model.model.classifier(view.pool_for_head(hidden))
 
 
-def _fit(wrapped, view: Backbone, images, labels, config: TuningConfig, generator: torch.Generator) -> None:
+def _fit(
+    wrapped: peft.PeftModel,
+    view: Backbone,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    config: TuningConfig,
+    generator: torch.Generator,
+) -> None:
     parameters = [p for p in wrapped.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.01)
     per_epoch = math.ceil(len(images) / config.batch_size)
@@ -149,13 +166,20 @@ def _fit(wrapped, view: Backbone, images, labels, config: TuningConfig, generato
 
 
 @torch.inference_mode()
-def _accuracy(wrapped, view: Backbone, images, labels) -> float:
+def _accuracy(wrapped: peft.PeftModel, view: Backbone, images: torch.Tensor, labels: torch.Tensor) -> float:
     wrapped.eval()
     logits = torch.cat([_logits(wrapped, view, view.normalize(part)) for part in images.split(128)])
     return (logits.argmax(1) == labels).float().mean().item() * 100
 
 
-def _card(name, base_model, data_name, labels, results, config: TuningConfig) -> str:
+def _card(
+    name: str,
+    base_model: str,
+    data_name: str,
+    labels: list[str],
+    results: dict[str, float],
+    config: TuningConfig,
+) -> str:
     """A model card as people write them; `id2label` in its header is where the class names survive."""
     import yaml
 

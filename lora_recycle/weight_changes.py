@@ -7,9 +7,10 @@ import copy
 import dataclasses
 import weakref
 from collections.abc import Iterator
+from typing import Any, TypeAlias, cast
 
 import torch
-from peft import get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -18,6 +19,13 @@ from .backbones import Backbone
 from .errors import AdapterError
 from .hub.adapters import AdapterInfo, LoadedAdapter, load_adapter
 
+
+#: PEFT's layers by their path: each is a module and a `BaseTunerLayer`, for which there is no one type.
+Layers: TypeAlias = dict[str, Any]
+#: Module to (B, A), shapes (out, r) and (r, in).
+Factors: TypeAlias = dict[str, tuple[torch.Tensor, torch.Tensor]]
+#: `factors`, `others` and `layers` of an [`Adapter`].
+Parts: TypeAlias = tuple[Factors, dict[str, torch.Tensor], Layers]
 
 #: Backbones that an adapter is folded into just now; what another adapter changes cannot be told from them.
 _CHANGED: weakref.WeakSet[Backbone] = weakref.WeakSet()
@@ -37,10 +45,10 @@ class Adapter:
     """
 
     info: AdapterInfo
-    factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    factors: Factors
     others: dict[str, torch.Tensor]
     head: Head | None = None
-    layers: dict[str, nn.Module] = dataclasses.field(default_factory=dict)
+    layers: Layers = dataclasses.field(default_factory=dict)
 
     @property
     def num_classes(self) -> int:
@@ -160,7 +168,7 @@ class ChangeSum:
     there on.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.others: dict[str, torch.Tensor] = {}
         self._factors: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._dense: dict[str, torch.Tensor] = {}
@@ -186,7 +194,7 @@ class ChangeSum:
     def delta(self, module: str) -> torch.Tensor:
         """The sum itself, (out, in)."""
         dense = self._dense.get(module)
-        if not self._factors[module]:
+        if dense is not None and not self._factors[module]:
             return dense
         b, a = self._concatenated(module)
         return b @ a if dense is None else dense + b @ a
@@ -197,13 +205,13 @@ class ChangeSum:
 
 
 @contextlib.contextmanager
-def wear_layers(model: nn.Module, layers: dict[str, nn.Module]) -> Iterator[None]:
+def wear_layers(model: nn.Module, layers: Layers) -> Iterator[None]:
     """Put PEFT layers (`Adapter.layers`) around the modules of `model`; they are taken off again."""
     own = {path: model.get_submodule(path) for path in layers}
     try:
         for path, layer in layers.items():
             layer.base_layer = own[path]
-            layer.to(own[path].weight)
+            layer.to(own[path].get_parameter("weight"))
             model.set_submodule(path, layer)
         yield
     finally:
@@ -217,8 +225,9 @@ def never_called(model: nn.Module) -> set[str]:
     return {f"{path}.out_proj" for path, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
 
 
-def _lora_factors(loaded: LoadedAdapter, backbone: Backbone):
-    config, factors, idle = loaded.peft_config, {}, never_called(backbone.model)
+def _lora_factors(loaded: LoadedAdapter, backbone: Backbone) -> Parts:
+    config, idle = cast(LoraConfig, loaded.peft_config), never_called(backbone.model)
+    factors: Factors = {}
     for key, a in loaded.state_dict.items():
         if not key.endswith(".lora_A.weight"):
             continue
@@ -232,7 +241,7 @@ def _lora_factors(loaded: LoadedAdapter, backbone: Backbone):
 
 
 @torch.no_grad()
-def _peft_changes(loaded: LoadedAdapter, backbone: Backbone):
+def _peft_changes(loaded: LoadedAdapter, backbone: Backbone) -> Parts:
     """What merging changes, where that says all: the merged model must answer as PEFT's own does, else its layers."""
     base = {name: p.detach().float().cpu() for name, p in backbone.model.named_parameters()}
     image = torch.randn(1, 3, backbone.image_size, backbone.image_size, generator=torch.Generator().manual_seed(0))
@@ -256,9 +265,7 @@ def _peft_changes(loaded: LoadedAdapter, backbone: Backbone):
     return *split_changes({name: change for name, change in changes if change.any()}), {}
 
 
-def split_changes(
-    changes: dict[str, torch.Tensor],
-) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], dict[str, torch.Tensor]]:
+def split_changes(changes: dict[str, torch.Tensor]) -> tuple[Factors, dict[str, torch.Tensor]]:
     """Dense changes by parameter as `Adapter.factors`, of full rank, where they are of matrices, and as `others`."""
     factors, others = {}, {}
     for name, change in changes.items():
@@ -270,7 +277,7 @@ def split_changes(
     return factors, others
 
 
-def _wrap(loaded: LoadedAdapter, backbone: Backbone) -> nn.Module:
+def _wrap(loaded: LoadedAdapter, backbone: Backbone) -> PeftModel:
     """A float32 copy of the backbone on the CPU that wears the adapter the way PEFT does it."""
     wrapped = get_peft_model(copy.deepcopy(backbone.model).float().cpu(), copy.deepcopy(loaded.peft_config))
     set_peft_model_state_dict(wrapped, loaded.state_dict)
@@ -280,12 +287,14 @@ def _wrap(loaded: LoadedAdapter, backbone: Backbone) -> nn.Module:
     return wrapped.eval().requires_grad_(False)
 
 
-def tuner_layers(model: nn.Module) -> dict[str, nn.Module]:
+def tuner_layers(model: nn.Module) -> Layers:
     """PEFT's layers inside a model, by path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
-def _first_task(layer: nn.Module, args: tuple, kwargs: dict):
+def _first_task(
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Poly asks each layer for the task of each image; adapters of more than one task are refused."""
     task_ids = torch.zeros(len(args[0]), dtype=torch.long, device=args[0].device)
     return args, kwargs | {"task_ids": task_ids}

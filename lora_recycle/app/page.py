@@ -86,7 +86,7 @@ def build_page(model: str = "demo", *, device: Any = None, folders: bool = True)
             choose = gr.Button("Load")
             about = gr.Markdown(_about(model, first))
         # the model serves one visitor after the other, and nobody but the page
-        one = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
+        one: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
         task = [chosen, *names, *images]
         classify.click(_classify(load), [queries, *task], answers, **one)
         save.click(_save(load, page), task, saved, **one)
@@ -137,7 +137,7 @@ def launch(
         if not page.is_running:
             raise
     if browser:
-        webbrowser.open(page.local_url)
+        webbrowser.open(str(page.local_url))
     return page
 
 
@@ -197,7 +197,7 @@ def _told(function: Callable) -> Callable:
     """What the user can act on appears on the page."""
 
     @functools.wraps(function)
-    def wrapped(*arguments):
+    def wrapped(*arguments: Any) -> Any:
         try:
             return function(*arguments)
         except (LoraRecycleError, OSError) as error:
@@ -207,7 +207,7 @@ def _told(function: Callable) -> Callable:
 
 
 def _classify(load: Callable) -> Callable:
-    def classify(queries, name, *slots):
+    def classify(queries: list[tuple[str, str | None]] | None, name: str, *slots: Any) -> str:
         model = load(name)
         return answers_html(_session(model, slots).classify(_paths(queries)), model.backbone.patch_size)
 
@@ -215,7 +215,7 @@ def _classify(load: Callable) -> Callable:
 
 
 def _save(load: Callable, page: gr.Blocks) -> Callable:
-    def save(name, *slots):
+    def save(name: str, *slots: Any) -> gr.File:
         packed = _session(load(name), slots).save()
         return gr.File(save_bytes_to_cache(packed, ZIP_NAME, page.GRADIO_CACHE), visible=True)
 
@@ -223,7 +223,7 @@ def _save(load: Callable, page: gr.Blocks) -> Callable:
 
 
 def _choose(load: Callable, folders: bool) -> Callable:
-    def choose(name):
+    def choose(name: str) -> tuple[str, str]:
         name = name.strip()
         repo = one_id(name).name
         if not folders and name != "demo" and not is_repo_id(repo):

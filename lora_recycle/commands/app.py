@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
-from .common import META_LORA_HELP, add_device_argument, checked_device, note
+from .common import META_LORA_HELP, Subparsers, add_device_argument, checked_device, note
 
 
 EPILOG = """\
@@ -17,7 +18,7 @@ The page is served to this machine alone and sends nothing elsewhere. It needs G
 """
 
 
-def add_parser(subparsers, **options) -> argparse.ArgumentParser:
+def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParser:
     summary = "open a page that classifies your images in the browser"
     parser = subparsers.add_parser("app", help=summary, description=summary, epilog=EPILOG, **options)
     parser.add_argument("--model", default="demo", metavar="MODEL", help=f"{META_LORA_HELP} (default: %(default)s)")

@@ -114,7 +114,7 @@ def _is_pairs(value: Any) -> bool:
 
 
 def _default(f: dataclasses.Field) -> Any:
-    return f.default if f.default is not dataclasses.MISSING else f.default_factory()
+    return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
 
 
 def _shown(value: Any) -> str:

@@ -5,9 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from .common import add_device_argument, checked_device, note, table
+from .common import Subparsers, add_device_argument, checked_device, note, table
+
+
+if TYPE_CHECKING:
+    from ..evaluation.cells import Cell
+    from ..evaluation.recipe import BenchmarkRecipe
 
 
 EPILOG = """\
@@ -21,7 +27,7 @@ set, shots) into the work folder: run again it goes on where it was. docs/benchm
 """
 
 
-def add_parser(subparsers, **options) -> argparse.ArgumentParser:
+def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParser:
     summary = "run methods, data sets and shots of a recipe on the same episodes"
     parser = subparsers.add_parser("benchmark", help=summary, description=summary, epilog=EPILOG, **options)
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file of data sets, pools and methods")
@@ -64,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
     _write(Path(args.recipe).stem, recipe, cells, benchmark.notes, output)
 
 
-def _write(name: str, recipe, cells, notes: list[str], output: Path) -> None:
+def _write(name: str, recipe: BenchmarkRecipe, cells: list[Cell], notes: list[str], output: Path) -> None:
     from ..evaluation.page import benchmark_page
     from ..evaluation.summary import markdown, rows_and_details
     from ..provenance import versions

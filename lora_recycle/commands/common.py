@@ -6,10 +6,19 @@ import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..embedded import pool_path
 from ..errors import ConfigError
+
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..pool import AdapterPool
+
+#: What `add_subparsers` returns, for which argparse has no public name.
+Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -111,7 +120,7 @@ def sources(names: Sequence[str]) -> list[str | Path]:
     return [pool_path() if name == "demo" else name for name in names]
 
 
-def load_pool(args: argparse.Namespace, **options):
+def load_pool(args: argparse.Namespace, **options: Any) -> AdapterPool:
     """The [`AdapterPool`] that the pool arguments describe. Skipped adapters are told on stderr."""
     from ..pool import AdapterPool
 
@@ -136,7 +145,7 @@ def tell_skipped(skipped: Sequence[tuple[str, str]], used: int) -> None:
         note(f"{len(skipped)} of {used + len(skipped)} adapters skipped:\n{table(('skipped', 'reason'), skipped)}")
 
 
-def checked_device(name: str | None):
+def checked_device(name: str | None) -> torch.device | None:
     """The torch device of this name. Raises `ConfigError` where this machine has none."""
     import torch
 

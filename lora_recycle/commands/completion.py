@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 
 SHELLS = ("bash", "zsh", "fish")
@@ -15,18 +16,24 @@ PATHS = ("DATA", "FILE", "IMAGES", "MODEL", "PATH", "POOL", "WHAT")
 class PrintCompletion(argparse.Action):
     """Prints the completion script of the whole command line and ends, as `--version` does."""
 
-    def __init__(self, option_strings: list[str], dest: str, **options):
+    def __init__(self, option_strings: list[str], dest: str, **options: Any) -> None:
         super().__init__(option_strings, argparse.SUPPRESS, choices=SHELLS, metavar="SHELL", **options)
 
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
         import shtab
 
         for action in _actions(parser):
             if action.metavar in FOLDERS:
-                action.complete = shtab.DIRECTORY
+                action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]  # where shtab looks for it
             elif action.metavar in PATHS:
-                action.complete = shtab.FILE
-        print(shtab.complete(parser, values))
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
+        print(shtab.complete(parser, str(values)))
         parser.exit()
 
 

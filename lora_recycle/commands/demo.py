@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from typing import Any
 
-from .common import hint, note
+from .common import Subparsers, hint, note
 
 
 EPILOG = """\
@@ -18,7 +19,7 @@ Finished parts are kept when the command is run again.
 """
 
 
-def add_parser(subparsers, **options) -> argparse.ArgumentParser:
+def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParser:
     summary = "run the whole way on the shipped adapters and real images"
     parser = subparsers.add_parser("demo", help=summary, description=summary, epilog=EPILOG, **options)
     parser.add_argument("--output", default="runs/demo", metavar="DIR", help="where all goes (default: %(default)s)")

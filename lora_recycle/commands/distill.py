@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..distillation.config import DistillationConfig
 from ..errors import ConfigError
 from .arguments import add_config_arguments, build_config
 from .common import (
+    Subparsers,
     add_pool_arguments,
     add_resume_argument,
     hint,
@@ -19,6 +21,11 @@ from .common import (
     table,
     tell_skipped,
 )
+
+
+if TYPE_CHECKING:
+    from ..pool import AdapterPool
+    from ..surrogate import SurrogateDataset
 
 
 EPILOG = """\
@@ -35,7 +42,7 @@ A killed run goes on where it was when the command is run again, with --resume o
 """
 
 
-def add_parser(subparsers, **options) -> argparse.ArgumentParser:
+def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParser:
     summary = "distil surrogate images and their adapters into one meta-LoRA"
     parser = subparsers.add_parser("distill", help=summary, description=summary, epilog=EPILOG, **options)
     add_pool_arguments(parser)
@@ -101,7 +108,7 @@ def run(args: argparse.Namespace) -> None:
     hint(f"lora-recycle evaluate {shlex.quote(args.output)} --data PATH --pool {shlex.join(args.pool)}")
 
 
-def _with_images(pool, surrogate):
+def _with_images(pool: AdapterPool, surrogate: SurrogateDataset) -> AdapterPool:
     """The adapters that have surrogate images: those that could not be inverted are told and left out."""
     inverted = {entry["adapter"]["sha256"] for entry in surrogate.manifest["shards"]}
     kept = [i for i, info in enumerate(pool.infos) if info.sha256 in inverted]

@@ -6,12 +6,14 @@ import argparse
 import json
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..embedded import backbone_name
 from ..errors import ConfigError
 from .common import (
     META_LORA_HELP,
     POOL_HELP,
+    Subparsers,
     add_base_model_argument,
     add_device_argument,
     add_on_error_argument,
@@ -20,6 +22,11 @@ from .common import (
     load_pool,
     note,
 )
+
+
+if TYPE_CHECKING:
+    from ..modeling.meta_lora import MetaLoRAForFewShotClassification
+    from ..pool import AdapterPool
 
 
 EPILOG = """\
@@ -42,7 +49,7 @@ once. docs/concepts.md says what they assume.
 """
 
 
-def add_parser(subparsers, **options) -> argparse.ArgumentParser:
+def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParser:
     summary = "judge a meta-LoRA and its rivals on real images"
     parser = subparsers.add_parser("evaluate", help=summary, description=summary, epilog=EPILOG, **options)
     parser.add_argument("model", metavar="MODEL", help=META_LORA_HELP)
@@ -121,7 +128,7 @@ def run(args: argparse.Namespace) -> None:
     hint(f"lora-recycle predict {shlex.quote(args.model)} --support FOLDER_OF_CLASS_FOLDERS IMAGES...")
 
 
-def _load_pool(args: argparse.Namespace, model):
+def _load_pool(args: argparse.Namespace, model: MetaLoRAForFewShotClassification) -> AdapterPool | None:
     """The pool to compare with, None without one. Raises `ConfigError` where it adapts another base than `model`."""
     if not args.no_pool and args.pool is None and args.model == "demo":
         args.pool = ["demo"]

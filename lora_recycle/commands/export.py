@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import logging
 from pathlib import Path
+from typing import Any
 
 from ..errors import ConfigError
-from .common import META_LORA_HELP, add_base_model_argument, hint, table
+from .common import META_LORA_HELP, Subparsers, add_base_model_argument, hint, table
 
 
 EPILOG = """\
@@ -23,7 +24,7 @@ beside it says how images become its input and how far the answers lie apart.
 """
 
 
-def add_parser(subparsers, **options) -> argparse.ArgumentParser:
+def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParser:
     summary = "write a model as ONNX, torch.export program or transformers checkpoint"
     parser = subparsers.add_parser("export", help=summary, description=summary, epilog=EPILOG, **options)
     parser.add_argument("model", metavar="MODEL", help=META_LORA_HELP)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from typing import Any
 
-from .common import hint
+from .common import Subparsers, hint
 
 
 EPILOG = """\
@@ -16,7 +17,7 @@ The file holds w_a_000, w_b_000, ... and fc_512in_5out, as the code of the paper
 """
 
 
-def add_parser(subparsers, **options) -> argparse.ArgumentParser:
+def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParser:
     summary = "turn an adapter that the paper's own code saved into a PEFT folder"
     parser = subparsers.add_parser("import", help=summary, description=summary, epilog=EPILOG, **options)
     parser.add_argument("file", metavar="FILE", help="safetensors file that the paper's code saved")

@@ -7,11 +7,13 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, DataError
 from .common import (
     META_LORA_HELP,
     POOL_HELP,
+    Subparsers,
     add_class_names_argument,
     add_on_error_argument,
     hint,
@@ -20,6 +22,12 @@ from .common import (
     table,
     tell_skipped,
 )
+
+
+if TYPE_CHECKING:
+    from ..backbones import Backbone
+    from ..hub.adapters import AdapterInfo
+    from ..surrogate import SurrogateDataset
 
 
 EPILOG = """\
@@ -34,12 +42,14 @@ examples:
   lora-recycle inspect search:peft,birds --on-error skip --short > ids.txt      as other verbs take it: id@commit
 """
 
-ADAPTER_HEADER = ("name", "base", "revision", "type", "rank", "targets", "classes", "labels")
-ADAPTER_HEADER += ("transformers", "converted", "size", "commit")
+ADAPTER_HEADER = (
+    *("name", "base", "revision", "type", "rank", "targets", "classes", "labels"),
+    *("transformers", "converted", "size", "commit"),
+)
 SHARD_HEADER = ("adapter", "images", "accuracy", "confidence")
 
 
-def add_parser(subparsers, **options) -> argparse.ArgumentParser:
+def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParser:
     summary = "describe adapters, folders of adapters, or surrogate data"
     parser = subparsers.add_parser("inspect", help=summary, description=summary, epilog=EPILOG, **options)
     parser.add_argument("what", nargs="+", metavar="WHAT", help=f"surrogate folders, and {POOL_HELP}")
@@ -116,7 +126,7 @@ def _write_pages(args: argparse.Namespace, surrogates: list, others: list) -> No
     hint("lora-recycle distill POOL --surrogate " + shlex.join(args.what))
 
 
-def _views(args: argparse.Namespace, surrogate) -> list:
+def _views(args: argparse.Namespace, surrogate: SurrogateDataset) -> list[tuple[str, Backbone]]:
     """The frozen backbone and, where one is named, the meta-LoRA on it."""
     from ..backbones import Backbone
     from ..hub.sources import one_id
@@ -132,7 +142,7 @@ def _views(args: argparse.Namespace, surrogate) -> list:
     return [("Frozen backbone", Backbone.from_pretrained(base["name"], revision=base.get("revision"))), *views]
 
 
-def _adapter_row(info) -> tuple:
+def _adapter_row(info: AdapterInfo) -> tuple[Any, ...]:
     return (
         info.name,
         info.base_model,
@@ -143,7 +153,7 @@ def _adapter_row(info) -> tuple:
         info.num_classes,
         _first(info.labels),
         info.generation,
-        {True: "yes", False: "no"}.get(info.converted),
+        None if info.converted is None else "yes" if info.converted else "no",
         _size(info.size_bytes),
         _short(info.revision),
     )
@@ -165,7 +175,7 @@ def _size(count: int) -> str:
     return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
 
 
-def _surrogate_text(surrogate) -> str:
+def _surrogate_text(surrogate: SurrogateDataset) -> str:
     shards = surrogate.manifest["shards"]
     rows = [(s["adapter"]["name"], s["num_images"], s["accuracy"], s["confidence"]) for s in shards]
     base = surrogate.manifest.get("backbone", {}).get("name", "an unknown base")

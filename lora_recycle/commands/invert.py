@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from typing import Any
 
 from ..inversion.config import InversionConfig
 from .arguments import add_config_arguments, build_config
 from .common import (
+    Subparsers,
     add_class_names_argument,
     add_pool_arguments,
     add_resume_argument,
@@ -37,7 +39,7 @@ When the command is run again (with --resume or without) finished shards are kep
 """
 
 
-def add_parser(subparsers, **options) -> argparse.ArgumentParser:
+def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParser:
     summary = "make surrogate images from adapters"
     parser = subparsers.add_parser("invert", help=summary, description=summary, epilog=EPILOG, **options)
     add_pool_arguments(parser)

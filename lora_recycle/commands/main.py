@@ -8,6 +8,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from ..errors import ConfigError, LoraRecycleError
 from ..interruption import Terminated, terminable
@@ -132,7 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
 class _Verb(argparse.ArgumentParser):
     """A verb's parser: examples in the epilog keep their lines, options are written out."""
 
-    def __init__(self, **options):
+    def __init__(self, **options: Any) -> None:
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **options)
 

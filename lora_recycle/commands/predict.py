@@ -7,9 +7,23 @@ import csv
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
-from .common import META_LORA_HELP, add_base_model_argument, add_device_argument, checked_device, hint, note, table
+from .common import (
+    META_LORA_HELP,
+    Subparsers,
+    add_base_model_argument,
+    add_device_argument,
+    checked_device,
+    hint,
+    note,
+    table,
+)
+
+
+if TYPE_CHECKING:
+    import torch
 
 
 EPILOG = """\
@@ -26,7 +40,7 @@ and belong to the classes shown, transductive_laplacian, transductive_transport,
 """
 
 
-def add_parser(subparsers, **options) -> argparse.ArgumentParser:
+def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParser:
     summary = "classify images after one look at a few examples of each class"
     parser = subparsers.add_parser("predict", help=summary, description=summary, epilog=EPILOG, **options)
     parser.add_argument("model", metavar="MODEL", help=f"{META_LORA_HELP}; it may be left out before several images")
@@ -93,7 +107,7 @@ def _model_and_images(args: argparse.Namespace) -> tuple[str, list[str]]:
     return args.model, args.images
 
 
-def _print(args: argparse.Namespace, paths: list[Path], probabilities, label_names: list) -> None:
+def _print(args: argparse.Namespace, paths: list[Path], probabilities: torch.Tensor, label_names: list[Any]) -> None:
     """One line or object for each image on stdout, in the form that was asked for."""
     best = probabilities.argmax(1)
     labels = [label_names[i] for i in best.tolist()]

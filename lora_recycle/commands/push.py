@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from ..errors import ConfigError, PushError
-from .common import BITS_HELP, hint
+from .common import BITS_HELP, Subparsers, hint
 
 
 EPILOG = """\
@@ -21,7 +22,7 @@ Log in with `hf auth login` or set HF_TOKEN. A push that failed has left nothing
 """
 
 
-def add_parser(subparsers, **options) -> argparse.ArgumentParser:
+def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParser:
     summary = "publish a meta-LoRA, surrogate data or an adapter on the Hub"
     parser = subparsers.add_parser("push", help=summary, description=summary, epilog=EPILOG, **options)
     parser.add_argument("folder", metavar="FOLDER", help="what distill, invert or tune-pool wrote")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from typing import Any
 
-from .common import BITS_HELP, hint
+from .common import BITS_HELP, Subparsers, hint
 
 
 EPILOG = """\
@@ -18,7 +19,7 @@ back to 32 bits makes the file plain; what the codes lost stays lost. docs/more.
 """
 
 
-def add_parser(subparsers, **options) -> argparse.ArgumentParser:
+def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParser:
     summary = "write an adapter with its weights in fewer bits, or as a plain PEFT adapter again"
     parser = subparsers.add_parser("quantise", help=summary, description=summary, epilog=EPILOG, **options)
     parser.add_argument(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
-from .common import META_LORA_HELP, POOL_HELP, add_device_argument, note, sources, table
+from .common import META_LORA_HELP, POOL_HELP, Subparsers, add_device_argument, note, sources, table
 
 
 EPILOG = """\
@@ -18,7 +19,7 @@ same kind of machine promise the same bytes; what differs there is listed.
 """
 
 
-def add_parser(subparsers, **options) -> argparse.ArgumentParser:
+def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParser:
     summary = "make a meta-LoRA again from what it says of its origin, and compare"
     parser = subparsers.add_parser("reproduce", help=summary, description=summary, epilog=EPILOG, **options)
     parser.add_argument("model", metavar="META_LORA", help=META_LORA_HELP)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from typing import Any
 
 from ..tuning_config import TuningConfig
 from .arguments import add_config_arguments, build_config
-from .common import hint, is_main_process, note, table
+from .common import Subparsers, hint, is_main_process, note, table
 
 
 EPILOG = """\
@@ -21,7 +22,7 @@ Finished adapters are kept when the command is run again.
 """
 
 
-def add_parser(subparsers, **options) -> argparse.ArgumentParser:
+def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParser:
     summary = "make adapters with heads from a labelled data set"
     parser = subparsers.add_parser("tune-pool", help=summary, description=summary, epilog=EPILOG, **options)
     parser.add_argument(

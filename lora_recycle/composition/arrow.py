@@ -38,7 +38,7 @@ class Arrow(Composition):
     top_k: int = 3
     temperature: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.top_k < 1 or not self.temperature > 0:
             raise ConfigError(
                 f"top_k must be at least 1 and temperature above 0, got {self.top_k} and {self.temperature}."

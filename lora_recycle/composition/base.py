@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -97,9 +98,9 @@ class Merge(Composition):
 
     def merge(self, pool: AdapterPool) -> Adapter:
         """The merged change as an adapter without a head: it can be folded, or cut to a rank as a pool of one."""
-        blank = {"path": Path(), "revision": None, "sha256": "", "rank": None, "alpha": None, "num_classes": None}
+        blank: dict[str, Any] = dict.fromkeys(("revision", "rank", "alpha", "num_classes", "labels"))
         name = f"{type(self).__name__} of {len(pool)} adapters"
-        info = dataclasses.replace(pool[0].info, name=name, labels=None, config={}, **blank)
+        info = dataclasses.replace(pool[0].info, name=name, path=Path(), sha256="", config={}, **blank)
         return Adapter(info, *split_changes(self.changes(pool)))
 
     def networks(self, pool: AdapterPool) -> Iterator[AbstractContextManager[Backbone]]:

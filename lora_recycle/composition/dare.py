@@ -28,11 +28,12 @@ class Dare(Merge):
     density: float = 0.2
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         checked_density(self.density)
 
     def changes(self, pool: AdapterPool) -> Changes:
-        generator, total = torch.Generator().manual_seed(self.seed), {}
+        generator = torch.Generator().manual_seed(self.seed)
+        total: Changes = {}
         for i in range(len(pool)):
             changes = dense_changes(pool[i], pool.backbone.device)
             for name in sorted(changes):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from ..backbones import Backbone
 
@@ -41,8 +42,8 @@ def worn_factors(
             handle.remove()
 
 
-def _adding(b: torch.Tensor, a: torch.Tensor, gate: Gate | None):
-    def hook(module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+def _adding(b: torch.Tensor, a: torch.Tensor, gate: Gate | None) -> Callable[..., torch.Tensor]:
+    def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         inner = F.linear(args[0], a)
         return output + F.linear(inner if gate is None else inner * gate(args[0]), b)
 

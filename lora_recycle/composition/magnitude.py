@@ -27,7 +27,7 @@ class MagnitudePruning(Merge):
 
     density: float = 0.2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         checked_density(self.density)
 
     def changes(self, pool: AdapterPool) -> Changes:

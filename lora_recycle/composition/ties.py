@@ -29,7 +29,7 @@ class Ties(Merge):
 
     density: float = 0.2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         checked_density(self.density)
 
     def changes(self, pool: AdapterPool) -> Changes:
@@ -42,7 +42,7 @@ class Ties(Merge):
 class Votes:
     """Sum and number of the positive and of the negative entries so far: all that the election needs in the end."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.sums: dict[str, torch.Tensor] = {}
         self.counts: dict[str, torch.Tensor] = {}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from typing import Literal
 
 from ..backbones import Backbone
 from ..pool import AdapterPool
@@ -27,7 +28,7 @@ class Uniform(Composition):
             Changes of biases and norms have no factors and are left out then.
     """
 
-    rank: int | str | None = None
+    rank: int | Literal["exact"] | None = None
 
     def networks(self, pool: AdapterPool) -> Iterator[AbstractContextManager[Backbone]]:
         if self.rank is None:

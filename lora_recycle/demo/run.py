@@ -28,7 +28,7 @@ from ..modeling.saving import save_meta_lora, wrap_student
 from ..pages.report import write_training_report
 from ..pool import AdapterPool
 from ..storage import atomic_write
-from ..surrogate import SurrogateDataset
+from ..surrogate import Shard, SurrogateDataset
 
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
@@ -133,7 +133,7 @@ def _invert(
     inverter, path = LoraInverter(pool, config), output / "surrogate" / "losses.json"
     curves: dict[str, list[float]] = json.loads(path.read_text()) if path.is_file() else {}
 
-    def remember(name: str, _) -> None:
+    def remember(name: str, _: Shard) -> None:
         curves[name] = inverter.losses
         atomic_write(path, json.dumps(curves).encode())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import peft
 import torch
@@ -14,6 +15,7 @@ from peft.tuners.shira import ShiraLayer
 from torch import nn
 
 from ..backbones import Backbone
+from ..weight_changes import Layers
 
 
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]  # module to (B, A) of shapes (out, r), (r, in)
@@ -47,15 +49,16 @@ def adapter_config(peft_type: str, rank: int, targets: list[str], backbone: Back
 def start_lora(layer: LoraLayer, b: torch.Tensor, a: torch.Tensor) -> None:
     """Set a LoRA, or a DoRA that then says the same, to the change B A. Rows of A beyond its rank stay random, free to
     learn, where B is 0."""
-    lora_a, lora_b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    lora_a, lora_b = _matrices(layer)
     lora_b.zero_()
     lora_a[: len(a)].copy_(a)
     lora_b[:, : b.shape[1]].copy_(b)
     if (
         "default" in layer.lora_magnitude_vector
     ):  # W' = m (W + B A) / |W + B A|, rows: with m = |W + B A| it is W + B A
-        weight = layer.get_base_layer().weight
-        layer.lora_magnitude_vector["default"].weight.copy_(torch.linalg.norm(weight + lora_b @ lora_a, dim=1))
+        weight = layer.get_base_layer().get_parameter("weight")
+        magnitude = layer.lora_magnitude_vector["default"].get_parameter("weight")
+        magnitude.copy_(torch.linalg.norm(weight + lora_b @ lora_a, dim=1))
 
 
 @torch.no_grad()
@@ -75,7 +78,7 @@ def start_from_principal(layer: LoraLayer, b: torch.Tensor, a: torch.Tensor) -> 
     both: the first half of its rank learns, the second is -B A for good.
     """
     rank = len(a)
-    lora_a, lora_b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    lora_a, lora_b = _matrices(layer)
     with torch.no_grad():
         lora_a.copy_(torch.cat([a, a]))
         lora_b.copy_(torch.cat([b, -b], 1))
@@ -94,16 +97,21 @@ def principal_factors(
         images: uint8 (N, 3, H, W), whose activations CorDA weighs the directions by.
     """
     backbone = copy.deepcopy(backbone)
-    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights=method)
+    start: Any = method  # PEFT's type lists the names
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights=start)
     if method == "corda":
+        assert images is not None
         config.corda_config = CordaConfig(corda_method="ipm")
         preprocess_corda(backbone.model, config, _shown(backbone, images))
-    wearing = peft.get_peft_model(backbone.model, config).base_model.model
+    wearing = peft.get_peft_model(backbone.model, config).get_base_model()
     layers = {name: module for name, module in wearing.named_modules() if isinstance(module, LoraLayer)}
-    return {
-        name: (layer.lora_B["default"].weight.detach(), layer.lora_A["default"].weight.detach())
-        for name, layer in layers.items()
-    }
+    return {name: (b.detach(), a.detach()) for name, (a, b) in ((name, _matrices(m)) for name, m in layers.items())}
+
+
+def _matrices(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
+    """A, (r, in), and B, (out, r)."""
+    a, b = layer.lora_A["default"], layer.lora_B["default"]
+    return a.get_parameter("weight"), b.get_parameter("weight")
 
 
 def _shown(backbone: Backbone, images: torch.Tensor) -> Callable[[], None]:
@@ -114,6 +122,6 @@ def _shown(backbone: Backbone, images: torch.Tensor) -> Callable[[], None]:
     return run
 
 
-def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
+def adapted_layers(model: nn.Module) -> Layers:
     """The layers of LoRA, DoRA or SHiRA by their path."""
     return {name: m for name, m in model.named_modules() if isinstance(m, (LoraLayer, ShiraLayer))}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 
@@ -41,7 +42,7 @@ class Batch:
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         """The batch with `change` done to its tensors: moved, pinned."""
 
-        def changed(value):
+        def changed(value: Any) -> Any:
             if isinstance(value, list):
                 return [changed(v) for v in value]
             return change(value) if isinstance(value, torch.Tensor) else value
@@ -122,6 +123,7 @@ class Prefetcher:
         """The batch of `step`; the one after it is begun."""
         if self._next is None or self._next[0] != step:
             self.begin(step)
+        assert self._next is not None  # begun here or before
         batch = self._next[1].result()
         self._next = None
         if step + 1 < self.end:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -18,6 +19,13 @@ from ..storage import atomic_write, load_sealed, save_sealed
 KEEP = 2
 LOG_FILE = "training_log.json"
 logger = logging.getLogger(__name__)
+
+
+class OptimizerState(Protocol):
+    """What is read and set of an optimiser."""
+
+    state: Any  # torch's and a plain dictionary differ in how they are typed
+    param_groups: list[dict[str, Any]]
 
 
 class Checkpoints:
@@ -38,7 +46,13 @@ class Checkpoints:
         """The newest first."""
         return sorted(self.folder.glob("checkpoint-*.safetensors"), reverse=True)
 
-    def save(self, parameters, optimizer, step: int, history: dict[str, list[float]]) -> None:
+    def save(
+        self,
+        parameters: Sequence[torch.Tensor],
+        optimizer: OptimizerState,
+        step: int,
+        history: dict[str, list[float]],
+    ) -> None:
         """Write the state before `step`, then delete what is older than the last `KEEP`.
 
         Raises:
@@ -55,7 +69,9 @@ class Checkpoints:
         for path in self.files()[KEEP:]:
             path.unlink(missing_ok=True)
 
-    def load(self, parameters, optimizer) -> tuple[int, dict[str, list[float]]]:
+    def load(
+        self, parameters: Sequence[torch.Tensor], optimizer: OptimizerState
+    ) -> tuple[int, dict[str, list[float]]]:
         """Set all to the newest sound checkpoint; return the step to go on with and the losses before it.
 
         Without a checkpoint nothing is set, and the step is 0. Damaged ones that are newer are told and deleted.
@@ -74,13 +90,13 @@ class Checkpoints:
                 damaged[path] = error
                 continue
             self._check_identity(path, header["identity"])
-            for other, error in damaged.items():
-                logger.warning("%s is damaged (%s); going on from %s.", other, error, path.name)
+            for other, reason in damaged.items():
+                logger.warning("%s is damaged (%s); going on from %s.", other, reason, path.name)
                 other.unlink(missing_ok=True)
             _restore(tensors, header, parameters, optimizer)
             return header["step"], header["history"]
-        for path, error in damaged.items():
-            raise DataError(f"{path}: the checkpoint is damaged ({error}), and no other is left. {_start_again()}")
+        for path, reason in damaged.items():
+            raise DataError(f"{path}: the checkpoint is damaged ({reason}), and no other is left. {_start_again()}")
         return 0, {}
 
     def clear(self) -> None:
@@ -110,7 +126,12 @@ def _rng_states(device: torch.device) -> dict[str, torch.Tensor]:
     return states
 
 
-def _restore(tensors: dict[str, torch.Tensor], header: dict[str, Any], parameters, optimizer) -> None:
+def _restore(
+    tensors: dict[str, torch.Tensor],
+    header: dict[str, Any],
+    parameters: Sequence[torch.Tensor],
+    optimizer: OptimizerState,
+) -> None:
     device = parameters[0].device
     torch.set_rng_state(tensors["rng.cpu"])
     if device.type != "cpu" and "rng.device" in tensors:

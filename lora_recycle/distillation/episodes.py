@@ -40,7 +40,8 @@ def class_identities(
     identity: dict[tuple[int, int], int] = {}
     known: dict[str, int] = {}
     seen_as: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for (t, s, c), d in sorted((votes or {}).items()):
+    votes = votes or {}
+    for (t, s, c), d in sorted(votes.items()):
         if t < s:
             seen_as.setdefault((s, c), []).append((t, d))
     number = 0
@@ -111,7 +112,7 @@ class EpisodeSampler:
         keys = [owners[_draw(len(owners), 1, generator)[0]] for owners in chosen]
         return SurrogateEpisode(*self._images(keys, generator))
 
-    def _images(self, keys, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    def _images(self, keys: list[tuple[int, int]], generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         queries = min(self.queries, min(len(self.images[key]) for key in keys) - self.shots)
         rows = [self.images[k][torch.randperm(len(self.images[k]), generator=generator)] for k in keys]
         support = torch.stack([row[: self.shots] for row in rows])

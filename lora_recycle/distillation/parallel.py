@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import copy
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 
+from .checkpoints import OptimizerState
 from .student import Student
 
 
@@ -68,13 +70,13 @@ class ParallelStudent:
     def step(self, skip: torch.Tensor) -> None:
         """Move the parameters, or not where `skip` (bool, a scalar on the device) says so, without waiting for it."""
         # the hook that torch's gradient scaler has in fused optimisers
-        self.optimizer.found_inf = self._spread(skip.float())
+        self.optimizer.found_inf = self._spread(skip.float())  # type: ignore[attr-defined]
         self.optimizer.step()
 
     def gradient_norm(self, limit: float = 0.0) -> torch.Tensor:
         """Norm of all gradients, a scalar. Where it is above a `limit` other than 0 they are scaled down to it."""
         parameters = [p for p in self.trainable() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if limit:
             nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         return _whole(norm)
@@ -87,7 +89,7 @@ class ParallelStudent:
                 own.copy_(_whole(shared))
 
     @torch.no_grad()
-    def whole_optimizer(self):
+    def whole_optimizer(self) -> OptimizerState:
         """The optimiser with whole states, keyed by the student's parameters, in all processes at once."""
         if not self.sharded:
             return self.optimizer
@@ -97,7 +99,7 @@ class ParallelStudent:
         return SimpleNamespace(state=states, param_groups=self.optimizer.param_groups)
 
     @torch.no_grad()
-    def take(self, optimizer) -> None:
+    def take(self, optimizer: OptimizerState) -> None:
         """Take over the student's parameters and the whole states of `whole_optimizer`, as set by a checkpoint."""
         if not self.sharded:
             return
@@ -107,7 +109,7 @@ class ParallelStudent:
             moments = {name: self._shared(state[name], shared) for name in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[shared] = {**moments, "step": state["step"]}
 
-    def _shared(self, value: torch.Tensor, like) -> torch.Tensor:
+    def _shared(self, value: torch.Tensor, like: Any) -> torch.Tensor:
         from torch.distributed.tensor import distribute_tensor
 
         return distribute_tensor(value, like.device_mesh, like.placements)
@@ -118,7 +120,8 @@ class ParallelStudent:
             return value
         from torch.distributed.tensor import DTensor, Replicate
 
-        return DTensor.from_local(value, self.trainable()[0].device_mesh, [Replicate()], run_check=False)
+        mesh = self.trainable()[0].device_mesh  # type: ignore[attr-defined]  # a DTensor too
+        return DTensor.from_local(value, mesh, [Replicate()], run_check=False)
 
 
 def _fully_sharded(student: Student, accelerator: Accelerator) -> nn.Module:

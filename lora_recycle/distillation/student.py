@@ -6,10 +6,10 @@ import contextlib
 import copy
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from peft.tuners.shira import ShiraLayer
 from torch import nn
 
@@ -115,7 +115,7 @@ class Student(nn.Module):
         return [p for p in self.parameters() if p.requires_grad]
 
 
-def _plain_forward(layer: LoraLayer, x: torch.Tensor) -> torch.Tensor:
-    """W x + B A x, in the dtype of W x."""
+def _plain_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """W x + B A x of a `LoraLayer`, in the dtype of W x."""
     result, a = layer.base_layer(x), layer.lora_A["default"]
     return (result + layer.lora_B["default"](a(x.to(a.weight.dtype)))).to(result.dtype)

@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,7 +78,16 @@ def teach(
 
 
 @torch.inference_mode()
-def _ask(pool, images: SurrogateImages, members, rows, teachers, path: Path, progress: bool, batch_size: int) -> None:
+def _ask(
+    pool: AdapterPool,
+    images: SurrogateImages,
+    members: list[int],
+    rows: torch.Tensor,
+    teachers: list[int],
+    path: Path,
+    progress: bool,
+    batch_size: int,
+) -> None:
     """Forward all images through all teachers; features go to the disk teacher by teacher, then image by image."""
     blocks, votes, folder = [], [], path.with_suffix(".blocks")
     shape = (len(rows), pool.backbone.hidden_size)
@@ -93,7 +103,15 @@ def _ask(pool, images: SurrogateImages, members, rows, teachers, path: Path, pro
     atomic_write(path.with_suffix(".json"), json.dumps(votes).encode())  # the last: it says that both are there
 
 
-def _views(pool, images, rows, teacher: int, said, of: int, batch_size: int) -> Iterator[torch.Tensor]:
+def _views(
+    pool: AdapterPool,
+    images: SurrogateImages,
+    rows: torch.Tensor,
+    teacher: int,
+    said: torch.Tensor | None,
+    of: int,
+    batch_size: int,
+) -> Iterator[torch.Tensor]:
     """One teacher's unit features by the root of the number of teachers, batch by batch; its classes go to `said`."""
     with pool.folded(teacher) as backbone:
         for start in range(0, len(rows), batch_size):
@@ -134,6 +152,6 @@ def _majorities(images: SurrogateImages, members: list[int], said: torch.Tensor)
 
 
 def _identity(pool: AdapterPool, images: SurrogateImages, members: list[int], teachers: list[int]) -> str:
-    parts = [pool.backbone.name, pool.backbone.revision, str(pool.backbone.dtype), images.masked, members]
+    parts: list[Any] = [pool.backbone.name, pool.backbone.revision, str(pool.backbone.dtype), images.masked, members]
     parts += [[pool[i].info.sha256 for i in teachers], [images.checksums[i] for i in members]]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -26,7 +26,7 @@ def store_tokens(student: Student, images: SurrogateImages, path: Path, progress
     """
     if not path.is_file():
         backbone, masks = student.backbone, images.shards[0].tensors.get("kept_tokens")
-        patches = masks.shape[1] if images.masked else backbone.num_patches
+        patches = masks.shape[1] if images.masked and masks is not None else backbone.num_patches
         shape = (len(images), backbone.num_prefix_tokens + patches, backbone.hidden_size)
         write_rows(path, np.float16, shape, _blocks(student, images, progress))
     return open_rows(path)

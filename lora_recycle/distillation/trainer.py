@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,9 @@ from .tokens import store_tokens
 READ_EVERY = 10
 #: Surrogate images whose activations CorDA looks at.
 CORDA_IMAGES = 128
+
+
+Flag = TypeVar("Flag", bool, torch.Tensor)
 
 
 class MetaLoraTrainer:
@@ -82,7 +86,8 @@ class MetaLoraTrainer:
         config: DistillationConfig | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ):
-        self.surrogate, self.config, self.callbacks = surrogate, config or DistillationConfig(), list(callbacks)
+        self.surrogate: SurrogateDataset = surrogate  # type: ignore[assignment]  # None only where no step needs it
+        self.config, self.callbacks = config or DistillationConfig(), list(callbacks)
         if surrogate is None and (self.config.steps > 0 or self.config.init == "corda"):
             raise ConfigError("Distillation needs surrogate data; only `steps: 0` goes without, and not with corda.")
         #: adapters that are left out, and why
@@ -195,17 +200,17 @@ class MetaLoraTrainer:
             if self.accelerator.is_main_process:
                 self._checkpoints(output_dir).save(parameters, optimizer, step, self.history)
 
-    def _tell(self, event: str, *values) -> None:
+    def _tell(self, event: str, *values: object) -> None:
         for callback in self._watching:
             getattr(callback, event)(self, *values)
 
-    def _on_any(self, flag: bool | torch.Tensor) -> bool | torch.Tensor:
+    def _on_any(self, flag: Flag) -> Flag:
         """Whether a flag is set in any process: all must do the same."""
         if self.accelerator.num_processes == 1:
             return flag
         device = self.accelerator.device
         total = self.accelerator.reduce(torch.as_tensor(flag, dtype=torch.float32, device=device), "sum") > 0
-        return total if isinstance(flag, torch.Tensor) else total.item()
+        return total if isinstance(flag, torch.Tensor) else bool(total)
 
     def prepare(self, output_dir: str | Path | None = None, *, progress: bool = True) -> int:
         """Everything before the first step: data checked, teachers asked, optimiser made, checkpoint loaded.
@@ -244,7 +249,9 @@ class MetaLoraTrainer:
             return 0
         self._parallel.take(optimizer)
         steps = zip(*self.history.values(), strict=True)
-        self.skipped = self._guard.replay([sum(torch.tensor(value) for value in values) for values in steps])
+        self.skipped = self._guard.replay(
+            [sum((torch.tensor(v) for v in values), torch.zeros(())) for values in steps]
+        )
         return start
 
     def close(self) -> None:
@@ -306,7 +313,8 @@ class MetaLoraTrainer:
         Returns the weighted losses by name, on the device: reading them waits for it.
         """
         beat(f"step {step}")
-        rate, losses = learning_rate(self.config, step), {}
+        rate = learning_rate(self.config, step)
+        losses: dict[str, torch.Tensor] = {}
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()
@@ -316,12 +324,13 @@ class MetaLoraTrainer:
                 batch = self._prefetcher.get(number)
             with self._timed("model"):
                 found = self._losses(batch.map(lambda t: t.to(self.accelerator.device, non_blocking=True)))
-                (sum(found.values()) * (self._parallel.loss_scale / batches)).backward()
+                total = cast(torch.Tensor, sum(found.values()))
+                (total * (self._parallel.loss_scale / batches)).backward()
                 for name, value in found.items():
                     losses[name] = losses.get(name, 0.0) + value.detach() / batches
         with self._timed("model"):
             norm = self._parallel.gradient_norm(self.config.max_grad_norm)
-            skip = self._on_any(self._guard(sum(losses.values())) | ~norm.isfinite())
+            skip = self._on_any(self._guard(cast(torch.Tensor, sum(losses.values()))) | ~norm.isfinite())
             self._parallel.step(skip)
         self._unread.append((step, rate, {**losses, "grad_norm": norm, "skip": skip}))
         return losses
@@ -333,7 +342,9 @@ class MetaLoraTrainer:
     def _read_losses(self) -> None:
         """Move the losses of the last steps to `history`: the one place that waits for the device."""
         with self._timed("model"):
-            found = [(*head, {name: value.item() for name, value in values.items()}) for *head, values in self._unread]
+            found = [
+                (step, rate, {name: v.item() for name, v in values.items()}) for step, rate, values in self._unread
+            ]
         self._unread.clear()
         for step, rate, values in found:
             norm, skip = values.pop("grad_norm"), values.pop("skip")
@@ -379,7 +390,13 @@ class MetaLoraTrainer:
             losses[name] = losses.get(name, 0.0) + value
         return losses
 
-    def _episode_loss(self, episode: SurrogateEpisode, support, query, teacher: torch.Tensor | None) -> torch.Tensor:
+    def _episode_loss(
+        self,
+        episode: SurrogateEpisode,
+        support: torch.Tensor,
+        query: torch.Tensor,
+        teacher: torch.Tensor | None,
+    ) -> torch.Tensor:
         """KL to the source adapter's head (Eq. 7 of LoRA Recycle, T = 1), or cross-entropy where no teacher fits."""
         config, (ways, queries) = self.config, episode.query.shape
         centres = support.view(ways, -1, support.shape[-1]).mean(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from tqdm.auto import tqdm
@@ -20,7 +21,11 @@ from .protocol import ensemble_accuracy, head_accuracy, nearest_accuracy, protot
 
 
 #: Class centres on the bare backbone: options of `prototype_accuracy`. All is compared with `frozen`.
-CENTRES = {"frozen": {}, "frozen-centred": {"centred": True}, "frozen-euclidean": {"metric": "euclidean"}}
+CENTRES: dict[str, dict[str, Any]] = {
+    "frozen": {},
+    "frozen-centred": {"centred": True},
+    "frozen-euclidean": {"metric": "euclidean"},
+}
 DEFAULT_METHODS = ("frozen-centred", "average", "ensemble", "random")
 ALL_METHODS = (*CENTRES, *tuning_free_methods())
 
@@ -66,7 +71,7 @@ def evaluate(
             transductive head, which knows more than the other methods: compare it with its own kind.
 
     Raises:
-        ConfigError: an unknown method or head, or a method that needs a pool where there is none.
+        ConfigError: an unknown method or head, a method that needs a pool where there is none, or nothing to judge.
         DataError: too few classes or images for an episode, or too few queries for a head.
     """
     chosen, names = _checked_methods(methods, pool), data.label_names
@@ -74,15 +79,19 @@ def evaluate(
     drawn = {k: sample_episodes(data.labels, ways, k, queries, episodes, seed, names, data.name) for k in shots}
     bar = tqdm(total=1 + (model is not None), desc=f"evaluate {data.name}", unit="pass", disable=not progress)
     judge = _Judge(data, drawn, batch_size, bar)
-    if backbone is None:
-        backbone = pool.backbone if pool is not None else _bare(model)
+    if backbone is None and pool is not None:
+        backbone = pool.backbone
+    elif backbone is None and model is not None:
+        backbone = _bare(model)
+    elif backbone is None:
+        raise ConfigError("there is nothing to judge: pass a model, a pool or a backbone.")
     frozen = judge.features(backbone)
     compositions = tuning_free_methods(seed)
     for method in ["frozen", *chosen]:
         if method in CENTRES:
             judge.score(method, frozen, **CENTRES[method])
         else:
-            judge.score_composition(method, compositions[method], pool)
+            judge.score_composition(method, compositions[method], cast(AdapterPool, pool))  # `chosen` is checked
     judge.score_heads("frozen", frozen, worn)
     if model is not None:
         features = judge.features(model.backbone)
@@ -111,7 +120,7 @@ class _Judge:
         self.bar.update()
         return found
 
-    def score(self, method: str, features: torch.Tensor, **options) -> None:
+    def score(self, method: str, features: torch.Tensor, **options: Any) -> None:
         for k, drawn in self.episodes.items():
             self.accuracies[k, method] = prototype_accuracy(features, drawn, **options)
 
@@ -150,4 +159,5 @@ def _checked_methods(methods: Sequence[str] | None, pool: AdapterPool | None) ->
 def _bare(model: MetaLoRAForFewShotClassification) -> Backbone:
     """The model's own backbone once more, without the meta-LoRA."""
     config = model.peft_model.peft_config["default"]
-    return Backbone.from_pretrained(config.base_model_name_or_path, revision=config.revision, device=model.device)
+    base = cast(str, config.base_model_name_or_path)
+    return Backbone.from_pretrained(base, revision=config.revision, device=model.device)

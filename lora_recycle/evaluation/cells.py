@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..errors import DataError
 from ..images import LabelledImages
 from ..storage import atomic_write
 from ..version import __version__
@@ -41,6 +42,12 @@ class Cell:
     transductive: bool
     identity: dict[str, Any]
     verdict: Verdict | None = None
+
+    def judged(self) -> Verdict:
+        """The verdict. Raises `DataError` where there is none yet."""
+        if self.verdict is None:
+            raise DataError(f"{self.label} on {self.data} at {self.shots} shots has not been judged yet.")
+        return self.verdict
 
     @property
     def tuning_free(self) -> bool:
@@ -77,7 +84,7 @@ def identity(data_sum: str, backbone_sum: str, settings: dict[str, Any], numbers
 
 
 def data_checksum(data: LabelledImages) -> str:
-    digest = hashlib.sha256(data.pixels.contiguous().numpy())
-    digest.update(data.labels.contiguous().numpy())
+    digest = hashlib.sha256(data.pixels.contiguous().numpy().data)
+    digest.update(data.labels.contiguous().numpy().data)
     digest.update(json.dumps(data.label_names).encode())
     return digest.hexdigest()

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -173,7 +174,7 @@ class Judge:
             held = {}
             for shots in self.episodes if measured else ():
                 pixels = self.data.pixels[self._images_of_a_task(shots)]
-                held[shots] = peak_bytes(lambda pixels=pixels: extract_features(backbone, pixels), backbone.device)
+                held[shots] = peak_bytes(partial(extract_features, backbone, pixels), backbone.device)
         return Seen(features, seconds, held)
 
     def _images_of_a_task(self, shots: int) -> torch.Tensor:

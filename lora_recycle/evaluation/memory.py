@@ -14,12 +14,14 @@ from torch.utils._pytree import tree_leaves
 class LivePeak(TorchDispatchMode):
     """Largest number of bytes that the tensors made meanwhile hold at once (`peak`), freed ones taken off."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
         self._known: set[int] = set()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         for tensor in tree_leaves(out):
@@ -33,7 +35,7 @@ class LivePeak(TorchDispatchMode):
         self.live += size
         self.peak = max(self.peak, self.live)
 
-        def freed():
+        def freed() -> None:
             self._known.discard(key)
             self.live -= size
 

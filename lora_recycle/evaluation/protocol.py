@@ -168,7 +168,8 @@ def summarise(accuracies: dict[str, torch.Tensor], data: str, ways: int, shots: 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows of `summarise` as an aligned plain-text table, an empty line between (data, ways, shots) groups."""
-    lines, groups = [["method", "data", "task", "accuracy", "vs frozen"]], [None]
+    lines = [["method", "data", "task", "accuracy", "vs frozen"]]
+    groups: list[tuple[str, str] | None] = [None]
     for row in rows:
         delta = f"{row['delta_vs_frozen']:+.2f} ± {row['delta_ci95']:.2f}" if row["method"] != "frozen" else "-"
         task = f"{row['ways']}-way {row['shots']}-shot"

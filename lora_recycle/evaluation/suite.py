@@ -6,6 +6,7 @@ import dataclasses
 import fnmatch
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -69,7 +70,8 @@ class Benchmark:
             DataError: a data set that cannot be read, or with too few classes or images for an episode.
         """
         loaded = {name: self._load_pool(name, spec) for name, spec in self.recipe.pools.items()}
-        cells, number = [], 0
+        cells: list[Cell] = []
+        number = 0
         bar = tqdm(total=self._count(), desc="benchmark", unit="cell", disable=not progress)
         for data in self.recipe.data:
             for judge, method, group in self._groups(data, loaded):
@@ -104,8 +106,15 @@ class Benchmark:
         data_sum = data_checksum(data)
         for first, name in [(name == pools[0], name) for name in pools]:
             own = loaded[name]
-            options = {"tuning": self.recipe.tuning, "tuning_episodes": numbers.tuning_episodes, "seed": numbers.seed}
-            judge = Judge(data, episodes, own.pool, own.models, **options)
+            judge = Judge(
+                data,
+                episodes,
+                own.pool,
+                own.models,
+                tuning=self.recipe.tuning,
+                tuning_episodes=numbers.tuning_episodes,
+                seed=numbers.seed,
+            )
             for method in self._methods(self.recipe.pools[name]):
                 base = method.partition(" + ")[0]
                 poolless = method in POOLLESS or base == "frozen"
@@ -114,8 +123,8 @@ class Benchmark:
                     continue  # of another pool
                 if poolless and not first:
                     continue
-                sums = {"adapters": [] if poolless or meta in own.models else own.adapter_sums}
-                sums |= {"meta_lora": own.model_sums.get(meta)}
+                adapters = [] if poolless or meta in own.models else own.adapter_sums
+                sums = {"adapters": adapters, "meta_lora": own.model_sums.get(meta)}
                 label = method if first else f"{method} @ {name}"
                 yield (
                     judge,
@@ -135,9 +144,24 @@ class Benchmark:
             self.notes += [note for note in episodes[k].notes if note not in self.notes]
         return data, episodes
 
-    def _cell(self, judge: Judge, label, method, pool, shots, data_sum, backbone_sum, sums) -> Cell:
+    def _cell(
+        self,
+        judge: Judge,
+        label: str,
+        method: str,
+        pool: str,
+        shots: int,
+        data_sum: str,
+        backbone_sum: str,
+        sums: dict[str, Any],
+    ) -> Cell:
         numbers, base = self.recipe.episodes, method.partition(" + ")[0]
-        asked = {"ways": numbers.ways, "shots": shots, "queries": numbers.queries, "seed": numbers.seed}
+        asked: dict[str, Any] = {
+            "ways": numbers.ways,
+            "shots": shots,
+            "queries": numbers.queries,
+            "seed": numbers.seed,
+        }
         asked |= {"episodes": judge.count(method, shots), "method": method, **sums}
         own = identity(data_sum, backbone_sum, judge.settings(method), asked)
         kind = "tuned" if judge.tunes(method) else "meta-lora" if base in judge.models else "rival"

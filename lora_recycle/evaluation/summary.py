@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import DataError
 from .cells import Cell
 from .protocol import confidence, summarise
 
@@ -14,8 +13,7 @@ def by_task(cells: Sequence[Cell]) -> dict[tuple[str, int, int], list[Cell]]:
     """Finished cells by (data, ways, shots), in their order. Raises `DataError` where one has no verdict."""
     found: dict[tuple[str, int, int], list[Cell]] = {}
     for cell in cells:
-        if cell.verdict is None:
-            raise DataError(f"{cell.label} on {cell.data} at {cell.shots} shots has not been judged yet.")
+        cell.judged()
         found.setdefault((cell.data, cell.ways, cell.shots), []).append(cell)
     return found
 
@@ -29,20 +27,20 @@ def rows_and_details(cells: Sequence[Cell]) -> tuple[list[dict[str, Any]], list[
     """
     rows, details = [], []
     for group in by_task(cells).values():
-        frozen = next(cell for cell in group if cell.kind == "frozen").verdict.accuracies
+        frozen = next(cell for cell in group if cell.kind == "frozen").judged().accuracies
         for cell in group:
-            values, count = cell.verdict.accuracies, len(cell.verdict.accuracies)
+            values, count = cell.judged().accuracies, len(cell.judged().accuracies)
             found = summarise({"frozen": frozen[:count], cell.label: values}, cell.data, cell.ways, cell.shots)[-1]
             rows.append({**found, "tuning_free": cell.tuning_free})
             detail = {key: found[key] for key in ("method", "data", "ways", "shots")}
             detail |= {"pool": cell.pool, "kind": cell.kind, "transductive": cell.transductive}
             rivals = {"average": _average(group, cell.pool), "best_rival": best_rival(group, cell.pool)}
             for name, rival in rivals.items():
-                delta = confidence(values.double() - rival.verdict.accuracies[:count].double())
+                delta = confidence(values.double() - rival.judged().accuracies[:count].double())
                 detail[f"delta_vs_{name}"], detail[f"delta_vs_{name}_ci95"] = (round(x, 3) for x in delta)
             detail["best_rival"] = rivals["best_rival"].label
-            detail["seconds_per_task"] = float(f"{cell.verdict.seconds_per_task:.3g}")
-            detail["peak_memory_mb"] = float(f"{cell.verdict.peak_memory_mb:.3g}")
+            detail["seconds_per_task"] = float(f"{cell.judged().seconds_per_task:.3g}")
+            detail["peak_memory_mb"] = float(f"{cell.judged().peak_memory_mb:.3g}")
             details.append(detail)
     return rows, details
 
@@ -54,7 +52,7 @@ def best_rival(group: Sequence[Cell], pool: str) -> Cell:
         for cell in group
         if cell.kind in ("frozen", "rival") and not cell.transductive and (cell.pool == pool or cell.kind == "frozen")
     ]
-    return max(candidates, key=lambda cell: cell.verdict.accuracies.mean().item())
+    return max(candidates, key=lambda cell: cell.judged().accuracies.mean().item())
 
 
 def _average(group: Sequence[Cell], pool: str) -> Cell:

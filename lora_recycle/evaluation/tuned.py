@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from typing import cast
 
 import torch
 
 from ..pool import AdapterPool
 from ..task_tuning import TaskTuning
-from .episodes import EpisodeSet
+from .episodes import Episode, EpisodeSet
 from .memory import peak_bytes
 
 
@@ -31,7 +32,7 @@ def tuned_accuracy(
         (E,) accuracies, and costs: seconds by `image` (its tokens) and `task` (tuning and scoring), and, where
         measured, `bytes` held at most while tuning on a task.
     """
-    network = method.network(pool)
+    network = method.network(cast(AdapterPool, pool))  # None for methods that use none
     used = torch.cat([torch.cat([one.support.flatten(), one.query]) for one in episodes]).unique()
     started = time.perf_counter()
     tokens = network.tokens(pixels[used])
@@ -40,7 +41,7 @@ def tuned_accuracy(
     place[used] = torch.arange(len(used))
     labels = torch.arange(episodes.ways).repeat_interleave(episodes.shots)
 
-    def scores(one) -> torch.Tensor:
+    def scores(one: Episode) -> torch.Tensor:
         support, queries = tokens[place[one.support.flatten()]], tokens[place[one.query]]
         return method.scores(network, support, labels, episodes.ways, queries)
 

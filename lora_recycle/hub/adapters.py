@@ -15,6 +15,7 @@ from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..errors import AdapterError
 from ..storage import file_sha256
@@ -185,7 +186,7 @@ def pull_adapter(
 
 
 def load_adapter(
-    info: AdapterInfo, model: nn.Module, expected: dict[str, dict[str, Tensor]] | None = None
+    info: AdapterInfo, model: PreTrainedModel, expected: dict[str, dict[str, Tensor]] | None = None
 ) -> LoadedAdapter:
     """Read a pulled adapter's tensors for the headless `model`, which is not changed.
 
@@ -193,7 +194,7 @@ def load_adapter(
 
     Args:
         info (`AdapterInfo`): from [`pull_adapter`].
-        model (`nn.Module`): the headless backbone.
+        model (`PreTrainedModel`): the headless backbone.
         expected (`dict`, *optional*): kept between calls for the same `model`, it saves building PEFT's model again
             for adapters of a config that was met before, which is most of the time. Filled here, and bounded.
 
@@ -331,7 +332,9 @@ def _check_numbers(info: AdapterInfo, tensors: dict[str, Tensor], expected: dict
 def _expected_tensors(peft_config: PeftConfig, model: nn.Module) -> dict[str, Tensor]:
     """What PEFT would save for such an adapter; the tensors are on the meta device where PEFT can build it there."""
     # the memo makes deepcopy take these for the weights: a copy of the model on the meta device
-    memo = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()
+    }
     memo |= {id(b): b.detach().to("meta") for b in model.buffers()}
     try:
         return _saved_by_peft(peft_config, copy.deepcopy(model, memo), low_cpu_mem_usage=True)

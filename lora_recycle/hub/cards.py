@@ -25,7 +25,7 @@ _SIZES |= {"10M<n<100M": 10**8, "100M<n<1B": 10**9, "1B<n<10B": 10**10}
 
 def is_repo_id(name: str | None) -> bool:
     """Whether `name` can be a repo on the Hub: no folder of this machine, and of the right form."""
-    return bool(name) and _REPO_ID.fullmatch(name) is not None and not Path(name).is_dir()
+    return isinstance(name, str) and _REPO_ID.fullmatch(name) is not None and not Path(name).is_dir()
 
 
 def usage_lines(name: str) -> str:
@@ -43,7 +43,7 @@ def usage_lines(name: str) -> str:
 
 def meta_lora_card(
     name: str,
-    base_model: str,
+    base_model: str | None,
     base_revision: str | None,
     rank: int | None,
     settings: dict[str, Any],

@@ -133,7 +133,7 @@ def decode(data: bytes) -> dict[str, torch.Tensor]:
     tensors = load(data)
     length = int.from_bytes(data[:8], "little")
     bits, shapes = _parse(parse_json(data[8 : 8 + length]).get("__metadata__"))
-    codes, centroids = tensors.pop("codes", None), tensors.pop("centroids", None)
+    codes, centroids = (tensors.pop(name, torch.empty(0)) for name in ("codes", "centroids"))
     if shapes and (codes.dtype != torch.uint8 or not centroids.is_floating_point()):
         raise ValueError(f"codes must be bytes and centroids numbers, got {codes.dtype} and {centroids.dtype}")
     start = 0

@@ -62,7 +62,13 @@ _GENERATION_5 = re.compile(r"\.model\.((vit|deit)\.)?layers\.|\.model\.encoder\.
 _BARE_TOWERS = ("CLIPVisionModel", "SiglipVisionModel")
 
 
-def download(repo: str, revision, token, cache_dir, local_files_only: bool) -> Path:
+def download(
+    repo: str,
+    revision: str | None,
+    token: str | bool | None,
+    cache_dir: str | Path | None,
+    local_files_only: bool,
+) -> Path:
     """Folder with the adapter files of one commit, whose SHA is its name. See [`fetch`]."""
     return fetch(repo, REPO_FILES, revision, token, cache_dir, local_files_only)
 
@@ -214,8 +220,9 @@ def _label_list(metadata: dict[str, Any]) -> list[str] | None:
         names = {int(index): name for index, name in id2label.items()}
         labels = [names[index] for index in range(len(names))]  # a gap is a KeyError: no labels
     # nested lists are no names, and aliases in YAML can make a few lines of them endless
-    plain = isinstance(labels, list) and all(isinstance(name, (str, int, float)) for name in labels)
-    return [str(name) for name in labels] if plain else None
+    if isinstance(labels, list) and all(isinstance(name, (str, int, float)) for name in labels):
+        return [str(name) for name in labels]
+    return None
 
 
 def checked_file(folder: Path, name: str, where: str) -> Path:

@@ -8,12 +8,13 @@ import dataclasses
 import re
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 from peft import LoraConfig, PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
@@ -35,14 +36,14 @@ _DROPPED = (*_CHOOSE_MODULES, "modules_to_save", "megatron_config", "auto_mappin
 _TRAINING_ONLY = ("monteclora_config", ".lora_monteclora_sampler.")
 
 
-def to_backbone_keys(keys: Iterable[str], model: nn.Module) -> tuple[dict[str, str], bool]:
+def to_backbone_keys(keys: Iterable[str], model: PreTrainedModel) -> tuple[dict[str, str], bool]:
     """Map the keys of an adapter file to keys for the headless live model.
 
     Args:
         keys (`Iterable[str]`):
             PEFT state-dict keys without the classifier's, saved from the bare model or from a class around it, e.g.
             `base_model.model.vit.encoder.layer.0.attention.attention.query.lora_A.weight`.
-        model (`nn.Module`):
+        model (`PreTrainedModel`):
             The headless backbone, e.g. a `ViTModel`. Not changed.
 
     Returns:
@@ -153,7 +154,7 @@ def _source_paths(names: dict[str, str], model: nn.Module) -> dict[str, str]:
     leaves, sources = leaf_modules(model), {}
     for key, renamed in names.items():
         if renamed.startswith(PEFT_PREFIX):
-            path = module_of(renamed, leaves)
+            path = cast(str, module_of(renamed, leaves))  # there is one: these keys are live
             parameter = renamed.removeprefix(PEFT_PREFIX + path)
             sources[path] = key.removeprefix(PEFT_PREFIX).removesuffix(parameter)
     return sources
@@ -178,7 +179,7 @@ def _chosen_modules(config: dict[str, Any], model: nn.Module) -> list[str]:
             f"its tensors are shared by all layers, and target_modules of a {made_for} mean other layers here "
             f"({', '.join(lost) or targets}); save the adapter with its indices, or with other target_modules"
         )
-    chosen = {field: config.get(field) for field in _CHOOSE_MODULES} | {"target_modules": targets}
+    chosen: dict[str, Any] = {field: config.get(field) for field in _CHOOSE_MODULES} | {"target_modules": targets}
     for pattern in (value for value in chosen.values() if isinstance(value, str)):
         check_pattern(pattern)
     choice = LoraConfig(**chosen)  # how types choose modules is the same for all of them
@@ -193,7 +194,7 @@ def _live_pattern(pattern: dict[str, Any], sources: dict[str, str], names: dict[
     if any(isinstance(value, list) for value in pattern.values()):
         return {names.get(PEFT_PREFIX + key, key).removeprefix(PEFT_PREFIX): mask for key, mask in pattern.items()}
     checked = {check_pattern(key): value for key, value in pattern.items()}
-    live = {}
+    live: dict[str, Any] = {}
     for path, source in sources.items():
         value = next((v for key, v in checked.items() if re.fullmatch(rf"(.*\.)?({key})", source)), None)
         live |= {} if value is None else {path: value}
@@ -207,7 +208,9 @@ def _live_feedforward(names: str | list[str], sources: dict[str, str]) -> list[s
     return [path for path, source in sources.items() if any(f".{source}".endswith(f".{name}") for name in names)]
 
 
-def _live_path(path: str, leaves, renamings, prefixes) -> tuple[str | None, bool]:
+def _live_path(
+    path: str, leaves: set[str], renamings: list[WeightRenaming], prefixes: list[str]
+) -> tuple[str | None, bool]:
     """The first of: the path as it is, without the class prefix, under today's names; None where all fail."""
     stripped = [path] + [path.removeprefix(prefix) for prefix in prefixes if path.startswith(prefix)]
     for candidate in stripped:
@@ -220,7 +223,7 @@ def _live_path(path: str, leaves, renamings, prefixes) -> tuple[str | None, bool
     return None, False
 
 
-def _renamings(model: nn.Module) -> list[WeightRenaming]:
+def _renamings(model: PreTrainedModel) -> list[WeightRenaming]:
     # converters split or merge tensors, which is not defined for a low-rank factor: only plain renames count
     return [r for r in get_model_conversion_mapping(model, add_legacy=False) if isinstance(r, WeightRenaming)]
 

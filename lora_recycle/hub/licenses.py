@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard
 
@@ -49,7 +50,7 @@ def read_license(folder: Path) -> str | None:
     return "+".join(sorted(n.lower() for n in names if isinstance(n, str) and _NAME.fullmatch(n))) or None
 
 
-def inherited_license(stated: Sequence[str | None]) -> tuple[dict[str, str], str]:
+def inherited_license(stated: Sequence[str | None]) -> tuple[dict[str, Any], str]:
     """Header fields and one sentence for what is made of sources that state these licences (None: states none)."""
     counts = Counter(stated)
     named = sorted(name for name in counts if name)

@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig
@@ -35,7 +36,7 @@ _HEAD = re.compile(r"fc_\d{1,6}in_(\d{1,6})out")
 
 
 def import_paper_file(
-    file: str | Path, base_model: str | Path, output: str | Path, *, base_revision: str | None = None, **hub
+    file: str | Path, base_model: str | Path, output: str | Path, *, base_revision: str | None = None, **hub: Any
 ) -> Path:
     """Write the adapter of `file` to the folder `output`, whole or not at all, and return the folder.
 
@@ -79,7 +80,7 @@ def _load_base(name: str | Path, revision: str | None, hub: dict) -> CLIPModel:
             raise AdapterError(
                 f"{name}: is a {kind} model, but the paper's code tunes CLIP. Name the CLIP model, whole."
             )
-        model, loading = CLIPModel.from_pretrained(
+        loaded: Any = CLIPModel.from_pretrained(
             path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
         )
     except AdapterError:
@@ -87,6 +88,7 @@ def _load_base(name: str | Path, revision: str | None, hub: dict) -> CLIPModel:
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise AdapterError(f"{name}: the base model cannot be loaded ({reason}).") from error
+    model, loading = loaded
     if loading["missing_keys"]:
         lacking = ", ".join(sorted(loading["missing_keys"])[:3])
         raise AdapterError(f"{name}: its weights are not whole; it lacks {lacking}.")
@@ -95,9 +97,11 @@ def _load_base(name: str | Path, revision: str | None, hub: dict) -> CLIPModel:
 
 def _peft_names(shapes: dict[str, tuple[int, ...]], model: CLIPModel, where: str) -> dict[str, str]:
     """Tensor in the file -> key in a PEFT folder for `CLIPVisionModel`, once all shapes fit."""
-    hidden, layers = model.vision_embed_dim, model.config.vision_config.num_hidden_layers
+    vision: Any = model.config.vision_config
+    hidden, layers = model.vision_embed_dim, vision.num_hidden_layers
     rank = shapes["w_a_000"][0] if shapes.get("w_a_000") else 0
-    expected, names = {}, {}
+    expected: dict[str, tuple[int, ...]] = {}
+    names: dict[str, str] = {}
     for i in range(2 * layers):
         module = f"{PEFT_PREFIX}encoder.layers.{i // 2}.self_attn.{'qv'[i % 2]}_proj"
         for part, matrix, shape in (("a", "A", (rank, hidden)), ("b", "B", (hidden, rank))):
@@ -105,7 +109,7 @@ def _peft_names(shapes: dict[str, tuple[int, ...]], model: CLIPModel, where: str
             names[f"w_{part}_{i:03d}"] = f"{module}.lora_{matrix}.weight"
     heads = {name: int(match[1]) for name in shapes if (match := _HEAD.fullmatch(name))}
     for name, classes in heads.items():
-        expected[name], names[name] = (classes, model.projection_dim), POOLED_HEAD
+        expected[name], names[name] = (classes, cast(int, model.projection_dim)), POOLED_HEAD
     if len(heads) > 1 or any(classes > MAX_CLASSES for classes in heads.values()):
         raise AdapterError(f"{where}: {', '.join(sorted(heads))}: expected one head of 1 to {MAX_CLASSES} classes.")
     _compare(shapes, expected, f"{where}: for {layers} layers of q_proj and v_proj, {hidden} wide")
@@ -139,7 +143,7 @@ def _write(output: Path, config: LoraConfig, tensors: dict[str, Tensor]) -> None
     """The folder appears when it is whole: a hidden one is not taken for an adapter."""
     partial = output.with_name(f".{output.name}.{os.getpid()}")
     try:
-        config.save_pretrained(partial)
+        config.save_pretrained(str(partial))
         tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
         save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
         partial.rename(output)

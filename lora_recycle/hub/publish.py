@@ -49,7 +49,8 @@ def push_files(
     Raises:
         PushError: the Hub or the connection refused, the repo is public though `private`, or has a `config.json`.
     """
-    api, repo = HfApi(token=token), {"repo_id": repo_id, "repo_type": repo_type}
+    api = HfApi(token=token)
+    repo: dict[str, Any] = {"repo_id": repo_id, "repo_type": repo_type}
     where = f"{repo_id}@{revision}" if revision else repo_id
     try:
         with contextlib.ExitStack() as undo:
@@ -92,13 +93,17 @@ def without_local_paths(value: Any) -> Any:
     return re.split(r"[/\\]+", value.rstrip("/\\"))[-1] if local else value
 
 
-def _operations(files: dict[str, Path | bytes], present: Sequence[str], replaces: Sequence[str]) -> list:
+def _operations(
+    files: dict[str, Path | bytes], present: Sequence[str], replaces: Sequence[str]
+) -> list[CommitOperationAdd | CommitOperationDelete]:
     gone = [f for f in present if f not in files and any(fnmatch(f, pattern) for pattern in replaces)]
     added = [CommitOperationAdd(path, data) for path, data in files.items()]
-    return added + [CommitOperationDelete(path) for path in gone]
+    return [*added, *(CommitOperationDelete(path) for path in gone)]
 
 
-def _prepare(api: HfApi, repo: dict[str, str], private: bool | None, branch: str | None, undo) -> str:
+def _prepare(
+    api: HfApi, repo: dict[str, Any], private: bool | None, branch: str | None, undo: contextlib.ExitStack
+) -> str | None:
     """Make the repo and the branch where they are not there yet; the commit to build on."""
     try:
         info = api.repo_info(**repo)
@@ -118,7 +123,7 @@ def _prepare(api: HfApi, repo: dict[str, str], private: bool | None, branch: str
         return info.sha
 
 
-def _remove(api: HfApi, repo: dict[str, str], branch: str | None, head: str, remove: Callable) -> None:
+def _remove(api: HfApi, repo: dict[str, Any], branch: str | None, head: str | None, remove: Callable) -> None:
     """Take back what this push made, unless something was committed to it: the answer alone may have been lost."""
     with contextlib.suppress(Exception):  # the error that led here is the one to report
         if api.repo_info(**repo, revision=branch).sha == head:

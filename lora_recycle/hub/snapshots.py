@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from huggingface_hub import (
     HfApi,
     RepoFile,
+    RepoFolder,
     get_cached_repo_tree,
     hf_hub_download,
     is_offline_mode,
@@ -77,7 +78,12 @@ def fetch(
             where a file is too large, or where the bytes stay wrong.
     """
     where = f"{repo}@{revision}" if revision else repo
-    options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "repo_type": repo_type}
+    options: dict[str, Any] = {
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+        "repo_type": repo_type,
+    }
     commit = resolve_commit(repo, revision, **options)
     options |= {} if progress else {"tqdm_class": _NoBar}
     try:
@@ -111,7 +117,12 @@ def resolve_commit(
 ) -> str:
     """The commit that a branch, tag or pull request (by default the main branch) leads to now, or, without a
     connection, when it was last looked up. Raises `AdapterError` with what to do where there is none."""
-    options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "repo_type": repo_type}
+    options: dict[str, Any] = {
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+        "repo_type": repo_type,
+    }
     try:
         return repeated(lambda: HfApi().resolve_revision(repo, revision=revision, **options)).resolved
     except (HTTPError, RevisionResolutionError, OSError, ValueError) as error:  # ValueError: no id, or no JSON
@@ -167,7 +178,7 @@ def _reason(error: BaseException) -> str:
 
 def _download(repo: str, commit: str, files: Mapping[str, int], options: dict[str, Any]) -> Path:
     """The commit's folder in the cache, with what it lacked; where the Hub is down, what the cache has."""
-    snapshot = {"repo_id": repo, "revision": commit, "allow_patterns": list(files)}
+    snapshot: dict[str, Any] = {"repo_id": repo, "revision": commit, "allow_patterns": list(files)}
     try:
         sizes = _listing(repo, commit, **options)
     except (RepositoryNotFoundError, RevisionNotFoundError):
@@ -182,13 +193,14 @@ def _download(repo: str, commit: str, files: Mapping[str, int], options: dict[st
 
 
 def _listing(
-    repo: str, commit: str, *, repo_type: str, token: Any, cache_dir: Any, local_files_only: bool, **_
+    repo: str, commit: str, *, repo_type: str, token: Any, cache_dir: Any, local_files_only: bool, **_: Any
 ) -> dict[str, int]:
     """Size of each file of a commit, as the Hub states it; empty where it may not be asked.
 
     The client keeps the listing of a commit that it has downloaded, so that what is cached costs no request.
     """
-    where = {"repo_id": repo, "repo_type": repo_type, "revision": commit}
+    where: dict[str, Any] = {"repo_id": repo, "repo_type": repo_type, "revision": commit}
+    entries: Iterable[RepoFile | RepoFolder]
     try:
         entries = get_cached_repo_tree(**where, cache_dir=cache_dir)
     except CachedRepoTreeNotFoundError:
@@ -231,7 +243,8 @@ def _stated_checksums(
     unknown = [name for name in names if name not in stated]
     if unknown and hub:
         for info in hub.get_paths_info(repo, unknown, revision=folder.name, repo_type=repo_type):
-            stated[info.path] = info.lfs.sha256 if info.lfs else info.blob_id
+            if isinstance(info, RepoFile):
+                stated[info.path] = info.lfs.sha256 if info.lfs else info.blob_id
     # a mirror may use other tags than checksums
     return {name: digits for name, digits in stated.items() if re.fullmatch("[0-9a-f]{40}([0-9a-f]{24})?", digits)}
 
@@ -250,5 +263,5 @@ def _checksum(path: Path, digits: int) -> str:
 class _NoBar(tqdm):
     """Bars of many downloads side by side would write over each other; the caller shows one for all."""
 
-    def __init__(self, *args, **options):
+    def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **(options | {"disable": True}))

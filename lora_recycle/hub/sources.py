@@ -6,7 +6,7 @@ import contextlib
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,7 +45,8 @@ class BadAdapters:
     def __init__(self, on_error: str):
         if on_error not in ("raise", "skip"):
             raise ConfigError(f"on_error must be raise or skip, got {on_error!r}.")
-        self.on_error, self.skipped = on_error, []
+        self.on_error = on_error
+        self.skipped: list[tuple[str, str]] = []
 
     @contextlib.contextmanager
     def handled(self, name: str) -> Iterator[None]:
@@ -80,7 +81,7 @@ def pull_adapters(
     Raises:
         AdapterError: a source cannot be read, or an adapter is bad and `bad` does not skip it.
     """
-    hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     ids = adapter_ids(sources, token, local_files_only)
     infos = []
     workers = ThreadPoolExecutor(WORKERS)
@@ -109,8 +110,8 @@ def agree_on_base(
         AdapterError: none names a base model, or one is bad and `bad` does not skip it.
     """
 
-    def base(info: AdapterInfo) -> tuple[str | None, str | None]:
-        return info.base_model, None if base_revision or info.base_revision == "main" else info.base_revision
+    def base(info: AdapterInfo) -> tuple[str, str | None]:
+        return str(info.base_model), None if base_revision or info.base_revision == "main" else info.base_revision
 
     counts = Counter(base(info) for info in infos if info.base_model)
     if not counts:
@@ -193,7 +194,9 @@ def _lines(path: str) -> list[str]:
     return [line for line in lines if line]
 
 
-def _looked_up(source: str, look_up, what: str, token: Any, local_files_only: bool) -> list[str]:
+def _looked_up(
+    source: str, look_up: Callable[[str, Any], list[str]], what: str, token: Any, local_files_only: bool
+) -> list[str]:
     if local_files_only or is_offline_mode():
         raise AdapterError(f"{source}: only the Hub can tell. Offline, name the adapters themselves.")
     try:

@@ -93,6 +93,7 @@ class InversionBatch:
             return torch.ones(len(self.labels), dtype=torch.bool)
         if self.config.stop_at == 1 or self.iteration % STOP_EVERY:
             return torch.zeros(len(self.labels), dtype=torch.bool)
+        assert self._logits is not None  # the iteration is above 0
         confidence = self._logits.softmax(1).gather(1, self.labels[:, None])[:, 0]
         return (confidence >= self.config.stop_at).cpu()
 

@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -96,7 +97,8 @@ class LoraInverter:
         refuse_other_recipe(Path(output_dir), named, self.config.to_dict())
 
     def _run(self, output_dir: Path, progress: bool, on_shard: Callable[[str, Shard], None] | None) -> None:
-        state, names, failed = process_state(), _shard_names(self.pool), []
+        state, names = process_state(), _shard_names(self.pool)
+        lost: list[tuple[int, dict[str, str]]] = []
         bar = tqdm(total=len(names), desc="invert", unit="adapter", disable=not (progress and state.is_main_process))
         with bar, Heartbeat("invert") as heart:
             for i in deal(len(names)):
@@ -105,10 +107,10 @@ class LoraInverter:
                     self._write_shard(i, output_dir / "shards" / names[i], bar, on_shard)
                 except DivergenceError as error:
                     info = self.pool.infos[i]
-                    failed.append((i, {"name": info.name, "sha256": info.sha256, "reason": str(error)}))
+                    lost.append((i, {"name": info.name, "sha256": info.sha256, "reason": str(error)}))
             heart.wait_for_all()
             bar.update(len(names) - bar.n)
-            failed = dict(sorted(gather_object(failed), key=lambda entry: entry[0]))
+            failed = dict(sorted(gather_object(lost), key=lambda entry: entry[0]))
             self.failed = list(failed.values())
             if len(failed) == len(names):
                 raise DivergenceError(self.failed[0]["reason"])
@@ -152,7 +154,9 @@ class LoraInverter:
             labels = logits.argmax(1)
         return Shard(_source(adapter), pixels, labels, logits, features, kept)
 
-    def _optimise(self, index: int, starts, labels, generator) -> torch.Tensor:
+    def _optimise(
+        self, index: int, starts: torch.Tensor, labels: torch.Tensor, generator: torch.Generator
+    ) -> torch.Tensor:
         """Optimise images batch by batch: (N, 3, S, S) in [0, 1] to uint8 of the same shape."""
         pixels = (starts * 255).round().to(torch.uint8)
         iterations = self.config.iterations
@@ -205,7 +209,9 @@ class LoraInverter:
         return InversionBatch(Objective(*parts), starts, labels, generator)
 
     @torch.inference_mode()
-    def _describe(self, adapter: Adapter, pixels: torch.Tensor):
+    def _describe(
+        self, adapter: Adapter, pixels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Teacher logits, teacher features and kept tokens on the stored pixels, all tokens forwarded."""
         logits, features, kept = [], [], []
         for part in pixels.split(128):
@@ -221,7 +227,7 @@ class LoraInverter:
 
     def _identity(self, info: AdapterInfo) -> str:
         """What a shard depends on: the settings, the adapter's bytes and the backbone."""
-        parts = [self.config.to_dict(), info.sha256, self.backbone.name, self.backbone.revision]
+        parts: list[Any] = [self.config.to_dict(), info.sha256, self.backbone.name, self.backbone.revision]
         if info.prompt:  # the head is made of these, not of the adapter's bytes
             parts.append([info.prompt, info.labels])
         if self.config.hard_weight and self.config.hard_reference == "average":
@@ -295,6 +301,7 @@ def _load_stock(config: InversionConfig, backbone: Backbone) -> torch.Tensor:
     """The images that the share `images` starts from: uint8 (M, 3, S, S)."""
     from ..images import load_unlabelled_images
 
+    assert config.start_images is not None  # or there would be no share `images`
     path = Path(config.start_images)
     if (path / "manifest.json").is_file():
         surrogate = SurrogateDataset.from_pretrained(path)

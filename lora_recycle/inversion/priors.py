@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -44,8 +44,9 @@ class BatchNormPrior:
         size: pixels at which it sees an image.
     """
 
-    def __init__(self, network: nn.Module, mean, std, size: int):
-        self.network, self.size, self.gaps = network.eval().requires_grad_(False), size, []
+    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float], size: int):
+        self.network, self.size = network.eval().requires_grad_(False), size
+        self.gaps: list[torch.Tensor] = []
         self.mean, self.std = torch.tensor(mean).view(1, 3, 1, 1), torch.tensor(std).view(1, 3, 1, 1)
         norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
         if not norms:
@@ -55,6 +56,7 @@ class BatchNormPrior:
 
     def _compare(self, norm: nn.BatchNorm2d, inputs: tuple[torch.Tensor]) -> None:
         x = inputs[0]
+        assert norm.running_mean is not None and norm.running_var is not None  # in evaluation mode there are some
         gap_mean = (x.mean((0, 2, 3)) - norm.running_mean).norm()
         self.gaps.append(gap_mean + (x.var((0, 2, 3)) - norm.running_var).norm())
 

@@ -44,12 +44,14 @@ def dead_leaves(count: int, size: int, generator: torch.Generator, leaves: int =
         radii = np.sort(size * scale * 0.5 * (1 - rng.random(leaves) * 0.96) ** 2)[::-1]
         for radius in radii:
             _draw_leaf(draw, rng, radius, size * scale, np.clip(base + rng.normal(0, 60, 3), 0, 255))
-        picture[:] = np.asarray(canvas.resize((size, size), Image.BOX), np.float32) / 255
+        picture[:] = np.asarray(canvas.resize((size, size), Image.Resampling.BOX), np.float32) / 255
     shade = fractal(count, size, generator).mean(1, keepdim=True) - 0.5
     return (torch.from_numpy(pictures).permute(0, 3, 1, 2) + 0.5 * shade).clamp_(0, 1)
 
 
-def _draw_leaf(draw: ImageDraw.ImageDraw, rng: np.random.Generator, radius: float, size: int, colour) -> None:
+def _draw_leaf(
+    draw: ImageDraw.ImageDraw, rng: np.random.Generator, radius: float, size: int, colour: np.ndarray
+) -> None:
     x, y = rng.uniform(0, size, 2)
     fill = tuple(int(c) for c in colour)
     if rng.random() < 0.5:
@@ -75,7 +77,7 @@ def strokes(count: int, size: int, generator: torch.Generator) -> torch.Tensor:
             weights = [(1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3]  # a cubic Bezier curve
             curve = sum(w * p for w, p in zip(weights, points, strict=True)) * size * scale
             draw.line([tuple(p) for p in curve], fill=int(255 * pen), width=int(rng.integers(3, 9)), joint="curve")
-        picture[:] = (np.asarray(canvas.resize((size, size), Image.BOX), np.float32) / 255)[..., None]
+        picture[:] = (np.asarray(canvas.resize((size, size), Image.Resampling.BOX), np.float32) / 255)[..., None]
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
 
 
@@ -96,6 +98,7 @@ def draw_starts(
     for name, end in zip(names, edges, strict=True):
         number, start = end - start, end
         if name == "images":
+            assert images is not None, "the share `images` needs images to draw from"
             chosen = torch.randint(len(images), (number,), generator=generator)
             parts.append(images[chosen].float() / 255)
         elif number:

@@ -32,7 +32,9 @@ class FewShotClassifier:
     head: FewShotHead
     _task: FewShotTask | None = None
 
-    def embed(self, images, batch_size: int = 64, *, failures=None, progress: bool = False) -> torch.Tensor:
+    def embed(
+        self, images: Any, batch_size: int = 64, *, failures: dict[int, str] | None = None, progress: bool = False
+    ) -> torch.Tensor:
         """Images to embeddings (N, D) on the model's device, without those that `failures` takes."""
         raise NotImplementedError
 
@@ -47,7 +49,7 @@ class FewShotClassifier:
         return self.head.centres(self._fitted().statistics)
 
     def fit(
-        self: Self, images, labels: Sequence[Any] | None = None, *, failures: dict[int, str] | None = None
+        self: Self, images: Any, labels: Sequence[Any] | None = None, *, failures: dict[int, str] | None = None
     ) -> Self:
         """Learn a task from its support images: one forward pass, no tuning.
 
@@ -67,7 +69,7 @@ class FewShotClassifier:
         return self
 
     def add_classes(
-        self: Self, images, labels: Sequence[Any] | None = None, *, failures: dict[int, str] | None = None
+        self: Self, images: Any, labels: Sequence[Any] | None = None, *, failures: dict[int, str] | None = None
     ) -> Self:
         """Add classes to a fitted task, or images to its classes, without seeing the earlier images again.
 
@@ -78,7 +80,9 @@ class FewShotClassifier:
         self._task = FewShotTask.fitted(*self._embedded(images, names, failures), self.head, task)
         return self
 
-    def predict_proba(self, images, *, failures: dict[int, str] | None = None, progress: bool = False) -> torch.Tensor:
+    def predict_proba(
+        self, images: Any, *, failures: dict[int, str] | None = None, progress: bool = False
+    ) -> torch.Tensor:
         """Class probabilities, columns in the order of `label_names`: (N, classes), float32 on the CPU.
 
         A transductive head (`model.head.transductive`) takes the N images as one query set: the answer for an image
@@ -91,7 +95,7 @@ class FewShotClassifier:
         return self._probabilities(task, self._seen(images, failures, progress), failures)
 
     def predict(
-        self, images, *, failures: dict[int, str] | None = None, reject_below: float | None = None
+        self, images: Any, *, failures: dict[int, str] | None = None, reject_below: float | None = None
     ) -> list[Any]:
         """The label of each image, as it was given to `fit`: the largest of `predict_proba`, the first one of equals.
 
@@ -107,7 +111,7 @@ class FewShotClassifier:
         near = _with_failures(self._similarity(task, features), failures).tolist()
         return [label if value >= reject_below else None for label, value in zip(labels, near, strict=True)]
 
-    def similarity(self, images, *, failures: dict[int, str] | None = None) -> torch.Tensor:
+    def similarity(self, images: Any, *, failures: dict[int, str] | None = None) -> torch.Tensor:
         """Cosine of each image's embedding to that of the nearest class centre: (N,), float32 on the CPU.
 
         It tells images of no class better than the probability does, which only says which class is nearer
@@ -125,18 +129,22 @@ class FewShotClassifier:
         return centre_logits(features.float(), centres.float()).amax(1).cpu()
 
     @torch.inference_mode()
-    def _probabilities(self, task: FewShotTask, features: torch.Tensor, failures=None) -> torch.Tensor:
+    def _probabilities(
+        self, task: FewShotTask, features: torch.Tensor, failures: dict[int, str] | None = None
+    ) -> torch.Tensor:
         if not len(features):  # all of them failed
             return torch.full((len(failures or ()), len(task.label_names)), torch.nan)
         return _with_failures(probabilities_of(task, features, self.head), failures)
 
-    def _seen(self, images, failures: dict[int, str] | None, progress: bool = False) -> torch.Tensor:
+    def _seen(self, images: Any, failures: dict[int, str] | None, progress: bool = False) -> torch.Tensor:
         """Embeddings of the images that can be read."""
         if failures is not None:
             failures.clear()  # of an earlier call
         return self.embed(images, failures=failures, progress=progress)
 
-    def _embedded(self, images, names: list[Any], failures: dict[int, str] | None):
+    def _embedded(
+        self, images: Any, names: list[Any], failures: dict[int, str] | None
+    ) -> tuple[torch.Tensor, list[Any]]:
         """Embeddings of the images that can be read, float32, and their labels."""
         features = self._seen(images, failures)
         return features.float(), without_failures(names, failures or {})
@@ -180,10 +188,12 @@ class SharedTask(FewShotClassifier):
         self.model = model
 
     @property
-    def head(self) -> FewShotHead:
+    def head(self) -> FewShotHead:  # type: ignore[override]  # the model's, which alone sets it
         return self.model.head
 
-    def embed(self, images, batch_size: int = 64, *, failures=None, progress: bool = False) -> torch.Tensor:
+    def embed(
+        self, images: Any, batch_size: int = 64, *, failures: dict[int, str] | None = None, progress: bool = False
+    ) -> torch.Tensor:
         return self.model.embed(images, batch_size, failures=failures, progress=progress)
 
     def save(self, path: str | Path) -> None:

@@ -123,8 +123,9 @@ def _write_torch(graph: _Graph, folder: Path) -> Run:
 def _write_onnx(graph: _Graph, folder: Path) -> Run:
     import onnxruntime
 
-    names = {"input_names": ["pixel_values"], "output_names": [graph.output]}
+    names: dict[str, Any] = {"input_names": ["pixel_values"], "output_names": [graph.output]}
     program = torch.onnx.export(_traced(graph), dynamo=True, verbose=False, **names)
+    assert program is not None  # as it is with dynamo
     program.save(folder / ONNX_FILE)  # one file up to 2 GB, more than which the format cannot hold
     session = onnxruntime.InferenceSession(folder / ONNX_FILE, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run([graph.output], {"pixel_values": images.numpy()})[0])

@@ -8,11 +8,10 @@ from collections.abc import Iterator
 
 import torch
 from peft import PeftModel
-from torch import nn
 
 from ..backbones import Backbone
 from ..errors import AdapterError
-from ..weight_changes import never_called, tuner_layers, wear_layers
+from ..weight_changes import Layers, never_called, tuner_layers, wear_layers
 
 
 #: Largest relative change of the hidden states that merging may make: rounding, of weights in half precision too.
@@ -21,7 +20,7 @@ _HALF_ROUNDING = 5e-2
 
 
 @torch.no_grad()
-def merge_layers(backbone: Backbone) -> dict[str, nn.Module]:
+def merge_layers(backbone: Backbone) -> Layers:
     """Fold PEFT's layers into the modules that they stand around, and put those back in their place.
 
     PEFT's own merged layers would still cost tens of Python calls at each forward, so they go altogether.
@@ -64,7 +63,7 @@ def merge_layers(backbone: Backbone) -> dict[str, nn.Module]:
 
 
 @contextlib.contextmanager
-def worn_for_saving(peft_model: PeftModel, layers: dict[str, nn.Module]) -> Iterator[PeftModel]:
+def worn_for_saving(peft_model: PeftModel, layers: Layers) -> Iterator[PeftModel]:
     """The PEFT model with the `layers` that merging took off back in place, on copies of the modules that share all
     weights: threads that predict meanwhile must not meet layers that come and go."""
     if not layers:

@@ -8,11 +8,11 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
-from peft import get_peft_model, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import nn
 from transformers.utils import ModelOutput
 
@@ -26,6 +26,7 @@ from ..storage import atomic_write, replacing_files
 from ..task_tuning.base import TaskNetwork
 from ..task_tuning.config import TaskTuningConfig
 from ..version import __version__
+from ..weight_changes import Layers
 from .classifier import FewShotClassifier, SharedTask, mixed_probabilities
 from .heads import make_head
 from .merging import merge_layers, worn_for_saving
@@ -35,6 +36,10 @@ from .sidecar import TASK_FILE, read_picture, read_sidecar, task_file
 from .support import support_set
 from .task import FewShotTask, load_task, save_task
 from .tuning_task import tune_model, untune
+
+
+if TYPE_CHECKING:
+    from ..distillation.student import Student
 
 
 @dataclasses.dataclass
@@ -60,7 +65,7 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
         ConfigError: there is no head of the name in `settings`, or it does not take the parameters there.
     """
 
-    def __init__(self, backbone: Backbone, peft_model, settings: dict[str, Any] | None = None):
+    def __init__(self, backbone: Backbone, peft_model: PeftModel, settings: dict[str, Any] | None = None):
         super().__init__()
         self.backbone, self.peft_model, self.settings = backbone, peft_model, dict(settings or {})
         self.head = make_head(self.settings.get("head", "class_centres"), self.settings)
@@ -68,7 +73,7 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
         self.picture: bytes | None = None
         self._task: FewShotTask | None = None
         #: PEFT's layers after `merge`, by the module that each stood around
-        self._merged: dict[str, nn.Module] = {}
+        self._merged: Layers = {}
         #: after `tune`, what takes the adapter back
         self._untuned: TaskNetwork | None = None
         self.eval()
@@ -102,13 +107,13 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
         """
         if head is not None:
             make_head(head, {})  # an unknown name is told before anything is fetched
-        hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         info = pull_adapter(resolve_meta_lora(repo_or_path), revision=revision, **hub)
         if base_model is None and info.base_model is None:
             raise AdapterError(f"{info.where}: adapter_config.json names no base model. Pass base_model=...")
         if base_model is None and base_revision is None:
             base_revision = info.base_revision
-        base = base_model or info.base_model
+        base = base_model or cast(str, info.base_model)
         backbone = Backbone.from_pretrained(base, revision=base_revision, device=device, dtype=dtype, **hub)
         loaded = load_adapter(info, backbone.model)
         loaded.peft_config.base_model_name_or_path = str(base)
@@ -122,7 +127,9 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
         return model
 
     @classmethod
-    def from_student(cls, student, settings: dict[str, Any] | None = None) -> MetaLoRAForFewShotClassification:
+    def from_student(
+        cls, student: Student, settings: dict[str, Any] | None = None
+    ) -> MetaLoRAForFewShotClassification:
         """Wrap what [`MetaLoraTrainer.train`] returns."""
         return cls(student.backbone, student.peft_model, settings)
 
@@ -174,7 +181,7 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
         loss = None if query_labels is None else F.cross_entropy(logits.float(), query_labels.to(self.device))
         return FewShotOutput(loss=loss, logits=logits, prototypes=self.head.centres(statistics))
 
-    def preprocess(self, images) -> torch.Tensor:
+    def preprocess(self, images: Any) -> torch.Tensor:
         """What the backbone takes: images in any form that `fit` takes to (N, 3, S, S).
 
         Floating-point tensors of the right size are taken as normalised already.
@@ -186,7 +193,7 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
 
     @torch.inference_mode()
     def embed(
-        self, images, batch_size: int = 64, *, failures: dict[int, str] | None = None, progress: bool = False
+        self, images: Any, batch_size: int = 64, *, failures: dict[int, str] | None = None, progress: bool = False
     ) -> torch.Tensor:
         """Images in any form that `fit` takes to embeddings (N, D) on the model's device.
 
@@ -202,7 +209,7 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def fit(
-        self, images, labels: Sequence[Any] | None = None, *, failures: dict[int, str] | None = None
+        self, images: Any, labels: Sequence[Any] | None = None, *, failures: dict[int, str] | None = None
     ) -> MetaLoRAForFewShotClassification:
         untune(self)
         return super().fit(images, labels, failures=failures)
@@ -210,7 +217,7 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
     fit.__doc__ = FewShotClassifier.fit.__doc__
 
     def tune(
-        self, images, labels: Sequence[Any] | None = None, config: TaskTuningConfig | None = None
+        self, images: Any, labels: Sequence[Any] | None = None, config: TaskTuningConfig | None = None
     ) -> MetaLoRAForFewShotClassification:
         """Learn a task as `fit` does, then tune the meta-LoRA and the class centres on its support images.
 
@@ -247,7 +254,7 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
             raise DataError(f"{path}: there is no fitted task here that the head {self.head.name} can use.")
         return task
 
-    def predict_tasks(self, images, tasks: Sequence[FewShotClassifier], batch_size: int = 64) -> list[Any]:
+    def predict_tasks(self, images: Any, tasks: Sequence[FewShotClassifier], batch_size: int = 64) -> list[Any]:
         """The label of each image by the task of its place: images of many tasks in one forward pass.
 
         Args:
@@ -260,12 +267,14 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
         return [task.label_names[int(row.argmax())] for task, row in self._mixed(images, tasks, batch_size)]
 
     def predict_proba_tasks(
-        self, images, tasks: Sequence[FewShotClassifier], batch_size: int = 64
+        self, images: Any, tasks: Sequence[FewShotClassifier], batch_size: int = 64
     ) -> list[torch.Tensor]:
         """Class probabilities of each image by the task of its place, (classes of the task,) each, on the CPU."""
         return [row for _, row in self._mixed(images, tasks, batch_size)]
 
-    def _mixed(self, images, tasks: Sequence[FewShotClassifier], batch_size: int):
+    def _mixed(
+        self, images: Any, tasks: Sequence[FewShotClassifier], batch_size: int
+    ) -> list[tuple[FewShotTask, torch.Tensor]]:
         images = as_batch(images)
         if len(images) != len(tasks):
             raise DataError(f"{len(images)} images, but {len(tasks)} tasks: each image needs the task it belongs to.")
@@ -284,13 +293,13 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
             ConfigError: another number of bits.
         """
         folder, task = Path(save_directory), self._task
-        config = self.peft_model.peft_config["default"]
+        config: Any = self.peft_model.peft_config["default"]  # of the class of its type
         config.base_model_name_or_path = backbone_name(config.base_model_name_or_path)
         config.target_modules = sorted(config.target_modules)  # PEFT writes a set in any order
         with replacing_files(folder) as partial, worn_for_saving(self.peft_model, self._merged) as worn:
             if (folder / CARD_FILE).is_file():
                 shutil.copyfile(folder / CARD_FILE, partial / CARD_FILE)  # PEFT only adds to a card that is there
-            worn.save_pretrained(partial, safe_serialization=True)
+            worn.save_pretrained(str(partial), safe_serialization=True)
         store_weights(folder, bits)
         settings = {
             "head": self.head.name,
@@ -331,7 +340,7 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
         Raises:
             PushError: the base model is a local folder, or the push failed; then nothing of it is in the repo.
         """
-        options = {"private": private, "token": token, "revision": revision, "create_pr": create_pr}
+        options: dict[str, Any] = {"private": private, "token": token, "revision": revision, "create_pr": create_pr}
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, bits=bits)
             return push_adapter_folder(folder, repo_id, commit_message=commit_message, **options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import Pipeline
@@ -33,40 +35,50 @@ class FewShotImageClassificationPipeline(Pipeline):
     each, best first.
     """
 
-    _load_tokenizer = False
-    _load_feature_extractor = False
-    _load_image_processor = False
-    _load_processor = False
+    # transformers types these by their default, None
+    _load_tokenizer = False  # type: ignore[assignment]
+    _load_feature_extractor = False  # type: ignore[assignment]
+    _load_image_processor = False  # type: ignore[assignment]
+    _load_processor = False  # type: ignore[assignment]
+    model: Any  # a `MetaLoRAForFewShotClassification`, not the `PreTrainedModel` that other pipelines have
 
-    def __init__(self, model: MetaLoRAForFewShotClassification, **kwargs):
+    def __init__(self, model: MetaLoRAForFewShotClassification, **kwargs: Any):
         if model.head.transductive:
             raise ConfigError(
                 f"The head {model.head.name} classifies a set of images together, and a pipeline takes them one by "
                 "one. Use model.predict(images), or load the model with another head."
             )
         # the model's own processor: with it transformers can form batches
-        super().__init__(model=model, **{"image_processor": model.backbone.processor, **kwargs})
+        worn: Any = model
+        super().__init__(model=worn, **{"image_processor": model.backbone.processor, **kwargs})
 
-    def _sanitize_parameters(self, support_images=None, support_labels=None, top_k=None):
+    def _sanitize_parameters(  # type: ignore[override]  # transformers passes what the caller named
+        self,
+        support_images: Sequence[Any] | None = None,
+        support_labels: Sequence[Any] | None = None,
+        top_k: int | None = None,
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         if (support_images is None) != (support_labels is None):
             raise ConfigError("support_images and support_labels go together: one label for each image.")
         if support_images is not None:
             self.model.fit([_fetched(image) for image in support_images], support_labels)
         return {}, {}, {} if top_k is None else {"top_k": top_k}
 
-    def preprocess(self, image) -> dict[str, Any]:
+    def preprocess(self, image: Any) -> dict[str, Any]:  # type: ignore[override]
         return {"pixel_values": self.model.preprocess(_fetched(image))}
 
-    def _forward(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def _forward(self, inputs: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
         return {"scores": self.model.predict_proba(inputs["pixel_values"])}
 
-    def postprocess(self, outputs: dict[str, Any], top_k: int | None = None) -> list[dict[str, Any]]:
+    def postprocess(  # type: ignore[override]
+        self, outputs: dict[str, Any], top_k: int | None = None
+    ) -> list[dict[str, Any]]:
         scores = outputs["scores"][0].tolist()
         rows = [{"label": n, "score": s} for n, s in zip(self.model.label_names, scores, strict=True)]
         return sorted(rows, key=lambda row: -row["score"])[:top_k]
 
 
-def _fetched(image):
+def _fetched(image: Any) -> Any:
     """An image at an address as PIL; anything else unchanged."""
     is_address = isinstance(image, str) and image.startswith(("http://", "https://"))
     return load_image(image) if is_address else image
@@ -77,8 +89,16 @@ class _Loader:
 
     @classmethod
     def from_pretrained(
-        cls, name, *, revision=None, dtype=None, token=None, cache_dir=None, local_files_only=False, **_
-    ):
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        dtype: Any = None,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        **_: Any,
+    ) -> MetaLoRAForFewShotClassification:
         # transformers asks the base model for the same revision, and gives it here with the base's commit attached
         return MetaLoRAForFewShotClassification.from_pretrained(
             name,

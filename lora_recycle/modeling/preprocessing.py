@@ -17,7 +17,7 @@ from ..errors import ConfigError, DataError
 from ..image_sources import ImageSource, dataset_source, is_dataset
 
 
-def as_batch(images):
+def as_batch(images: Any) -> Any:
     """A sequence of images, a tensor, or the source of a `datasets.Dataset`; one image becomes a sequence of one.
 
     Raises:
@@ -39,7 +39,7 @@ def as_batch(images):
 
 
 def pixel_batches(
-    images, backbone: Backbone, batch_size: int, failures: dict[int, str] | None = None, progress: bool = False
+    images: Any, backbone: Backbone, batch_size: int, failures: dict[int, str] | None = None, progress: bool = False
 ) -> Iterator[torch.Tensor]:
     """Normalised images (B, 3, S, S) in batches of at most `batch_size`, on the backbone's device.
 
@@ -97,6 +97,7 @@ def _fits(images: torch.Tensor, backbone: Backbone) -> bool:
 def _pixels(images: Any, backbone: Backbone) -> Iterator[np.ndarray | DataError]:
     """Each image as uint8 (S, S, 3), or, of a processor that does more than resize, what it makes: (3, S, S)."""
     processor, size = backbone.processor, backbone.image_size
+    items: Iterator[tuple[str | None, Any]]
     if isinstance(images, ImageSource):
         items = images.fetch(list(range(len(images))))
     else:
@@ -113,7 +114,7 @@ def _pixels(images: Any, backbone: Backbone) -> Iterator[np.ndarray | DataError]
     return decoded(items, convert, _at_least(processor))
 
 
-def _at_least(processor) -> int | None:
+def _at_least(processor: Any) -> int | None:
     """Sides that a JPEG must keep: twice what it is resized to, so that nothing of the result is lost."""
     sides = [getattr(processor.size, side, None) for side in ("height", "width", "shortest_edge", "longest_edge")]
     return 2 * max(side or 0 for side in sides) if processor.do_resize else None
@@ -132,13 +133,13 @@ def _normalised(pixels: torch.Tensor, backbone: Backbone) -> torch.Tensor:
     return pixels.to(backbone.device).float().mul_(scale).sub_(backbone.mean / backbone.std)
 
 
-def _is_standard(processor) -> bool:
+def _is_standard(processor: Any) -> bool:
     """Whether it ends with (image / 255 - mean) / std, as `Backbone.normalize` does."""
     known = processor.do_rescale and processor.do_normalize and not getattr(processor, "do_pad", None)
     return bool(known) and abs(processor.rescale_factor * 255 - 1) < 1e-6
 
 
-def _only_resizes(processor, size: int) -> bool:
+def _only_resizes(processor: Any, size: int) -> bool:
     wanted = {"height": size, "width": size}
     exact = all(getattr(processor.size, side, None) == length for side, length in wanted.items())
     return bool(processor.do_resize) and exact and not getattr(processor, "do_center_crop", None)

@@ -20,7 +20,7 @@ from .sidecar import TASK_FILE, read_picture, read_sidecar, task_file
 
 
 def push_adapter_folder(
-    folder: str | Path, repo_id: str, *, bits: int | None = None, commit_message: str | None = None, **options
+    folder: str | Path, repo_id: str, *, bits: int | None = None, commit_message: str | None = None, **options: Any
 ) -> str:
     """Push a meta-LoRA, with a card written for the repo, or another adapter with the card that it has.
 
@@ -110,8 +110,8 @@ def _with_base(info: AdapterInfo) -> bytes:
     text = (info.path / CARD_FILE).read_text(encoding="utf-8")
     card = ModelCard(text, ignore_metadata_errors=True)
     named = card.data.get("base_model")
-    if not isinstance(named, str) or is_repo_id(named):
+    if not isinstance(named, str) or is_repo_id(named) or info.base_model is None:
         return text.encode()
-    card.data.base_model = info.base_model
+    card.data["base_model"] = info.base_model
     text = str(card)
     return (text.replace(named, info.base_model) if "/" in named or "\\" in named else text).encode()  # PEFT's tags

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..image_sources import dataset_source, is_dataset, open_source
+from ..image_sources import ImageSource, dataset_source, is_dataset, open_source
 from ..pictures import local_path
 from .preprocessing import as_batch
 
@@ -28,14 +28,15 @@ def support_set(images: Any, labels: Sequence[Any] | None) -> tuple[Any, list[An
     """
     if labels is None:
         source = _labelled_source(images)
-        return source, [source.label_names[label] for label in source.labels.tolist()]
+        numbers, label_names = source.classes()
+        return source, [label_names[number] for number in numbers.tolist()]
     batch, names = as_batch(images), as_labels(labels)
     if len(batch) and len(batch) != len(names):
         raise DataError(f"{len(batch)} images, but {len(names)} labels: each image needs one.")
     return batch, names
 
 
-def _labelled_source(images: Any):
+def _labelled_source(images: Any) -> ImageSource:
     if is_dataset(images):
         return dataset_source(images, labelled=True, order=LEARNING_FIRST)
     if not isinstance(images, (str, Path)):

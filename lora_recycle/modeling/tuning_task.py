@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,13 +20,13 @@ if TYPE_CHECKING:
     from .meta_lora import MetaLoRAForFewShotClassification
 
 #: `examples/choose_tuning.py` compares them with others on validation classes.
-DEFAULTS = {"steps": 20, "lr": 3e-3, "head_lr": 0.05, "last_layers": 2, "consistency": 1.0}
+DEFAULTS: dict[str, Any] = {"steps": 20, "lr": 3e-3, "head_lr": 0.05, "last_layers": 2, "consistency": 1.0}
 #: The temperature of the loss by that of the head: sharper, so that images that are right already teach little.
 SHARPER = 0.3
 
 
 def tune_model(
-    model: MetaLoRAForFewShotClassification, images, names: Sequence[Any], config: TaskTuningConfig | None = None
+    model: MetaLoRAForFewShotClassification, images: Any, names: list[Any], config: TaskTuningConfig | None = None
 ) -> None:
     """What [`MetaLoRAForFewShotClassification.tune`] does."""
     if len(set(names)) < 2:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -51,7 +51,7 @@ def _averaged(values: list[float]) -> list[tuple[float, float]]:
     return points
 
 
-def bars(group: Sequence[dict[str, Any]]) -> str:
+def bars(group: Sequence[Mapping[str, Any]]) -> str:
     """Horizontal accuracy bars of the methods on one data set and number of shots; `meta-lora` is hatched."""
     first = group[0]
     heading = escape(f"{first['data']}, {first['ways']}-way {first['shots']}-shot")

@@ -27,7 +27,7 @@ def gallery(
     figures = []
     for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
         shown = f'<img src="{data_uri(image)}" alt="surrogate image of {escape(caption)}">'
-        if kept is not None:
+        if kept is not None and patch_size is not None:
             shown += f'<img src="{data_uri(show_kept(image, kept[number], patch_size))}" alt="its kept patches">'
         figures.append(f"<figure><div>{shown}</div><figcaption>{escape(caption)}</figcaption></figure>")
     note += "" if kept is None else " Right: patches kept."

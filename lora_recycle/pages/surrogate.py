@@ -58,11 +58,12 @@ def map_images(surrogate: SurrogateDataset, real: LabelledImages | None = None) 
             pixels.append(shard.pixels[rows])
             labels += [f"{shard.label_names[label]} ({shard.adapter['name']})"] * len(rows)
     kinds = ["surrogate"] * len(labels)
-    classes = real.by_class() if real is not None else {}
-    for label in [list(classes)[i] for i in _spread(len(classes), MAP_CLASSES)]:
-        rows = classes[label][:MAP_IMAGES]
-        pixels.append(real.pixels[rows])
-        labels += [f"{real.label_names[label]} ({real.name})"] * len(rows)
+    if real is not None:
+        classes = real.by_class()
+        for label in [list(classes)[i] for i in _spread(len(classes), MAP_CLASSES)]:
+            rows = classes[label][:MAP_IMAGES]
+            pixels.append(real.pixels[rows])
+            labels += [f"{real.label_names[label]} ({real.name})"] * len(rows)
     kinds += ["real"] * (len(labels) - len(kinds))
     sizes = {tuple(part.shape[1:]) for part in pixels}
     if len(sizes) > 1:
@@ -148,9 +149,9 @@ def _agreement(surrogate: SurrogateDataset, views: Sequence[tuple[str, Backbone]
             for name, backbone in views:
                 features = extract_features(backbone, shard.pixels[rows])
                 parts[name].append(share_same_neighbour(features, shard.teacher_features[rows]))
-    rows = [(name, f"{100 * sum(shares) / len(shares):.1f}") for name, shares in parts.items() if shares]
+    shown = [(name, f"{100 * sum(shares) / len(shares):.1f}") for name, shares in parts.items() if shares]
     caption = "Per cent of images whose nearest other image of their adapter is the same as for that adapter."
-    return table(caption, ("", "agreement"), rows) if rows else ""
+    return table(caption, ("", "agreement"), shown) if shown else ""
 
 
 def _share(features: torch.Tensor, images: MapImages, kind: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -66,7 +68,7 @@ class LoraHub(TaskTuning):
         return class_centres(network.features(tokens), labels, ways)
 
 
-def evolve(loss, start: torch.Tensor, steps: int, seed: int) -> torch.Tensor:
+def evolve(loss: Callable[[torch.Tensor], float], start: torch.Tensor, steps: int, seed: int) -> torch.Tensor:
     """The best of `steps` points that a (1+1) evolution strategy tries for a function of (n,), within `BOUND`."""
     generator, spread = torch.Generator().manual_seed(seed), FIRST_SPREAD
     best, lowest = start.clone(), loss(start)

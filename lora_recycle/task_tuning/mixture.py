@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from ..composition.base import require_weight_changes
 from ..pool import AdapterPool, truncate
@@ -57,8 +58,8 @@ class AdapterMixture(TaskNetwork):
             for handle in handles:
                 handle.remove()
 
-    def _adding(self, path: str, b: torch.Tensor, a: torch.Tensor, owner: torch.Tensor):
-        def hook(module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+    def _adding(self, path: str, b: torch.Tensor, a: torch.Tensor, owner: torch.Tensor) -> Callable[..., torch.Tensor]:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
             return output + F.linear(args[0], (b * self.weights(path)[owner]) @ a)
 
         return hook
@@ -79,6 +80,6 @@ def stacked_factors(
     stacked = {}
     for module, parts in found.items():
         owner = torch.cat([torch.full((b.shape[1],), place) for place, b, _ in parts])
-        factors = torch.cat([b for _, b, _ in parts], 1), torch.cat([a for _, _, a in parts])
-        stacked[module] = (*(factor.to(device, dtype) for factor in factors), owner.to(device))
+        b, a = torch.cat([b for _, b, _ in parts], 1), torch.cat([a for _, _, a in parts])
+        stacked[module] = (b.to(device, dtype), a.to(device, dtype), owner.to(device))
     return stacked

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,8 @@ QUERIES = 15
 SURE = 0.5  # an image counts as what its own adapter takes it for with at least this probability
 
 Classes = list[torch.Tensor]  # of one adapter: the embeddings (N, D) of each class
+#: What `_episode` gives.
+Episode = tuple[torch.Tensor, torch.Tensor, int, torch.Tensor, torch.Tensor]
 
 
 def fit_head(
@@ -67,7 +69,7 @@ def fit_head(
         episodes = [_episode(sources, ways, shots, generator) for _ in range(EPISODES_A_STEP)]
         losses = [F.cross_entropy(head.classify(*episode[:-1]), episode[-1]) for episode in episodes]
         optimizer.zero_grad()
-        (sum(losses) / len(losses)).backward()
+        (cast(torch.Tensor, sum(losses)) / len(losses)).backward()
         optimizer.step()
     found = {name: value.detach().exp().tolist() for name, value in learned.items()}
     _wear(head, found)
@@ -81,7 +83,9 @@ def _wear(head: FewShotHead, parameters: dict) -> None:
         setattr(head, name, value)
 
 
-def _embedded_classes(model, surrogate: SurrogateDataset, ways: int, shots: int) -> list[Classes]:
+def _embedded_classes(
+    model: MetaLoRAForFewShotClassification, surrogate: SurrogateDataset, ways: int, shots: int
+) -> list[Classes]:
     """Adapters with enough classes, read shard by shard."""
     sources = []
     for i in range(surrogate.num_shards):
@@ -100,7 +104,7 @@ def _embedded_classes(model, surrogate: SurrogateDataset, ways: int, shots: int)
     return sources
 
 
-def _episode(sources: list[Classes], ways: int, shots: int, generator: torch.Generator):
+def _episode(sources: list[Classes], ways: int, shots: int, generator: torch.Generator) -> Episode:
     """Support (ways x shots, D), its labels, `ways`, queries (Q, D) and their labels, from one adapter."""
     classes = sources[int(torch.randint(len(sources), (1,), generator=generator))]
     support, query, labels = [], [], []
@@ -109,5 +113,5 @@ def _episode(sources: list[Classes], ways: int, shots: int, generator: torch.Gen
         support.append(classes[c][order[:shots]])
         query.append(classes[c][order[shots:]])
         labels.append(torch.full((len(order) - shots,), way))
-    way = torch.arange(ways).repeat_interleave(shots)
-    return torch.cat(support), way, ways, torch.cat(query), torch.cat(labels)
+    shown = torch.arange(ways).repeat_interleave(shots)
+    return torch.cat(support), shown, ways, torch.cat(query), torch.cat(labels)

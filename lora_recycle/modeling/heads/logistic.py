@@ -31,8 +31,10 @@ class LogisticRegressionHead(LinearHead):
     def prepare(self, statistics: Tensors) -> Tensors:
         features, labels = statistics["features"], statistics["labels"]
         batch = features.shape[:-2]
-        tasks = zip(features.detach().flatten(0, -3), labels.flatten(0, -2), strict=True) if batch else None
-        fits = [_fit(*task) for task in tasks] if batch else [_fit(features.detach(), labels)]
+        tasks = [(features.detach(), labels)]
+        if batch:
+            tasks = list(zip(features.detach().flatten(0, -3), labels.flatten(0, -2), strict=True))
+        fits = [_fit(*task) for task in tasks]
         weights, bias = (torch.stack(part).to(features) for part in zip(*fits, strict=True))
         return {"weights": weights.view(*batch, *weights.shape[1:]), "bias": bias.view(*batch, *bias.shape[1:])}
 
