@@ -10,9 +10,14 @@ import threading
 import time
 from dataclasses import dataclass
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from .errors import ProcessError
 from .processes import collective_timeout, first_line, lost_the_others, process_state, shared_store
+
+
+if TYPE_CHECKING:
+    import torch
 
 
 _INTERVAL = 1.0  # seconds between two looks
