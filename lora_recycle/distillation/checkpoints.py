@@ -12,6 +12,7 @@ import torch
 from ..configuration import differences
 from ..errors import ConfigError, DataError
 from ..storage import atomic_write, load_sealed, save_sealed
+from .judging import Judgements
 
 
 #: Checkpoints that are kept: where the newest is damaged, the one before serves.
@@ -24,7 +25,8 @@ class Checkpoints:
     """The checkpoints of one run, `checkpoint-<step>.safetensors`.
 
     Each holds the student's trainable weights, the optimiser's state, its step size, the step to go on with, which
-    alone decides over learning rate and episodes of all later steps, the state of torch's generators, and the losses.
+    alone decides over learning rate and episodes of all later steps, the state of torch's generators, the losses, and
+    what was judged, with the weights of the best.
 
     Args:
         folder: they lie there.
@@ -38,7 +40,14 @@ class Checkpoints:
         """The newest first."""
         return sorted(self.folder.glob("checkpoint-*.safetensors"), reverse=True)
 
-    def save(self, parameters, optimizer, step: int, history: dict[str, list[float]]) -> None:
+    def save(
+        self,
+        parameters,
+        optimizer,
+        step: int,
+        history: dict[str, list[float]],
+        judged: Judgements | None = None,
+    ) -> None:
         """Write the state before `step`, then delete what is older than the last `KEEP`.
 
         Raises:
@@ -50,12 +59,15 @@ class Checkpoints:
             tensors |= {f"{i}.{name}": value for name, value in optimizer.state[parameter].items()}
         header = {"step": step, "identity": self.identity, "history": history}
         header["learning_rates"] = [group["lr"] for group in optimizer.param_groups]
+        if judged is not None:
+            tensors |= {f"best.{i}": weight for i, weight in enumerate(judged.weights)}
+            header["judged"] = {"steps": judged.steps, "figures": judged.figures}
         save_sealed(self.folder / f"checkpoint-{step:08d}.safetensors", tensors, header)
         atomic_write(self.folder / LOG_FILE, json.dumps(history).encode())
         for path in self.files()[KEEP:]:
             path.unlink(missing_ok=True)
 
-    def load(self, parameters, optimizer) -> tuple[int, dict[str, list[float]]]:
+    def load(self, parameters, optimizer, judged: Judgements | None = None) -> tuple[int, dict[str, list[float]]]:
         """Set all to the newest sound checkpoint; return the step to go on with and the losses before it.
 
         Without a checkpoint nothing is set, and the step is 0. Damaged ones that are newer are told and deleted.
@@ -78,6 +90,9 @@ class Checkpoints:
                 logger.warning("%s is damaged (%s); going on from %s.", other, error, path.name)
                 other.unlink(missing_ok=True)
             _restore(tensors, header, parameters, optimizer)
+            if judged is not None:
+                judged.steps, judged.figures = header["judged"]["steps"], header["judged"]["figures"]
+                judged.weights = [tensors[f"best.{i}"] for i in range(len(parameters))] if judged.steps else []
             return header["step"], header["history"]
         for path, error in damaged.items():
             raise DataError(f"{path}: the checkpoint is damaged ({error}), and no other is left. {_start_again()}")
