@@ -44,8 +44,9 @@ def hold_back(
     candidates = torch.zeros(len(images), dtype=torch.bool)
     generator = torch.Generator().manual_seed(seed)
     for number, shard in enumerate(images.shards if share else ()):
-        for c in shard.labels.unique().tolist():
-            own = images.of_shard(number)[shard.labels == c]
+        labels = shard.labels
+        for c in labels.unique().tolist():
+            own = images.of_shard(number)[labels == c]
             if len(own) >= _SMALLEST_CLASS:
                 chosen = torch.randperm(len(own), generator=generator)[: max(1, round(share * len(own)))]
                 candidates[own[chosen]] = True

@@ -63,7 +63,7 @@ class MetaLoraTrainer:
         pool ([`AdapterPool`]): the adapters that the surrogate data came from. They give the initialisation and teach
             the relational loss; their real training data is never needed.
         surrogate ([`SurrogateDataset`], *optional*): from [`LoraInverter`]; not needed where `config.steps` is 0. It
-            stays on disk: memory does not grow with it, but for 8 bytes an image.
+            stays on disk: memory does not grow with it, but for some 20 bytes an image.
         config ([`DistillationConfig`]): how.
         callbacks (`Sequence[TrainerCallback]`): who looks on, and may stop it early.
 
@@ -114,7 +114,7 @@ class MetaLoraTrainer:
         self._seconds[name] += time.perf_counter() - started
 
     def train(self, output_dir: str | Path | None = None, *, progress: bool = True, resume: bool = True) -> Student:
-        """Run all steps and return the student.
+        """Run all steps and return the student as it was judged best on held-back images, which may be the start.
 
         With `output_dir`, checkpoints lie there, and a run that was killed goes on as if nothing had been; Ctrl-C and
         SIGTERM end it after a step that is saved. With `resume=False` the checkpoints there are deleted first.
