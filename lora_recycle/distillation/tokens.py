@@ -30,9 +30,11 @@ def tokens_entering(
     folder: Path,
     shared: bool,
     progress: bool = True,
-) -> RowFile:
-    """`store_tokens` under a name that says all that they depend on; the main process of those that share the folder
-    (`shared`) writes."""
+) -> RowFile | None:
+    """`store_tokens` under a name that says all that they depend on, None where all layers learn. Of processes that
+    share the folder (`shared`) the main one writes."""
+    if not config.first_layer:
+        return None
     parts = [config.init, config.rank, config.seed, config.first_layer, images.masked, state.mixed_precision]
     parts += [config.peft_type, pool.backbone.name, pool.backbone.revision, str(pool.backbone.dtype)]
     parts += [[info.sha256 for info in pool.infos], images.checksums]

@@ -232,9 +232,7 @@ class MetaLoraTrainer:
         groups = [group for group in groups if len(group.images) >= FEWEST]
         if config.relational_weight and not groups:
             raise DataError(f"The relational loss needs at least {FEWEST} surrogate images in a group of adapters.")
-        tokens = None
-        if config.first_layer:
-            tokens = tokens_entering(self.student, images, config, self.pool, state, folder, shared, shown)
+        tokens = tokens_entering(self.student, images, config, self.pool, state, folder, shared, shown)
         sizes = (self.pool.backbone.patch_size, tokens, state.process_index, state.num_processes)
         self.make_batch = BatchMaker(config, images, groups, sampler, *sizes)
         # dropout of the backbone's own would only add noise, and make a resumed run another one
@@ -336,9 +334,8 @@ class MetaLoraTrainer:
         if self._judging is None:
             return
         self._read_losses()
-        state = self.accelerator
         with self._timed("judging"):
-            figure = torch.tensor(self._judging(self._embed), device=state.device)
+            figure = torch.tensor(self._judging(self._embed), device=self.accelerator.device)
             self._parallel.reshard()
             self._parallel.update_student()
             self.judged.add(step, broadcast(figure).item(), self.student.trainable())
