@@ -63,7 +63,7 @@ class Point:
 
     def config(self) -> tuple[InversionConfig, DistillationConfig]:
         return InversionConfig(**{**BASE_INVERT, **self.invert}), DistillationConfig(
-            **{**BASE_DISTILL, **self.distill}
+            held_out=0.0, **{**BASE_DISTILL, **self.distill}
         )
 
     def minutes(self) -> float:

@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def try_variant(pool, surrogate, settings, folder, sets, episodes, frozen) -> dict:
-    trainer = MetaLoraTrainer(pool, surrogate, DistillationConfig(**settings))
+    trainer = MetaLoraTrainer(pool, surrogate, DistillationConfig(held_out=0.0, **settings))
     trainer.prepare(folder.parent, progress=False)  # what the teachers say lies there, once for all variants
     started = time.process_time()
     for step in range(trainer.config.steps):

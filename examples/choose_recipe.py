@@ -117,7 +117,7 @@ def try_variant(pool, invert, distill, folder, data, sets, episodes, average) ->
     if "start_images" in invert:
         invert = {**invert, "start_images": str(data / invert["start_images"])}
     surrogate = LoraInverter(pool, InversionConfig(**{**BASE_INVERT, **invert})).run(folder)
-    student = MetaLoraTrainer(pool, surrogate, DistillationConfig(**{**BASE_DISTILL, **distill})).train()
+    student = MetaLoraTrainer(pool, surrogate, DistillationConfig(held_out=0.0, **{**BASE_DISTILL, **distill})).train()
     seconds = round(time.perf_counter() - started)
     accuracy = judge(student.backbone, sets, episodes)
     return {key: confidence(accuracy[key] - average[key]) for key in average} | {"seconds": seconds}

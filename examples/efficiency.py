@@ -75,7 +75,9 @@ def run(name: str, pool: AdapterPool, folder: Path, sets, episodes) -> dict:
         "surrogate_accuracy": sum(shard.accuracy * len(shard) for shard in shards) / images,
     }
     for init in ("zero", "average"):
-        trainer = MetaLoraTrainer(pool, surrogate, DistillationConfig(**{**BASE_DISTILL, **distill, "init": init}))
+        trainer = MetaLoraTrainer(
+            pool, surrogate, DistillationConfig(held_out=0.0, **{**BASE_DISTILL, **distill, "init": init})
+        )
         started = time.process_time()
         student = trainer.train(progress=False)
         row[f"{init} seconds"] = round(time.process_time() - started, 1)

@@ -52,9 +52,10 @@ def stages(adapters: int, iterations: int, steps: int) -> list[Stage]:
     """A small run on some of the shipped adapters."""
     found = sorted(path for path in pool_path().iterdir() if path.is_dir())
     pool = [str(path) for path in found[:: len(found) // adapters][:adapters]]
-    invert = ["--output", "{}/surrogate", "--images-per-class", "2", "--max-classes", "5"]
+    invert = ["--output", "{}/surrogate", "--images-per-class", "3", "--max-classes", "5"]
     distill = ["--surrogate", "{}/surrogate", "--output", "{}/meta_lora", "--rank", "4", "--relational-batch", "16"]
     distill += ["--kl-weight", "1", "--episodes", "1", "--queries", "1", "--checkpoint-every", "5"]
+    distill += ["--judge-every", "4"]
     return [
         Stage("invert", [*pool, *invert, "--iterations", str(iterations)]),
         Stage("distill", [*pool, *distill, "--steps", str(steps)]),

@@ -136,7 +136,9 @@ def do_stage(stage: str, pool: AdapterPool, folders: list[Path], output: Path, i
         LoraInverter(pool, config).run(output, progress=False)
     else:
         data = SurrogateDataset.from_pretrained(output)
-        MetaLoraTrainer(pool, data, DistillationConfig(steps=5, max_teachers=TEACHERS)).train(progress=False)
+        MetaLoraTrainer(pool, data, DistillationConfig(steps=5, max_teachers=TEACHERS, held_out=0.0)).train(
+            progress=False
+        )
 
 
 def peak_mb() -> float:

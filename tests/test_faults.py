@@ -10,7 +10,8 @@ import torch
 
 from lora_recycle.distillation import trainer as trainer_module
 from lora_recycle.distillation.config import DistillationConfig
-from lora_recycle.distillation.trainer import MetaLoraTrainer, learning_rate
+from lora_recycle.distillation.schedule import learning_rate
+from lora_recycle.distillation.trainer import MetaLoraTrainer
 from lora_recycle.errors import DataError, StorageError
 from lora_recycle.inversion.config import InversionConfig
 from lora_recycle.inversion.inverter import LoraInverter
@@ -24,7 +25,7 @@ def pool(tiny_pool):
 
 
 INVERSION = InversionConfig(images_per_class=3, iterations=2, jitter=1)
-DISTILLATION = DistillationConfig(steps=8, rank=4, relational_batch=8, checkpoint_every=2)
+DISTILLATION = DistillationConfig(steps=8, rank=4, relational_batch=8, checkpoint_every=2, judge_every=3)
 
 
 def invert(pool, folder):
@@ -32,10 +33,10 @@ def invert(pool, folder):
 
 
 def distil(pool, surrogate, folder):
-    """The weights as bytes, and the losses."""
+    """The weights as bytes, the losses, and what was judged."""
     trainer = MetaLoraTrainer(pool, surrogate, DISTILLATION)
     student = trainer.train(folder, progress=False)
-    return [p.detach().numpy().tobytes() for p in student.trainable()], trainer.history
+    return [p.detach().numpy().tobytes() for p in student.trainable()], trainer.history, trainer.judged.to_dict()
 
 
 def files(folder):
@@ -91,9 +92,11 @@ def test_the_last_two_checkpoints_are_kept_and_hold_all_that_training_is(pool, u
     tensors, header = load_sealed(found[0])
     count = len(undisturbed[1][0])
     expected = {f"{i}.{name}" for i in range(count) for name in ("value", "exp_avg", "exp_avg_sq", "step")}
-    assert tensors.keys() == expected | {"rng.cpu"} and tensors["0.step"] == 6
+    best = {f"best.{i}" for i in range(count)}
+    assert tensors.keys() == expected | best | {"rng.cpu"} and tensors["0.step"] == 6
     assert header["step"] == 6 and header["learning_rates"] == [learning_rate(DISTILLATION, 5)]
     assert {name: len(values) for name, values in header["history"].items()} == {"relational": 6}
+    assert header["judged"]["steps"] == [0, 3, 6] and len(header["judged"]["figures"]) == 3
     assert header["identity"]["config"] == DISTILLATION.to_dict()
 
 

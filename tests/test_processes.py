@@ -16,7 +16,9 @@ LAUNCHED = Path(__file__).with_name("launched.py")
 INVERT = ["--images-per-class", "6", "--iterations", "5", "--keep-ratio", "0.5", "--jitter", "0"]
 DISTILL = ["--steps", "6", "--rank", "4", "--relational-batch", "16", "--checkpoint-every", "3"]
 DISTILL += ["--ways", "3", "--queries", "3", "--episodes", "2", "--kl-weight", "1", "--interpolation-weight", "1"]
-DISTILL += ["--gradient-accumulation-steps", "2", "--max-grad-norm", "0.5"]
+DISTILL += ["--gradient-accumulation-steps", "2", "--max-grad-norm", "0.5", "--judge-every", "2"]
+#: From here the best of the judged steps is neither the first nor the last.
+BEST_WITHIN = ["--init", "zero", "--lr", "0.01"]
 
 
 def environment(**changes):
@@ -48,6 +50,10 @@ def losses_of(folder):
     return json.loads((Path(folder) / "work" / "training_log.json").read_text())
 
 
+def judged_in(folder):
+    return json.loads((Path(folder) / "meta_lora_config.json").read_text())["judged"]
+
+
 def furthest(one, other):
     assert one.keys() == other.keys()
     return max((one[name] - other[name]).abs().max().item() for name in one)
@@ -60,6 +66,9 @@ def forked(tmp_path_factory, tiny_pool_path, tiny_surrogate):
     kinds = {
         "one": (1, {}, None),
         "fsdp": (2, {"ACCELERATE_USE_FSDP": "true"}, None),
+        "best one": (1, {}, None),
+        "best two": (2, {}, None),
+        "best fsdp": (2, {"ACCELERATE_USE_FSDP": "true"}, None),
         "bf16 one": (1, {"ACCELERATE_MIXED_PRECISION": "bf16"}, None),
         "bf16": (2, {"ACCELERATE_MIXED_PRECISION": "bf16"}, None),
         "raise": (2, {}, ("raise", 1)),
@@ -67,7 +76,8 @@ def forked(tmp_path_factory, tiny_pool_path, tiny_surrogate):
     }
     scenarios = []
     for name, (processes, changes, fault) in kinds.items():
-        command = distill(tiny_pool_path, surrogate, work / name)
+        more = BEST_WITHIN if name.startswith("best") else ()
+        command = distill(tiny_pool_path, surrogate, work / name, *more)
         scenarios.append({"processes": processes, "environment": changes, "commands": [command], "fault": fault})
     resumed = [distill(tiny_pool_path, surrogate, work / "fsdp")]
     scenarios.append({"processes": 2, "environment": kinds["fsdp"][1], "commands": resumed})
@@ -117,6 +127,22 @@ def test_one_two_and_four_processes_make_the_same_meta_lora(
     losses = losses_of(tmp_path)
     for name, values in losses_of(forked["one"][2]).items():
         assert values == pytest.approx(losses[name], rel=1e-4)
+    for folder in (tmp_path, two_processes[1] / "meta", forked["fsdp"][2]):
+        assert_judged_alike(folder, forked["one"][2])
+
+
+def assert_judged_alike(folder, other):
+    one, two = judged_in(folder), judged_in(other)
+    assert one["figures"] == pytest.approx(two.pop("figures"), rel=1e-4)
+    assert {key: one[key] for key in two} == two and two["steps"] == [0, 2, 4, 6] and two["images"] == 16
+
+
+def test_processes_keep_the_same_best(forked):
+    for name in ("best two", "best fsdp"):
+        assert forked[name][0] == 0, forked[name][1]
+        assert_judged_alike(forked[name][2], forked["best one"][2])
+        assert furthest(meta_lora(forked[name][2]), meta_lora(forked["best one"][2])) < 5e-6
+        assert forked[name][1].count("Step 2 of 6 is kept") == 1
 
 
 def test_a_sharded_student_learns_the_same_and_resumes(forked):

@@ -123,7 +123,14 @@ def distillation(world: World) -> Iterator[list[Case]]:
     queries = 5 if world.batch >= 30 else 1
     episodes = max(1, world.batch // (WAYS * (1 + queries)))
     config = DistillationConfig(
-        steps=10**6, relational_weight=0.0, kl_weight=1.0, episodes=episodes, ways=WAYS, shots=1, queries=queries
+        steps=10**6,
+        held_out=0.0,
+        relational_weight=0.0,
+        kl_weight=1.0,
+        episodes=episodes,
+        ways=WAYS,
+        shots=1,
+        queries=queries,
     )
     images = world.pixels(CLASSES * (1 + queries) * (2 if episodes > 1 else 1))
     labels = torch.arange(len(images)) % CLASSES

@@ -102,6 +102,8 @@ def run(args: argparse.Namespace) -> None:
     print(
         table(("loss", "first step", "last step"), rows) if rows else f"{args.output}: the initialisation, untrained"
     )
+    if trainer.judged.best_step:  # the trainer itself says so where the start is kept
+        note(trainer.judged.verdict())
     if trainer.skipped:
         steps = ", ".join(map(str, trainer.skipped))
         note(f"{len(trainer.skipped)} of {config.steps} steps were left out, for spikes of the loss: {steps}")

@@ -14,7 +14,7 @@ from .config import DistillationConfig
 from .episodes import EpisodeSampler, SurrogateEpisode
 from .images import SurrogateImages
 from .parallel import own_rows
-from .teachers import TeacherGroup
+from .teachers import FEWEST, TeacherGroup
 
 
 @dataclasses.dataclass
@@ -80,22 +80,24 @@ class BatchMaker:
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         index, teachers, episodes = [], [], []
         if config.relational_weight:
-            share = max(4, config.relational_batch // len(self.groups))
+            share = max(FEWEST, config.relational_batch // len(self.groups))
             for group in self.groups:
                 chosen = torch.randperm(len(group.images), generator=generator)[:share]
                 index.append(group.images[chosen])
-                teachers.append(group.features.read(chosen))
+                teachers.append(group.read(chosen))
         for weight, draw in ((config.kl_weight, "single_source"), (config.interpolation_weight, "interpolated")):
             if weight:
                 episodes += [getattr(self.sampler, draw)(generator) for _ in range(config.episodes)]
         index += [part.flatten() for episode in episodes for part in (episode.support, episode.query)]
         unique, rows = torch.cat(index).unique(return_inverse=True)
-        inputs, kept = self._inputs(unique[own_rows(len(unique), self.process, self.num_processes)])
+        inputs, kept = self.own_inputs(unique)
         parts = list(rows.split([len(part) for part in index]))
         logits = [self._logits(episode) for episode in episodes]
         return Batch(inputs, kept, len(unique), parts, teachers, episodes, logits)
 
-    def _inputs(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def own_inputs(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`inputs` and `kept` of a `Batch`: this process's share of images (U,)."""
+        index = index[own_rows(len(index), self.process, self.num_processes)]
         if self.tokens is not None:
             return self.tokens.read(index), None
         return self.images.inputs(index, self.patch_size)

@@ -35,6 +35,10 @@ class TrainerCallback:
         """The numbers of one step, in order but some steps late: each weighted loss by name, their sum `loss`,
         `grad_norm`, `lr`, and `skipped`, how many steps were left out so far. `trainer.student` may be newer."""
 
+    def on_judge(self, trainer: MetaLoraTrainer, step: int, figure: float) -> None:
+        """After `step` steps, 0 at the start: how far the student is from the teachers on held-back images; less is
+        better. `on_log` has told all these steps."""
+
     def on_train_end(self, trainer: MetaLoraTrainer) -> None:
         """After the last step, also where the training was stopped or failed."""
 
@@ -45,6 +49,7 @@ class ProgressBar(TrainerCallback):
     def on_train_begin(self, trainer: MetaLoraTrainer, step: int) -> None:
         disable = not trainer.accelerator.is_main_process
         self._bar = tqdm(desc="distill", unit="step", initial=step, total=trainer.config.steps, disable=disable)
+        self._judged: dict[str, str] = {}
 
     def on_step_end(self, trainer: MetaLoraTrainer, step: int) -> None:
         self._bar.update()
@@ -53,7 +58,11 @@ class ProgressBar(TrainerCallback):
         shown = {name: f"{values[name]:.3f}" for name in trainer.history}
         if values["skipped"]:
             shown["skipped"] = str(values["skipped"])
+        shown |= self._judged
         self._bar.set_postfix(shown, host=f"{trainer.host_share:.1%}", refresh=False)
+
+    def on_judge(self, trainer: MetaLoraTrainer, step: int, figure: float) -> None:
+        self._judged = {"judged": f"{figure:.4f} (best at {trainer.judged.best_step})"}
 
     def on_train_end(self, trainer: MetaLoraTrainer) -> None:
         self._bar.close()
@@ -95,6 +104,10 @@ class Trackers(TrainerCallback):
     def on_log(self, trainer: MetaLoraTrainer, step: int, values: dict[str, float]) -> None:
         for tracker in self._trackers:
             tracker.log(values, step=step)
+
+    def on_judge(self, trainer: MetaLoraTrainer, step: int, figure: float) -> None:
+        for tracker in self._trackers:
+            tracker.log({"judged": figure}, step=step)
 
     def on_train_end(self, trainer: MetaLoraTrainer) -> None:
         for tracker in self._trackers:

@@ -13,6 +13,7 @@ import torch
 from ..configuration import differences
 from ..errors import ConfigError, DataError
 from ..storage import atomic_write, load_sealed, save_sealed
+from .judging import Judgements
 
 
 #: Checkpoints that are kept: where the newest is damaged, the one before serves.
@@ -32,7 +33,8 @@ class Checkpoints:
     """The checkpoints of one run, `checkpoint-<step>.safetensors`.
 
     Each holds the student's trainable weights, the optimiser's state, its step size, the step to go on with, which
-    alone decides over learning rate and episodes of all later steps, the state of torch's generators, and the losses.
+    alone decides over learning rate and episodes of all later steps, the state of torch's generators, the losses, and
+    what was judged, with the weights of the best.
 
     Args:
         folder: they lie there.
@@ -52,6 +54,7 @@ class Checkpoints:
         optimizer: OptimizerState,
         step: int,
         history: dict[str, list[float]],
+        judged: Judgements | None = None,
     ) -> None:
         """Write the state before `step`, then delete what is older than the last `KEEP`.
 
@@ -64,13 +67,16 @@ class Checkpoints:
             tensors |= {f"{i}.{name}": value for name, value in optimizer.state[parameter].items()}
         header = {"step": step, "identity": self.identity, "history": history}
         header["learning_rates"] = [group["lr"] for group in optimizer.param_groups]
+        if judged is not None:
+            tensors |= {f"best.{i}": weight for i, weight in enumerate(judged.weights)}
+            header["judged"] = {"steps": judged.steps, "figures": judged.figures}
         save_sealed(self.folder / f"checkpoint-{step:08d}.safetensors", tensors, header)
         atomic_write(self.folder / LOG_FILE, json.dumps(history).encode())
         for path in self.files()[KEEP:]:
             path.unlink(missing_ok=True)
 
     def load(
-        self, parameters: Sequence[torch.Tensor], optimizer: OptimizerState
+        self, parameters: Sequence[torch.Tensor], optimizer: OptimizerState, judged: Judgements | None = None
     ) -> tuple[int, dict[str, list[float]]]:
         """Set all to the newest sound checkpoint; return the step to go on with and the losses before it.
 
@@ -94,6 +100,9 @@ class Checkpoints:
                 logger.warning("%s is damaged (%s); going on from %s.", other, reason, path.name)
                 other.unlink(missing_ok=True)
             _restore(tensors, header, parameters, optimizer)
+            if judged is not None:
+                judged.steps, judged.figures = header["judged"]["steps"], header["judged"]["figures"]
+                judged.weights = [tensors[f"best.{i}"] for i in range(len(parameters))] if judged.steps else []
             return header["step"], header["history"]
         for path, reason in damaged.items():
             raise DataError(f"{path}: the checkpoint is damaged ({reason}), and no other is left. {_start_again()}")

@@ -70,6 +70,13 @@ class DistillationConfig(RecipeConfig):
     queries: int = field(5, "query images of each class")
     metric: str = field("cosine", "distance of queries to class centres", ("cosine", "euclidean"))
     temperature: float = field(0.1, "divisor of the (negative) distances")
+    held_out: float = field(
+        0.1,
+        "share of each class's surrogate images that no step trains on, at least one of three, at most 512 in all: on "
+        "them the student is judged, and the best is kept, which may be the start; 0: the last step is kept",
+    )
+    judge_every: int = field(25, "steps between two judgements; the start and the last step are judged in any case")
+    patience: int = field(0, "judgements in a row without a better one after which training ends; 0: all steps")
     use_masks: bool = field(True, "forward only the kept tokens where the surrogate data holds them")
     checkpoint_every: int = field(50, "steps between checkpoints")
     seed: int = field(0, "seed of the batches and of the initial weights")
@@ -77,9 +84,9 @@ class DistillationConfig(RecipeConfig):
     def check(self) -> None:
         require_choices(self)
         weights = ("relational_weight", "kl_weight", "interpolation_weight")
-        for name in ("steps", "first_layer", *weights, "max_grad_norm"):
+        for name in ("steps", "first_layer", *weights, "max_grad_norm", "patience"):
             self.require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
-        counts = ("rank", "max_teachers", "episodes", "shots", "queries", "checkpoint_every")
+        counts = ("rank", "max_teachers", "episodes", "shots", "queries", "checkpoint_every", "judge_every")
         for name in (*counts, "gradient_accumulation_steps"):
             self.require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         self.require(
@@ -98,5 +105,9 @@ class DistillationConfig(RecipeConfig):
             f"spike_factor must be 0 or more than 1, got {self.spike_factor}",
         )
         self.require(0 <= self.min_confidence < 1, f"min_confidence must be in [0, 1), got {self.min_confidence}")
+        self.require(0 <= self.held_out <= 0.5, f"held_out must be in [0, 0.5], got {self.held_out}")
+        self.require(
+            self.patience == 0 or self.held_out > 0, "patience needs judgements: set held_out above 0, say to 0.1"
+        )
         total = sum(getattr(self, name) for name in weights)
         self.require(self.steps == 0 or total > 0, "all losses have weight 0: nothing to learn in `steps` steps")

@@ -8,7 +8,9 @@ import torch
 
 from ..errors import DataError
 from ..shard_rows import ShardRows
+from .config import DistillationConfig
 from .images import SurrogateImages
+from .teachers import TeacherGroup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,19 +70,29 @@ class EpisodeSampler:
     Args:
         images: the surrogate images of the adapters.
         identities: from [`class_identities`].
+        held_back: bool, for each image whether no episode may have it.
 
     Raises:
         DataError: too few classes hold enough images.
     """
 
-    def __init__(self, images: SurrogateImages, identities: dict, ways: int, shots: int, queries: int):
+    def __init__(
+        self,
+        images: SurrogateImages,
+        identities: dict,
+        ways: int,
+        shots: int,
+        queries: int,
+        held_back: torch.Tensor | None = None,
+    ):
         self.ways, self.shots, self.queries, self.identities = ways, shots, queries, identities
         needed = shots + 1
         self.images: dict[tuple[int, int], torch.Tensor] = {}
         for s, shard in enumerate(images.shards):
             numbers, labels = images.of_shard(s), shard.labels
+            free = torch.ones_like(labels, dtype=torch.bool) if held_back is None else ~held_back[numbers]
             for c in labels.unique().tolist():
-                if (index := numbers[labels == c]).numel() >= needed:
+                if (index := numbers[(labels == c) & free]).numel() >= needed:
                     self.images[s, c] = index
         by_shard: dict[int, list[int]] = {}
         for s, c in self.images:
@@ -92,7 +104,7 @@ class EpisodeSampler:
         if len(self.things) < ways:
             raise DataError(
                 f"The surrogate data has {len(self.things)} different classes of {needed} images or more, "
-                f"fewer than the {ways} of an episode."
+                f"fewer than the {ways} of an episode. (Images that `held_out` keeps back do not count.)"
             )
 
     def single_source(self, generator: torch.Generator) -> SurrogateEpisode:
@@ -121,3 +133,14 @@ class EpisodeSampler:
 
 def _draw(population: int, count: int, generator: torch.Generator) -> list[int]:
     return torch.randperm(population, generator=generator)[:count].tolist()
+
+
+def make_sampler(
+    images: SurrogateImages, config: DistillationConfig, groups: list[TeacherGroup], held_back: torch.Tensor
+) -> EpisodeSampler | None:
+    """The sampler of a recipe, None where that has no episodes. For `held_back` see [`EpisodeSampler`]."""
+    if not (config.kl_weight or config.interpolation_weight):
+        return None
+    votes = {key: said for group in groups for key, said in group.votes.items()}
+    identities = class_identities(images.shards, votes)
+    return EpisodeSampler(images, identities, config.ways, config.shots, config.queries, held_back)

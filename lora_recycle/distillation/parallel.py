@@ -81,6 +81,11 @@ class ParallelStudent:
             nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         return _whole(norm)
 
+    def reshard(self) -> None:
+        """After forwards without a backward, whose end it is otherwise: parameters are shared out again."""
+        if self.sharded:
+            self.model.reshard()
+
     @torch.no_grad()
     def update_student(self) -> None:
         """Bring `student` up to date, in all processes at once."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from ..errors import DataError
+from .config import DistillationConfig
+
 
 #: Losses that the median is of, and how many there must be before it counts.
 WINDOW, ENOUGH = 50, 10
@@ -48,3 +51,13 @@ def longest_tail(skipped: list[int], step: int) -> int:
     while count < len(skipped) and skipped[-1 - count] == step - count:
         count += 1
     return count
+
+
+def refuse_too_many(skipped: list[int], loss: float, config: DistillationConfig) -> None:
+    """Raise `DataError` where the last step of `skipped`, whose loss this is, ends `MOST_IN_A_ROW` or more."""
+    if (count := longest_tail(skipped, skipped[-1])) >= MOST_IN_A_ROW:
+        raise DataError(
+            f"The loss is {loss:.6g} at step {skipped[-1]}: lower `lr` (now {config.lr}). The last {count} steps "
+            "were left out, for losses or gradients that are not finite or losses above `spike_factor` "
+            f"({config.spike_factor:g}) times their median; the last checkpoint is of before."
+        )

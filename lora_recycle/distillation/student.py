@@ -14,8 +14,10 @@ from peft.tuners.shira import ShiraLayer
 from torch import nn
 
 from ..backbones import Backbone
+from ..embedded import backbone_name
 from ..errors import ConfigError
 from ..pool import AdapterPool
+from ..surrogate import SurrogateDataset
 from .adapter_types import (
     adapted_layers,
     adapter_config,
@@ -24,6 +26,12 @@ from .adapter_types import (
     start_lora,
     start_shira,
 )
+from .config import AVERAGES, PRINCIPAL_STARTS, DistillationConfig
+from .images import match_shards
+
+
+#: Surrogate images whose activations CorDA looks at.
+CORDA_IMAGES = 128
 
 
 def linear_layers(backbone: Backbone) -> list[str]:
@@ -113,6 +121,22 @@ class Student(nn.Module):
 
     def trainable(self) -> list[nn.Parameter]:
         return [p for p in self.parameters() if p.requires_grad]
+
+
+def start_student(config: DistillationConfig, pool: AdapterPool, surrogate: SurrogateDataset | None) -> Student:
+    """The student of a recipe, before its first step."""
+    rank = config.rank * (2 if config.init in PRINCIPAL_STARTS else 1)
+    base = backbone_name(pool.backbone.name)
+    student = Student(pool.backbone, rank, base, config.seed, config.first_layer, config.peft_type)
+    if config.init in AVERAGES:
+        student.start_from_average(pool, pool.dilution() if config.init == "undiluted" else 1.0)
+    elif config.init in PRINCIPAL_STARTS:
+        shown = None
+        if config.init == "corda":
+            images = match_shards(pool, surrogate)
+            shown = images.read("pixels", torch.linspace(0, len(images) - 1, CORDA_IMAGES).long())
+        student.start_from_principal(config.init, pool, shown)
+    return student
 
 
 def _plain_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:

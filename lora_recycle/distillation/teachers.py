@@ -15,14 +15,18 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from ..heartbeat import beat
+from ..heartbeat import Heartbeat, beat
 from ..pool import AdapterPool
+from ..processes import deal
 from ..relations import principal_directions
 from ..rows import RowFile, open_rows, write_rows
 from ..storage import atomic_write
+from .config import DistillationConfig
 from .images import SurrogateImages
 
 
+#: Images among which similarities say something, at least.
+FEWEST = 4
 #: Images from which the directions of a compression are learnt, and images that are in memory at a time.
 _SAMPLE, _CHUNK = 4096, 256
 
@@ -32,14 +36,23 @@ class TeacherGroup:
     """Surrogate images that the same adapters teach.
 
     `images` (N,) are image numbers; `features` float16 (N, D), on disk, have as inner products the mean cosine
-    similarity over the teachers. `votes` maps (teacher, shard, class) to the class of its own head that the teacher
-    sees in more than half of these images.
+    similarity over the teachers; those of `images` are its `rows` (N,). `votes` maps (teacher, shard, class) to the
+    class of its own head that the teacher sees in more than half of these images.
     """
 
     teachers: list[int]
     images: torch.Tensor
     features: RowFile
     votes: dict[tuple[int, int, int], int]
+    rows: torch.Tensor
+
+    def read(self, chosen: torch.Tensor) -> torch.Tensor:
+        """Features (B, D) of the images that stand at `chosen` (B,) in `images`."""
+        return self.features.read(self.rows[chosen])
+
+    def only(self, chosen: torch.Tensor) -> TeacherGroup:
+        """The same of some of the images: their places in `images`, or bool (N,)."""
+        return dataclasses.replace(self, images=self.images[chosen], rows=self.rows[chosen])
 
 
 def choose_teachers(members: list[int], most: int) -> list[int]:
@@ -47,9 +60,14 @@ def choose_teachers(members: list[int], most: int) -> list[int]:
 
     The same for all images of the group: the means of different teachers could not be compared.
     """
-    if len(members) <= most:
-        return members
-    return [members[i] for i in torch.linspace(0, len(members) - 1, most).round().long().tolist()]
+    return spread(torch.tensor(members), most).tolist()
+
+
+def spread(values: torch.Tensor, most: int) -> torch.Tensor:
+    """At most `most` of (N,) values, evenly over them."""
+    if len(values) <= most:
+        return values
+    return values[torch.linspace(0, len(values) - 1, most).round().long()]
 
 
 def teach(
@@ -74,7 +92,30 @@ def teach(
     if not votes.is_file():
         _ask(pool, images, members, rows, teachers, path, progress, batch_size)
     found = {(t, s, c): d for t, s, c, d in json.loads(votes.read_text())}
-    return TeacherGroup(teachers, rows, open_rows(path), found)
+    return TeacherGroup(teachers, rows, open_rows(path), found, torch.arange(len(rows)))
+
+
+def teach_all(
+    pool: AdapterPool,
+    images: SurrogateImages,
+    config: DistillationConfig,
+    folder: Path,
+    shared: bool,
+    progress: bool = True,
+) -> list[TeacherGroup]:
+    """All groups of the pool; none where the recipe does not need them. Processes that share the folder (`shared`)
+    share the groups."""
+    nameless = any(not shard.adapter.get("labels") for shard in images.shards)
+    if not (config.relational_weight or config.held_out or (config.interpolation_weight and nameless)):
+        return []
+    groups = pool.groups() if config.groups == "auto" else [list(range(len(pool)))]
+    chosen = [(members, choose_teachers(members, config.max_teachers)) for members in groups]
+    if shared:
+        with Heartbeat("ask teachers") as heart:
+            for i in deal(len(chosen)):
+                teach(pool, images, *chosen[i], folder, progress)
+            heart.wait_for_all()
+    return [teach(pool, images, members, teachers, folder, progress) for members, teachers in chosen]
 
 
 @torch.inference_mode()

@@ -2,18 +2,50 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from ..errors import DataError
-from ..heartbeat import beat
+from ..heartbeat import Heartbeat, beat
+from ..pool import AdapterPool
 from ..rows import RowFile, open_rows, write_rows
+from .config import DistillationConfig
 from .images import SurrogateImages
 from .student import Student
+
+
+def tokens_entering(
+    student: Student,
+    images: SurrogateImages,
+    config: DistillationConfig,
+    pool: AdapterPool,
+    state: Accelerator,
+    folder: Path,
+    shared: bool,
+    progress: bool = True,
+) -> RowFile | None:
+    """`store_tokens` under a name that says all that they depend on, None where all layers learn. Of processes that
+    share the folder (`shared`) the main one writes."""
+    if not config.first_layer:
+        return None
+    parts = [config.init, config.rank, config.seed, config.first_layer, images.masked, state.mixed_precision]
+    parts += [config.peft_type, pool.backbone.name, pool.backbone.revision, str(pool.backbone.dtype)]
+    parts += [[info.sha256 for info in pool.infos], images.checksums]
+    path = folder / f"tokens-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}.npy"
+    with state.autocast():
+        if shared:
+            with Heartbeat("store tokens") as heart:
+                if state.is_main_process:
+                    store_tokens(student, images, path, progress)
+                heart.wait_for_all()
+        return store_tokens(student, images, path, progress)
 
 
 def store_tokens(student: Student, images: SurrogateImages, path: Path, progress: bool = True) -> RowFile:

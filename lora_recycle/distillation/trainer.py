@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import math
+import logging
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -13,36 +11,34 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 import torch
-import torch.nn.functional as F
+from accelerate.utils import broadcast
 
-from ..embedded import backbone_name
 from ..errors import ConfigError, DataError
 from ..heartbeat import Heartbeat, beat, waiting
 from ..interruption import Interruption
 from ..locks import only_run_in
 from ..pool import AdapterPool
-from ..processes import deal, mixed_precision
-from ..prototypes import centre_logits
-from ..relations import relational_divergence
-from ..rows import RowFile
+from ..processes import mixed_precision
 from ..surrogate import SurrogateDataset
 from .batches import Batch, BatchMaker, Prefetcher
 from .callbacks import ProgressBar, TrainerCallback
 from .checkpoints import Checkpoints
-from .config import AVERAGES, PRINCIPAL_STARTS, DistillationConfig
-from .episodes import EpisodeSampler, SurrogateEpisode, class_identities
-from .images import SurrogateImages, leave_out, match_shards
+from .config import DistillationConfig
+from .episodes import make_sampler
+from .images import leave_out, match_shards
+from .judging import Judge, Judgements, hold_back
+from .losses import weighted_losses
 from .parallel import ParallelStudent, gather_features
-from .spikes import MOST_IN_A_ROW, SpikeGuard, longest_tail
-from .student import Student
-from .teachers import TeacherGroup, choose_teachers, teach
-from .tokens import store_tokens
+from .schedule import learning_rate
+from .spikes import SpikeGuard, longest_tail, refuse_too_many
+from .student import Student, start_student
+from .teachers import FEWEST, teach_all
+from .tokens import tokens_entering
 
 
 #: Steps between two looks at the losses: reading them makes the host wait for the device.
 READ_EVERY = 10
-#: Surrogate images whose activations CorDA looks at.
-CORDA_IMAGES = 128
+logger = logging.getLogger(__name__)
 
 
 Flag = TypeVar("Flag", bool, torch.Tensor)
@@ -71,7 +67,7 @@ class MetaLoraTrainer:
         pool ([`AdapterPool`]): the adapters that the surrogate data came from. They give the initialisation and teach
             the relational loss; their real training data is never needed.
         surrogate ([`SurrogateDataset`], *optional*): from [`LoraInverter`]; not needed where `config.steps` is 0. It
-            stays on disk: memory does not grow with it, but for 8 bytes an image.
+            stays on disk: memory does not grow with it, but for some 20 bytes an image.
         config ([`DistillationConfig`]): how.
         callbacks (`Sequence[TrainerCallback]`): who looks on, and may stop it early.
 
@@ -95,33 +91,20 @@ class MetaLoraTrainer:
         if surrogate is not None:
             pool, self.excluded = leave_out(pool, surrogate, self.config.min_confidence)
         self.pool, self.accelerator = pool, mixed_precision()
-        self.student = self._start()
+        self.student = start_student(self.config, pool, surrogate)
         #: loss of every step, by name
         self.history: dict[str, list[float]] = {}
         #: steps that were left out because their loss or gradient was not to be trusted
         self.skipped: list[int] = []
+        #: what was judged on held-back images, and the best
+        self.judged = Judgements()
         #: set by a callback to end the training
         self.should_stop = False
         self._interrupted = False
         self._temporary: tempfile.TemporaryDirectory | None = None
         self._unread: list[tuple[int, float, dict[str, torch.Tensor]]] = []
         self._watching: list[TrainerCallback] = []
-        self._seconds = {"model": 0.0, "host": 0.0}
-
-    def _start(self) -> Student:
-        config, pool = self.config, self.pool
-        rank = config.rank * (2 if config.init in PRINCIPAL_STARTS else 1)
-        base = backbone_name(pool.backbone.name)
-        student = Student(pool.backbone, rank, base, config.seed, config.first_layer, config.peft_type)
-        if config.init in AVERAGES:
-            student.start_from_average(pool, pool.dilution() if config.init == "undiluted" else 1.0)
-        elif config.init in PRINCIPAL_STARTS:
-            shown = None
-            if config.init == "corda":
-                images = match_shards(pool, self.surrogate)
-                shown = images.read("pixels", torch.linspace(0, len(images) - 1, CORDA_IMAGES).long())
-            student.start_from_principal(config.init, pool, shown)
-        return student
+        self._seconds = {"model": 0.0, "host": 0.0, "judging": 0.0}
 
     @property
     def host_share(self) -> float:
@@ -136,7 +119,7 @@ class MetaLoraTrainer:
         self._seconds[name] += time.perf_counter() - started
 
     def train(self, output_dir: str | Path | None = None, *, progress: bool = True, resume: bool = True) -> Student:
-        """Run all steps and return the student.
+        """Run all steps and return the student as it was judged best on held-back images, which may be the start.
 
         With `output_dir`, checkpoints lie there, and a run that was killed goes on as if nothing had been; Ctrl-C and
         SIGTERM end it after a step that is saved. With `resume=False` the checkpoints there are deleted first.
@@ -161,36 +144,58 @@ class MetaLoraTrainer:
         with Heartbeat("distill"):
             self._tell("on_train_begin", start)
             try:
-                for step in range(start, self.config.steps):
+                if start == 0:
+                    self._judge(0)
+                step = start
+                while step < self.config.steps and not self._out_of_patience:
                     self.step(step)
                     self._tell("on_step_end", step)
+                    step += 1
                     if self._look_up(step, output_dir, interruption):
                         break
+                if not self._interrupted and step not in self.judged.steps:
+                    self._judge(step)  # of a training that a callback ended
                 self._parallel.update_student()
                 if self._interrupted:
                     interruption.deliver()
+                self._choose()
             finally:
                 interruption.release()
                 self.close()
                 self._tell("on_train_end")
         return self.student
 
+    def _choose(self) -> None:
+        """Let the student wear the best that was judged, and say where that is the start."""
+        self.judged.put_on_best(self.student.trainable())
+        if self.accelerator.is_main_process and self.config.held_out and not self.judged.best_step:
+            logger.warning(self.judged.verdict())
+
+    @property
+    def _out_of_patience(self) -> bool:
+        return 0 < self.config.patience <= self.judged.in_vain
+
     def _look_up(self, step: int, output_dir: str | Path | None, interruption: Interruption) -> bool:
-        """Now and then read the losses and save; whether training is to stop early.
+        """Now and then, after `step` steps, read the losses, judge and save; whether training is to stop early.
 
         Ctrl-C and SIGTERM are seen after every step; several processes agree on them when they read their losses.
         """
-        last = step + 1 == self.config.steps
-        saving, stopping = last or (step + 1) % self.config.checkpoint_every == 0, False
-        looking = saving or len(self._unread) >= READ_EVERY
+        last = step == self.config.steps
+        saving, judging = (
+            last or step % every == 0 for every in (self.config.checkpoint_every, self.config.judge_every)
+        )
+        stopping = False
+        looking = saving or judging or len(self._unread) >= READ_EVERY
         if looking or self.accelerator.num_processes == 1:
             self._interrupted = self._on_any(interruption.asked)
         if looking or self._interrupted:
             self._read_losses()
-            stopping = self._on_any(self.should_stop) or self._interrupted
-        sound = last or not longest_tail(self.skipped, step)  # what led to a spike is not to replace what did not
+            if judging:
+                self._judge(step)
+            stopping = self._on_any(self.should_stop) or self._interrupted or self._out_of_patience
+        sound = last or not longest_tail(self.skipped, step - 1)  # what led to a spike is not to replace what did not
         if output_dir is not None and (stopping or (saving and sound)):
-            self._save(output_dir, step + 1)
+            self._save(output_dir, step)
         return stopping
 
     def _save(self, output_dir: str | Path, step: int) -> None:
@@ -198,7 +203,7 @@ class MetaLoraTrainer:
             self._parallel.update_student()
             optimizer, parameters = self._parallel.whole_optimizer(), self.student.trainable()
             if self.accelerator.is_main_process:
-                self._checkpoints(output_dir).save(parameters, optimizer, step, self.history)
+                self._checkpoints(output_dir).save(parameters, optimizer, step, self.history, self.judged)
 
     def _tell(self, event: str, *values: object) -> None:
         for callback in self._watching:
@@ -224,16 +229,21 @@ class MetaLoraTrainer:
             self._temporary = tempfile.TemporaryDirectory(prefix="lora-recycle-")
             folder = Path(self._temporary.name)
         state, shown = self.accelerator, progress and self.accelerator.is_main_process
-        groups = self._ask_teachers(images, folder, shown)
-        sampler = self._sampler(images, groups)
-        groups = [group for group in groups if len(group.images) >= 4]
+        shared = self._temporary is None
+        groups = teach_all(self.pool, images, config, folder, shared, shown)
+        judged, held_back = hold_back(images, groups, config.held_out, config.seed)
+        sampler = make_sampler(images, config, groups, held_back)
+        groups = [group.only(~held_back[group.images]) for group in groups]
+        groups = [group for group in groups if len(group.images) >= FEWEST]
         if config.relational_weight and not groups:
-            raise DataError("The relational loss needs at least 4 surrogate images in a group of adapters.")
-        tokens = self._store_tokens(images, folder, shown) if config.first_layer else None
+            raise DataError(f"The relational loss needs at least {FEWEST} surrogate images in a group of adapters.")
+        tokens = tokens_entering(self.student, images, config, self.pool, state, folder, shared, shown)
         sizes = (self.pool.backbone.patch_size, tokens, state.process_index, state.num_processes)
         self.make_batch = BatchMaker(config, images, groups, sampler, *sizes)
         # dropout of the backbone's own would only add noise, and make a resumed run another one
         self._parallel = ParallelStudent(self.student.eval(), state, config.lr)
+        self._judging = Judge(judged, self.make_batch, config.similarity_scale) if judged else None
+        self.judged = Judgements(int(held_back.sum()))
         self._guard = SpikeGuard(config.spike_factor, state.device)
         start = 0 if output_dir is None else self._resume(output_dir)
         batches, end = config.gradient_accumulation_steps, config.steps * config.gradient_accumulation_steps
@@ -244,7 +254,7 @@ class MetaLoraTrainer:
 
     def _resume(self, output_dir: str | Path) -> int:
         optimizer, parameters = self._parallel.whole_optimizer(), self.student.trainable()
-        start, self.history = self._checkpoints(output_dir).load(parameters, optimizer)
+        start, self.history = self._checkpoints(output_dir).load(parameters, optimizer, self.judged)
         if start == 0:
             return 0
         self._parallel.take(optimizer)
@@ -260,49 +270,6 @@ class MetaLoraTrainer:
         if self._temporary is not None:
             self._temporary.cleanup()
         self._read_losses()
-
-    def _sampler(self, images: SurrogateImages, groups: list[TeacherGroup]) -> EpisodeSampler | None:
-        config = self.config
-        if not (config.kl_weight or config.interpolation_weight):
-            return None
-        votes = {key: said for group in groups for key, said in group.votes.items()}
-        identities = class_identities(images.shards, votes)
-        return EpisodeSampler(images, identities, config.ways, config.shots, config.queries)
-
-    def _ask_teachers(self, images: SurrogateImages, folder: Path, progress: bool) -> list[TeacherGroup]:
-        """Targets of all groups. Processes that share the folder share the groups."""
-        config = self.config
-        nameless = any(not shard.adapter.get("labels") for shard in images.shards)
-        if not (config.relational_weight or (config.interpolation_weight and nameless)):
-            return []
-        groups = self.pool.groups() if config.groups == "auto" else [list(range(len(self.pool)))]
-        chosen = [(members, choose_teachers(members, config.max_teachers)) for members in groups]
-        if self._temporary is None:
-            with Heartbeat("ask teachers") as heart:
-                for i in deal(len(chosen)):
-                    teach(self.pool, images, *chosen[i], folder, progress)
-                heart.wait_for_all()
-        return [teach(self.pool, images, members, teachers, folder, progress) for members, teachers in chosen]
-
-    def _store_tokens(self, images: SurrogateImages, folder: Path, progress: bool) -> RowFile:
-        """Tokens that enter `first_layer`, written by the main process where processes share the folder."""
-        config, state = self.config, self.accelerator
-        parts = [config.init, config.rank, config.seed, config.first_layer, images.masked, state.mixed_precision]
-        parts += [
-            config.peft_type,
-            self.pool.backbone.name,
-            self.pool.backbone.revision,
-            str(self.pool.backbone.dtype),
-        ]
-        parts += [[info.sha256 for info in self.pool.infos], images.checksums]
-        path = folder / f"tokens-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}.npy"
-        with state.autocast():
-            if self._temporary is None:
-                with Heartbeat("store tokens") as heart:
-                    if state.is_main_process:
-                        store_tokens(self.student, images, path, progress)
-                    heart.wait_for_all()
-            return store_tokens(self.student, images, path, progress)
 
     def step(self, step: int) -> dict[str, torch.Tensor]:
         """One training step, on the batches of this number; the next batch is read meanwhile.
@@ -352,58 +319,38 @@ class MetaLoraTrainer:
                 self.history.setdefault(name, []).append(value)
             total = sum(values.values())
             if skip:
-                self._note_spike(step, total)
+                self.skipped.append(step)
+                refuse_too_many(self.skipped, total, self.config)
             told = {"loss": total, "grad_norm": norm, "lr": rate}
             self._tell("on_log", step, {**values, **told, "skipped": len(self.skipped)})
 
-    def _note_spike(self, step: int, loss: float) -> None:
-        self.skipped.append(step)
-        if (count := longest_tail(self.skipped, step)) >= MOST_IN_A_ROW:
-            raise DataError(
-                f"The loss is {loss:.6g} at step {step}: lower `lr` (now {self.config.lr}). The last {count} steps "
-                "were left out, for losses or gradients that are not finite or losses above `spike_factor` "
-                f"({self.config.spike_factor:g}) times their median; the last checkpoint is of before."
-            )
-
     def _losses(self, batch: Batch) -> dict[str, torch.Tensor]:
         """All losses of a step from one forward of all its images."""
-        config = self.config
-        backbone, inputs = self.student.backbone, batch.inputs
+        features = self._embed(batch.inputs, batch.kept, batch.count)
+        beat("backward")
+        return weighted_losses(self.config, features, batch)
+
+    def _embed(self, inputs: torch.Tensor, kept: torch.Tensor | None, count: int) -> torch.Tensor:
+        """Features (count, D), float32, of the images of which this process forwards its share."""
+        backbone, device = self.student.backbone, self.accelerator.device
+        inputs, kept = inputs.to(device), None if kept is None else kept.to(device)
         inputs = backbone.normalize(inputs) if inputs.dtype == torch.uint8 else inputs.to(backbone.dtype)
         with self.accelerator.autocast():
-            features = self._parallel.model(inputs, batch.kept).float()
+            features = self._parallel.model(inputs, kept).float()
         waiting()
-        features = gather_features(features, batch.count, self.accelerator)
-        beat("backward")
-        parts = [features[rows] for rows in batch.parts]
-        losses = {}
-        if batch.teachers:
-            values = [
-                relational_divergence(parts.pop(0), teacher.float(), config.similarity_scale)
-                for teacher in batch.teachers
-            ]
-            losses["relational"] = config.relational_weight * torch.stack(values).mean()
-        for episode, logits in zip(batch.episodes, batch.logits, strict=True):
-            name = "kl" if logits is not None else "interpolation"
-            weight = config.kl_weight if name == "kl" else config.interpolation_weight
-            value = self._episode_loss(episode, parts.pop(0), parts.pop(0), logits) * weight / config.episodes
-            losses[name] = losses.get(name, 0.0) + value
-        return losses
+        return gather_features(features, count, self.accelerator)
 
-    def _episode_loss(
-        self,
-        episode: SurrogateEpisode,
-        support: torch.Tensor,
-        query: torch.Tensor,
-        teacher: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """KL to the source adapter's head (Eq. 7 of LoRA Recycle, T = 1), or cross-entropy where no teacher fits."""
-        config, (ways, queries) = self.config, episode.query.shape
-        centres = support.view(ways, -1, support.shape[-1]).mean(1)
-        logits = centre_logits(query, centres, config.metric, config.temperature)
-        if teacher is None:
-            return F.cross_entropy(logits, torch.arange(ways, device=logits.device).repeat_interleave(queries))
-        return F.kl_div(logits.log_softmax(1), teacher.log_softmax(1), log_target=True, reduction="batchmean")
+    def _judge(self, step: int) -> None:
+        """How good the student is after `step` steps; where it is the best so far its weights are kept."""
+        if self._judging is None:
+            return
+        self._read_losses()
+        with self._timed("judging"):
+            figure = torch.tensor(self._judging(self._embed), device=self.accelerator.device)
+            self._parallel.reshard()
+            self._parallel.update_student()
+            self.judged.add(step, broadcast(figure).item(), self.student.trainable())
+        self._tell("on_judge", step, self.judged.figures[-1])
 
     def _checkpoints(self, output_dir: str | Path) -> Checkpoints:
         identity = {
@@ -413,15 +360,3 @@ class MetaLoraTrainer:
             "precision": [str(self.pool.backbone.dtype), self.accelerator.mixed_precision],
         }
         return Checkpoints(Path(output_dir), identity)
-
-
-def learning_rate(config: DistillationConfig, step: int) -> float:
-    """Step size at `step` (from 0): cosine with 5 % warm-up, or the paper's cycles of 25 + 75 steps."""
-    if config.schedule == "cyclic":
-        position = step % 100
-        if position < 25:
-            return 1e-5 + (config.lr - 1e-5) * position / 25
-        return config.lr * (0.5 + 0.5 * math.cos(math.pi * (position - 25) / 75))
-    warmup = max(1, round(0.05 * config.steps))
-    rise = min(1.0, (step + 1) / warmup)
-    return config.lr * rise * (0.5 + 0.5 * math.cos(math.pi * step / config.steps))

@@ -54,14 +54,15 @@ def meta_lora_card(
 
     Args:
         name (`str`): repo id or folder name.
-        settings (`dict`): the sidecar. What the card tells of it: `sources`, `distillation`, `inversion`, `versions`,
-            `num_classes` of a fitted task and, where it was judged, `results` (rows of
+        settings (`dict`): the sidecar. What the card tells of it: `sources`, `distillation`, `judged`, `inversion`,
+            `versions`, `num_classes` of a fitted task and, where it was judged, `results` (rows of
             `evaluation.protocol.summarise`).
         picture (`bool`): whether `PICTURE_FILE` lies beside it.
         bits (`int`, *optional*): for each weight, where they are coded and so no plain PEFT adapter.
     """
     sources, results = settings.get("sources") or [], settings.get("results") or []
     distillation, inversion = settings.get("distillation"), settings.get("inversion")
+    kept = (settings.get("judged") or {}).get("best_step")  # None: the last step
     fields, license_note = inherited_license([source.get("license") for source in sources])
     header = ModelCardData(
         library_name="peft",
@@ -84,8 +85,8 @@ def meta_lora_card(
         base=base_model,
         base_revision=base_revision,
         version=(settings.get("versions") or {}).get("lora_recycle", "(unknown version)"),
-        origin=_origin(distillation, inversion) if distillation else None,
-        trained=bool(distillation and distillation["steps"] and inversion),
+        origin=_origin(distillation, inversion, kept) if distillation else None,
+        trained=bool(distillation and distillation["steps"] and inversion and kept != 0),
         classes=settings.get("num_classes"),
         usage=usage_lines(name),
         picture=PICTURE_FILE if picture else None,
@@ -141,7 +142,7 @@ def _surrogate_usage(name: str) -> str:
     )
 
 
-def _origin(distillation: dict[str, Any], inversion: dict[str, Any] | None) -> str:
+def _origin(distillation: dict[str, Any], inversion: dict[str, Any] | None, kept: int | None) -> str:
     average = "the average of their weight changes, cut to its rank"
     starts = {"average": average, "undiluted": f"{average} and scaled to the full strength of their largest group"}
     starts["zero"] = "zero"
@@ -149,9 +150,15 @@ def _origin(distillation: dict[str, Any], inversion: dict[str, Any] | None) -> s
     start = f"It started from {starts.get(init, f'directions of the weights by {init}')}"
     if not distillation["steps"] or not inversion:
         return f"{start}, and was not trained."
+    if kept == 0:
+        return (
+            f"{start}, and stayed there: {distillation['steps']} steps on surrogate images brought it no closer to "
+            "the adapters on surrogate images that were held back."
+        )
+    steps = f"{kept} of {distillation['steps']}" if kept else distillation["steps"]
     images = ", ".join(name for name, share in inversion["starts"].items() if share > 0)
     return (
-        f"{start}, and learned in {distillation['steps']} steps from surrogate images, which were optimised with the "
+        f"{start}, and learned in {steps} steps from surrogate images, which were optimised with the "
         f"adapters and their heads out of these starting images: {images}."
     )
 

@@ -21,21 +21,35 @@ def charts(figures: Sequence[str]) -> str:
     return f'<div class="charts">\n{"".join(figures)}\n</div>' if figures else ""
 
 
-def curve(name: str, values: Sequence[float]) -> str:
-    """One number over the steps, as a line with its range and its last value written out."""
-    points = _averaged([float(value) for value in values])
+def curve(name: str, values: Sequence[float], steps: Sequence[int] | None = None, chosen: int | None = None) -> str:
+    """One number over the steps, as a line with its range and its last value written out.
+
+    Args:
+        values: of the steps from 1 on, or of those in `steps`, from the first, which is 0, to the last.
+        chosen: one of `steps`, which gets a mark.
+    """
+    if steps is None:
+        points, last = _averaged([float(value) for value in values]), max(len(values) - 1, 1)
+    else:
+        points, last = [(x, y) for x, y in zip(steps, values, strict=True) if math.isfinite(y)], max(steps[-1], 1)
     if not points:
         return f"<figure><figcaption>{escape(name)}: no finite values</figcaption></figure>"
     low, high = min(y for _, y in points), max(y for _, y in points)
-    steps, span = max(len(values) - 1, 1), (high - low) or 1.0
-    line = " ".join(f"{60 + 330 * x / steps:.1f},{120 - 105 * (y - low) / span:.1f}" for x, y in points)
-    summary = f"{escape(name)}: {points[0][1]:.4g} to {points[-1][1]:.4g} in {len(values)} steps"
+    span = (high - low) or 1.0
+    places = {x: (60 + 330 * x / last, 120 - 105 * (y - low) / span) for x, y in points}
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places.values())
+    count = len(values) if steps is None else last
+    summary, mark = f"{escape(name)}: {points[0][1]:.4g} to {points[-1][1]:.4g} in {count} steps", ""
+    if chosen in places:
+        x, y = places[chosen]
+        summary += f"; the circle, step {chosen}, is kept"
+        mark = f'<path class="mark" d="M{x:.1f} {y:.1f}{_MARKS[0]}"/>'
     return (
         f'<figure><figcaption>{summary}</figcaption><svg viewBox="0 0 400 142" role="img" aria-label="{summary}">'
         '<path class="axis" d="M60 10V125H392" fill="none"/>'
         f'<text x="54" y="19" text-anchor="end">{high:.3g}</text><text x="54" y="124" text-anchor="end">{low:.3g}'
-        f'</text><text x="60" y="140">1</text><text x="390" y="140" text-anchor="end">{len(values)}</text>'
-        f'<polyline class="curve" points="{line}"/></svg></figure>'
+        f'</text><text x="60" y="140">{0 if steps else 1}</text><text x="390" y="140" text-anchor="end">{count}</text>'
+        f'<polyline class="curve" points="{line}"/>{mark}</svg></figure>'
     )
 
 

@@ -36,6 +36,7 @@ def write_report(
     config: Mapping[str, Any],
     usage: str,
     rows: Sequence[Mapping[str, Any]] = (),
+    judged: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the page atomically and return its path.
 
@@ -49,15 +50,20 @@ def write_report(
         config (`Mapping`): settings to print.
         usage (`str`): the Python lines that use the result.
         rows (`Sequence[Mapping]`, *optional*): rows of `evaluation.protocol.summarise`.
+        judged (`Mapping`, *optional*): `judged` of the sidecar, `Judgements.to_dict`.
 
     Raises:
         DataError: images, labels and masks do not match.
     """
     _check(surrogate_images, surrogate_labels, kept_tokens)
     note = "Made from the adapters alone."
+    figures = [curve(name, values) for name, values in curves.items()]
+    if judged:
+        name = f"disagreement with the teachers on {judged['images']} images that were held back"
+        figures.append(curve(name, judged["figures"], judged["steps"], judged["best_step"]))
     sections = [
         ("Accuracy on real images", _accuracy(rows)),
-        ("Training curves", charts([curve(name, values) for name, values in curves.items()])),
+        ("Training curves", charts(figures)),
         ("Surrogate images", gallery(surrogate_images, surrogate_labels, kept_tokens, patch_size, note)),
         ("Use it", f"<pre><code>{escape(usage)}</code></pre>"),
         ("Settings", f"<pre>{escape(json.dumps(config, indent=2, default=str))}</pre>"),
@@ -98,6 +104,7 @@ def write_training_report(
         patch_size=pool.backbone.patch_size,
         config={"backbone": pool.backbone.name, "pool": count, **shown},
         usage=usage_lines(str(meta_lora)),
+        judged=settings.get("judged"),
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from lora_recycle.commands import main as command_line
 from lora_recycle.distillation import trainer as trainer_module
-from lora_recycle.distillation.trainer import learning_rate
+from lora_recycle.distillation.schedule import learning_rate
 from lora_recycle.interruption import Interruption, Terminated, terminable
 from lora_recycle.inversion.inverter import LoraInverter
 

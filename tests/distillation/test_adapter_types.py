@@ -17,7 +17,9 @@ WAYS = [{"peft_type": kind, "init": "zero"} for kind in PEFT_TYPES] + [{"init": 
 
 
 def trainer_of(tiny_pool, surrogate, **settings):
-    config = DistillationConfig(**{"steps": 2, "rank": 4, "relational_batch": 16, "lr": 1e-2, **settings})
+    config = DistillationConfig(
+        **{"steps": 2, "rank": 4, "relational_batch": 16, "lr": 1e-2, "held_out": 0.0, **settings}
+    )
     return MetaLoraTrainer(tiny_pool, surrogate, config)
 
 

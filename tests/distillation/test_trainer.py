@@ -16,8 +16,10 @@ from lora_recycle.distillation.batches import Batch, Prefetcher
 from lora_recycle.distillation.config import DistillationConfig
 from lora_recycle.distillation.episodes import SurrogateEpisode
 from lora_recycle.distillation.images import match_shards
+from lora_recycle.distillation.losses import episode_loss
+from lora_recycle.distillation.schedule import learning_rate
 from lora_recycle.distillation.teachers import choose_teachers, teach
-from lora_recycle.distillation.trainer import MetaLoraTrainer, learning_rate
+from lora_recycle.distillation.trainer import MetaLoraTrainer
 from lora_recycle.errors import ConfigError, DataError
 from lora_recycle.pool import AdapterPool
 from lora_recycle.relations import principal_directions
@@ -74,7 +76,7 @@ def test_a_smaller_rank_starts_at_the_cut_average_undiluted_or_not(tiny_pool, in
 
 def test_ranks_that_the_average_leaves_free_can_learn(tiny_pool, tiny_surrogate):
     pool = tiny_pool.subset([1])  # rank 4 on q and v only
-    student, _ = train(pool, tiny_surrogate, recipe(rank=8, steps=2))
+    student, _ = train(pool, tiny_surrogate, recipe(rank=8, steps=2, held_out=0.0))
     module = student.backbone.model.get_submodule("layers.1.attention.q_proj")
     assert (module.lora_B["default"].weight[:, 4:].abs().sum(0) > 0).all()
     untouched = student.backbone.model.get_submodule("layers.0.mlp.fc1")
@@ -271,7 +273,7 @@ def test_at_most_so_many_teachers_spread_over_the_group():
 
 
 def test_a_bound_on_teachers_bounds_what_is_asked(tiny_pool, tiny_surrogate, tmp_path):
-    trainer = MetaLoraTrainer(tiny_pool, tiny_surrogate, recipe(groups="one", max_teachers=2))
+    trainer = MetaLoraTrainer(tiny_pool, tiny_surrogate, recipe(groups="one", max_teachers=2, held_out=0.0))
     trainer.prepare(tmp_path, progress=False)
     (group,) = trainer.make_batch.groups
     assert group.teachers == [0, 3] and len(group.images) == 96 and group.features.shape == (96, 64)
@@ -330,14 +332,17 @@ def test_single_steps_are_the_steps_of_a_run(tiny_pool, tiny_surrogate):
 def test_tokens_kept_on_disk_train_as_tokens_computed_anew(
     tiny_pool, tiny_surrogate, tmp_path, use_masks, monkeypatch
 ):
-    config = recipe(first_layer=1, use_masks=use_masks, **ALL_LOSSES)
+    config = recipe(first_layer=1, use_masks=use_masks, judge_every=3, **ALL_LOSSES)
     student, stored = train(tiny_pool, tiny_surrogate, config, tmp_path)
     (path,) = (tmp_path / "stored").glob("tokens-*.npy")
     assert np.load(path).shape == (96, 9 if use_masks else 17, 32)
-    monkeypatch.setattr(MetaLoraTrainer, "_store_tokens", lambda *_: None)
+    monkeypatch.setattr(trainer_module, "tokens_entering", lambda *_: None)
     _, computed = train(tiny_pool, tiny_surrogate, config)
     for name, values in computed.history.items():
         assert stored.history[name] == pytest.approx(values, rel=5e-3)
+    assert stored.judged.steps == [0, 3, 6] and stored.judged.figures == pytest.approx(
+        computed.judged.figures, rel=5e-3
+    )
     start, _ = train(tiny_pool, None, recipe(steps=0))
     before, after = (dict(s.backbone.layers.named_parameters()) for s in (start, student))
     changed = {name.split(".")[0] for name in after if not torch.equal(before[name], after[name])}
@@ -371,8 +376,8 @@ def test_a_loss_that_is_not_finite_stops(tiny_pool, tiny_surrogate):
         train(tiny_pool, tiny_surrogate, recipe(lr=1e30))
 
 
-def test_episode_losses_by_hand(tiny_pool, tiny_surrogate):
-    trainer = MetaLoraTrainer(tiny_pool, tiny_surrogate, recipe(temperature=0.5))
+def test_episode_losses_by_hand(tiny_surrogate):
+    config = recipe(temperature=0.5)
     support, query = torch.eye(3), torch.eye(3)[[0, 0, 1, 2, 2, 2]]
     scores = (query @ support.T / 0.5).log_softmax(1)
     rows = torch.tensor([[24, 30], [25, 31], [26, 32]])  # the second adapter's images 0, 6, 1, 7, 2, 8
@@ -380,7 +385,7 @@ def test_episode_losses_by_hand(tiny_pool, tiny_surrogate):
     teacher = tiny_surrogate.shard(1).teacher_logits[[0, 6, 1, 7, 2, 8]][:, [2, 0, 3]]
     said = teacher.log_softmax(1)
     expected = (said.exp() * (said - scores)).sum() / 6
-    torch.testing.assert_close(trainer._episode_loss(episode, support, query, teacher), expected)
+    torch.testing.assert_close(episode_loss(config, episode, support, query, teacher), expected)
     mixed = SurrogateEpisode(torch.zeros(3, 1, dtype=torch.int64), rows)
     expected = -scores[torch.arange(6), torch.tensor([0, 0, 1, 1, 2, 2])].mean()
-    torch.testing.assert_close(trainer._episode_loss(mixed, support, query, None), expected)
+    torch.testing.assert_close(episode_loss(config, mixed, support, query, None), expected)
