@@ -2,7 +2,7 @@
 
     python examples/choose_tuning.py --data DATA --work runs/tuning --json docs/results/tuning.json
     python examples/choose_tuning.py --data DATA --work runs/tuning --json docs/results/tuning_test.json \\
-        --split test --variants default
+        --split test --variants default --episodes 100
     python examples/choose_tuning.py --data DATA --work runs/tuning --json runs/tuning/lora.json --method lora-linear
 
 5-way episodes of cifar_fs, mini_imagenet and vgg_flower, paired with the untuned method on the same episodes. Settings
