@@ -61,14 +61,18 @@ def choice_table() -> str:
     return "\n".join(lines)
 
 
-def tuning_table() -> str:
+def tuning_table(path: Path) -> str:
     """What tuning gains over the same model untuned, 1-shot / 5-shot, and the seconds of a task."""
-    results = json.loads((RESULTS / "tuning.json").read_text())
+    if not path.exists():
+        return ""
+    results = json.loads(path.read_text())
     sets = [
         key.removesuffix(" 1") for key in next(iter(results.values())) if key.endswith(" 1") and "seconds" not in key
     ]
     lines = ["| settings | " + " | ".join(sets) + " | seconds a task |", "|---|" + "---|" * (len(sets) + 1)]
     for name, row in results.items():
+        if name == "untuned":
+            continue
         gains = [" / ".join(f"{row[f'{s} {k}'][0]:+.1f} ± {row[f'{s} {k}'][1]:.1f}" for k in (1, 5)) for s in sets]
         seconds = " / ".join(f"{row[f'seconds {k}']:.1f}" for k in (1, 5))
         lines.append(f"| {name} | " + " | ".join(gains) + f" | {seconds} |")
@@ -128,7 +132,8 @@ def main() -> None:
         "demo": evaluation_table(rows_of(RESULTS / "demo_digits.json")),
         "choice": choice_table() if (RESULTS / "choice.json").exists() else "",
         "pool": pool_table(),
-        "tuning": tuning_table() if (RESULTS / "tuning.json").exists() else "",
+        "tuning": tuning_table(RESULTS / "tuning.json"),
+        "tuning_test": tuning_table(RESULTS / "tuning_test.json"),
         "speed": speed_tables(),
         "scale": scale_table(),
         **more_tables(RESULTS),

@@ -2,6 +2,7 @@
 
 from .arrow import Arrow
 from .base import Composition, Merge, Selection
+from .class_statistics import ClassStatistics
 from .controls import RandomAverage, shuffled_heads
 from .dare import Dare
 from .ensemble import Ensemble
@@ -26,12 +27,14 @@ def tuning_free_methods(seed: int = 0) -> dict[str, Composition]:
         "undiluted": Undiluted(),
         "group-sum": GroupSum(),
         "nearest-group": NearestGroup(),
+        "class-statistics": ClassStatistics(),
         "arrow": Arrow(),
     }
 
 
 __all__ = [
     "Arrow",
+    "ClassStatistics",
     "Composition",
     "Dare",
     "Ensemble",

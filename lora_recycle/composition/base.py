@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,10 @@ from ..weight_changes import Adapter, split_changes
 
 #: A change of the backbone: parameter name to a tensor of the parameter's shape.
 Changes = dict[str, torch.Tensor]
+#: From a network's number to its features of one support set, (S, D). A network that is not asked costs nothing.
+Look = Callable[[int], torch.Tensor]
+#: From a look at a support set and its labels, int64 (S,), to the number of the network that the task takes.
+Choice = Callable[[Look, torch.Tensor], int]
 
 
 class Composition(abc.ABC):
@@ -65,11 +70,11 @@ class Composition(abc.ABC):
 
 
 class Selection(Composition):
-    """Several networks, of which each task takes the one that is nearest to its support set."""
+    """Several networks, of which each task takes the one that its support set chooses."""
 
     @abc.abstractmethod
-    def affinity(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """How near a network is to a task, from its features of the support set: (S, D), int64 (S,) to a scalar."""
+    def choice(self, pool: AdapterPool) -> Choice:
+        """What chooses one of `networks(pool)`; made once for many tasks."""
 
     def classify(
         self,
@@ -79,14 +84,20 @@ class Selection(Composition):
         queries: torch.Tensor,
         batch_size: int = 128,
     ) -> torch.Tensor:
-        """As [`Composition.classify`]; the support set goes through every network, the queries through one."""
-        labels, near = _checked_labels(support, labels), []
-        for network in self.networks(pool):
-            with network as backbone:
-                near.append(self.affinity(extract_features(backbone, support, batch_size), labels))
-        nearest = int(torch.stack(near).argmax())
-        (network,) = itertools.islice(self.networks(pool), nearest, nearest + 1)
-        return _scores(network, support, labels, queries, batch_size)
+        """As [`Composition.classify`]; the support set goes through the networks asked, the queries through one."""
+        labels = _checked_labels(support, labels)
+
+        def network(number: int) -> AbstractContextManager[Backbone]:
+            (found,) = itertools.islice(self.networks(pool), number, number + 1)
+            return found
+
+        @functools.cache
+        def look(number: int) -> torch.Tensor:
+            with network(number) as backbone:
+                return extract_features(backbone, support, batch_size)
+
+        chosen = self.choice(pool)(look, labels)
+        return _scores(network(chosen), support, labels, queries, batch_size)
 
 
 class Merge(Composition):

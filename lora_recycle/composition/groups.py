@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from ..backbones import Backbone
 from ..errors import DataError
 from ..pool import AdapterPool
-from .base import Changes, Merge, Selection, add_scaled, dense_changes
+from .base import Changes, Choice, Merge, Selection, add_scaled, dense_changes
 
 
 class Undiluted(Merge):
@@ -54,8 +54,9 @@ class NearestGroup(Selection):
     def networks(self, pool: AdapterPool) -> Iterator[AbstractContextManager[Backbone]]:
         return (pool.subset(group).folded() for group in pool.groups())
 
-    def affinity(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return separability(features, labels)
+    def choice(self, pool: AdapterPool) -> Choice:
+        groups = len(pool.groups())
+        return lambda look, labels: int(torch.stack([separability(look(g), labels) for g in range(groups)]).argmax())
 
 
 def separability(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

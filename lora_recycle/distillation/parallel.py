@@ -84,7 +84,7 @@ class ParallelStudent:
     def reshard(self) -> None:
         """After forwards without a backward, whose end it is otherwise: parameters are shared out again."""
         if self.sharded:
-            self.model.reshard()
+            cast(FSDPModule, self.model).reshard()
 
     @torch.no_grad()
     def update_student(self) -> None:

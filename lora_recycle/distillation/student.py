@@ -132,7 +132,7 @@ def start_student(config: DistillationConfig, pool: AdapterPool, surrogate: Surr
         student.start_from_average(pool, pool.dilution() if config.init == "undiluted" else 1.0)
     elif config.init in PRINCIPAL_STARTS:
         shown = None
-        if config.init == "corda":
+        if config.init == "corda" and surrogate is not None:
             images = match_shards(pool, surrogate)
             shown = images.read("pixels", torch.linspace(0, len(images) - 1, CORDA_IMAGES).long())
         student.start_from_principal(config.init, pool, shown)

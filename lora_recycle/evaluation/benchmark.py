@@ -17,7 +17,7 @@ from ..modeling.heads import FewShotHead, make_head
 from ..modeling.meta_lora import MetaLoRAForFewShotClassification
 from ..pool import AdapterPool
 from .episodes import EpisodeSet, sample_episodes
-from .protocol import ensemble_accuracy, head_accuracy, nearest_accuracy, prototype_accuracy, summarise
+from .protocol import ensemble_accuracy, head_accuracy, prototype_accuracy, selected_accuracy, summarise
 
 
 #: Class centres on the bare backbone: options of `prototype_accuracy`. All is compared with `frozen`.
@@ -130,16 +130,17 @@ class _Judge:
                 self.accuracies[k, f"{method} + {head.name}"] = head_accuracy(features, drawn, head)
 
     def score_composition(self, method: str, composition: Composition, pool: AdapterPool) -> None:
-        """One or several networks, of which all are heard or, for each episode, the nearest to its support set."""
+        """One or several networks: all are heard, or for each episode the one that its support set chooses."""
         networks, members = list(composition.networks(pool)), []
         self.bar.total += len(networks)
         for network in networks:
             with network as backbone:
                 features = self.features(backbone)
             members.append(features.half() if len(networks) > 1 else features)
+        choice = composition.choice(pool) if isinstance(composition, Selection) else None
         for k, drawn in self.episodes.items():
-            if isinstance(composition, Selection):
-                self.accuracies[k, method] = nearest_accuracy(members, drawn, composition.affinity)
+            if choice:
+                self.accuracies[k, method], _ = selected_accuracy(members, drawn, choice)
             else:
                 self.accuracies[k, method] = ensemble_accuracy(members, drawn)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -22,7 +21,7 @@ from ..task_tuning import TaskTuning, TaskTuningConfig, tuning_methods
 from .benchmark import CENTRES
 from .episodes import EpisodeSet
 from .memory import peak_bytes
-from .protocol import ensemble_accuracy, head_accuracy, nearest_accuracy, prototype_accuracy
+from .protocol import ensemble_accuracy, head_accuracy, prototype_accuracy, selected_accuracy
 from .recipe import TUNED
 from .tuned import tuned_accuracy
 
@@ -111,12 +110,13 @@ class Judge:
         base, _, head = method.partition(" + ")
         drawn, seen = self.episodes[shots], self._look_once(base if base in self.models else "frozen")
         settings = self.models[base].settings if base in self.models else {}
+        started = time.perf_counter()
         if head:
-            return self._timed(
-                shots, [seen], 1, lambda: head_accuracy(seen.features, drawn, make_head(head, settings))
-            )
-        options = CENTRES.get(method, {"metric": settings.get("metric", "cosine")})
-        return self._timed(shots, [seen], 1, lambda: prototype_accuracy(seen.features, drawn, **options))
+            found = head_accuracy(seen.features, drawn, make_head(head, settings))
+        else:
+            options = CENTRES.get(method, {"metric": settings.get("metric", "cosine")})
+            found = prototype_accuracy(seen.features, drawn, **options)
+        return self._verdict(shots, [seen], found, started)
 
     def forget(self, method: str) -> None:
         """Give back the memory of features that no other method shares."""
@@ -141,12 +141,15 @@ class Judge:
         composition, drawn = self.compositions[method], self.episodes[shots]
         members = self._members(method, composition)
         features = [seen.features for seen in members]
-        if isinstance(composition, Selection):
-            # the support set goes through all networks, the queries through one
-            images = len(self._images_of_a_task(shots))
-            share = drawn.ways * shots / images + (images - drawn.ways * shots) / images / len(members)
-            return self._timed(shots, members, share, lambda: nearest_accuracy(features, drawn, composition.affinity))
-        return self._timed(shots, members, 1, lambda: ensemble_accuracy(features, drawn))
+        choice = composition.choice(self.pool) if isinstance(composition, Selection) else None
+        started = time.perf_counter()
+        if choice is None:
+            return self._verdict(shots, members, ensemble_accuracy(features, drawn), started)
+        found, looked = selected_accuracy(features, drawn, choice)
+        # the support set goes through the networks that the choice asks, the queries through one
+        support = drawn.ways * shots
+        forwards = looked * support + len(self._images_of_a_task(shots)) - support
+        return self._verdict(shots, members, found, started, forwards)
 
     def _members(self, method: str, composition: Composition) -> list[Seen]:
         keys = [key for key in self._seen if key.startswith(f"{method}/")]
@@ -181,10 +184,12 @@ class Judge:
         first = self.episodes[shots].episodes[0]
         return torch.cat([first.support.flatten(), first.query])
 
-    def _timed(self, shots: int, seen: list[Seen], share: float, score: Callable[[], torch.Tensor]) -> Verdict:
-        """`share`: of the networks' forwards of all images that a task needs."""
-        started = time.perf_counter()
-        found = score()
+    def _verdict(
+        self, shots: int, seen: list[Seen], found: torch.Tensor, started: float, forwards: float | None = None
+    ) -> Verdict:
+        """Of what was found since `started`; `forwards` of a task, by default all its images through all networks."""
         scoring = (time.perf_counter() - started) / len(found)
-        forwards = share * sum(one.seconds for one in seen) * len(self._images_of_a_task(shots))
-        return Verdict(found, forwards + scoring, seen[0].bytes[shots] / 1e6)
+        each = sum(one.seconds for one in seen) / len(seen)
+        if forwards is None:
+            forwards = len(self._images_of_a_task(shots)) * len(seen)
+        return Verdict(found, each * forwards + scoring, seen[0].bytes[shots] / 1e6)

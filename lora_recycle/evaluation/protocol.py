@@ -6,13 +6,14 @@ Pure functions on tensors: features of all images are computed once, by whatever
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
 
+from ..composition.base import Choice
 from ..errors import ConfigError, DataError
 from ..modeling.heads import FewShotHead
 from .episodes import Episode, EpisodeSet
@@ -61,30 +62,41 @@ def ensemble_accuracy(features: Iterable[torch.Tensor], episodes: EpisodeSet) ->
     return _accuracy(features, episodes, "cosine", centred=False)
 
 
-def nearest_accuracy(
-    features: Sequence[torch.Tensor],
-    episodes: EpisodeSet,
-    affinity: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-) -> torch.Tensor:
-    """Accuracy, in per cent, of the cosine class centres of the network that is nearest to each episode's support set.
+def selected_accuracy(
+    features: Sequence[torch.Tensor], episodes: EpisodeSet, choice: Choice
+) -> tuple[torch.Tensor, float]:
+    """Accuracy, in per cent, of the cosine class centres of the network that each episode's support set chooses.
 
     Args:
         features (`Sequence[torch.Tensor]`): T tensors (N, D), one for each network.
-        affinity: from support features (S, D) and labels int64 (S,) to how near the network is, a scalar; the highest
-            is the nearest.
+        choice: as a [`Selection`] makes it.
 
     Returns:
-        `torch.Tensor`: (E,) per-episode accuracy.
+        (E,) per-episode accuracy, and the mean number of networks that a support set was shown to.
 
     Raises:
         DataError: features that are not finite.
     """
     labels = torch.arange(episodes.ways).repeat_interleave(episodes.shots)
-    near = []
-    for member in features:
-        near.append(torch.stack([affinity(member[one.support.flatten()].float(), labels) for one in episodes]))
-    accuracies = torch.stack([prototype_accuracy(member, episodes) for member in features])  # (T, E)
-    return accuracies.gather(0, torch.stack(near).argmax(0, keepdim=True))[0]
+    chosen, looks = zip(*(_chosen(features, one.support.flatten(), labels, choice) for one in episodes), strict=True)
+    found = torch.empty(len(episodes))
+    for number in set(chosen):
+        own = [i for i, c in enumerate(chosen) if c == number]
+        part = EpisodeSet([episodes.episodes[i] for i in own], episodes.ways, episodes.shots)
+        found[own] = prototype_accuracy(features[number], part)
+    return found, sum(looks) / len(looks)
+
+
+def _chosen(
+    features: Sequence[torch.Tensor], support: torch.Tensor, labels: torch.Tensor, choice: Choice
+) -> tuple[int, int]:
+    """The network that the images `support` (S,) choose, and how many they were shown to."""
+    seen: dict[int, torch.Tensor] = {}
+
+    def look(number: int) -> torch.Tensor:
+        return seen.setdefault(number, features[number][support].float())
+
+    return choice(look, labels), len(seen)
 
 
 @torch.no_grad()

@@ -219,11 +219,12 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
     def tune(
         self, images: Any, labels: Sequence[Any] | None = None, config: TaskTuningConfig | None = None
     ) -> MetaLoRAForFewShotClassification:
-        """Learn a task as `fit` does, then tune the meta-LoRA and the class centres on its support images.
+        """Learn a task as `fit` does, then tune the meta-LoRA on its support images; the class centres follow.
 
-        Seconds to minutes where `fit` takes one forward pass; docs/tuning.md says what it gains. It begins with the
-        meta-LoRA as it was loaded, to which `fit` and the next `tune` return; saving writes the tuned one. Other
-        threads must not predict meanwhile.
+        By default an image that is alone in its class teaches nothing: with one image of each class this is `fit`.
+        Else it takes a second or more where `fit` takes one forward pass; docs/tuning.md says what it gains. It begins
+        with the meta-LoRA as it was loaded, to which `fit` and the next `tune` return; saving writes the tuned one.
+        Other threads must not predict meanwhile.
 
         Args:
             images: as for `fit`.

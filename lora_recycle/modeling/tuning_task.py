@@ -20,9 +20,7 @@ if TYPE_CHECKING:
     from .meta_lora import MetaLoRAForFewShotClassification
 
 #: `examples/choose_tuning.py` compares them with others on validation classes.
-DEFAULTS: dict[str, Any] = {"steps": 20, "lr": 3e-3, "head_lr": 0.05, "last_layers": 2, "consistency": 1.0}
-#: The temperature of the loss by that of the head: sharper, so that images that are right already teach little.
-SHARPER = 0.3
+DEFAULTS: dict[str, Any] = {"steps": 10, "lr": 3e-3, "last_layers": 1, "consistency": 1.0, "leave_one_out": True}
 
 
 def tune_model(
@@ -39,17 +37,17 @@ def tune_model(
         task = FewShotTask.fitted(network.features(tokens), names, model.head)
     column = {name: i for i, name in enumerate(task.label_names)}
     centres = tune_task(network, tokens, torch.tensor([column[name] for name in names]), len(column), config)
-    # tuned centres take the place of means: the head, saving and `add_classes` go on as before
+    # the centres take the place of means, where they are not: the head, saving and `add_classes` go on as before
     counts = task.statistics["counts"]
     statistics = {"sums": centres * counts[:, None], "counts": counts}
     model._task = FewShotTask(task.label_names, statistics, model.head.prepare(statistics))
 
 
 def default_config(model: MetaLoRAForFewShotClassification) -> TaskTuningConfig:
-    """The settings that were chosen, with the metric of the model's head and a temperature that goes by its own."""
+    """The settings that were chosen, with the metric and the temperature of the model's head."""
     head, own = model.head, {}
     if isinstance(head, ClassCentreHead):
-        own = {"metric": head.metric, "temperature": SHARPER * head.temperature}
+        own = {"metric": head.metric, "temperature": head.temperature}
     return TaskTuningConfig(**{**DEFAULTS, **own})
 
 

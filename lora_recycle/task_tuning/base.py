@@ -92,9 +92,11 @@ def tune_task(
 ) -> torch.Tensor:
     """Tune a network and its class centres on a support set, from the network's start and its own class centres.
 
-    Cross-entropy of the support images against the centres. With `consistency`, embeddings are also held to those of
-    the untuned network: one minus their cosine similarity, as CoPrompt (arXiv 2306.01195) holds a prompted model to
-    the pre-trained one. Adam, no weight decay.
+    Cross-entropy of the support images against the centres. With `leave_one_out` the centres stay the mean
+    embeddings, and each image is scored by them without itself, as a query would be; an image that is alone in its
+    class cannot be, and where all are, nothing is tuned. With `consistency`, embeddings are also held to those of the
+    untuned network: one minus their cosine similarity, as CoPrompt (arXiv 2306.01195) holds a prompted model to the
+    pre-trained one. Adam, no weight decay.
 
     Args:
         tokens: (S, T, D) of `network.tokens`, or features (S, D).
@@ -108,6 +110,11 @@ def tune_task(
     with torch.no_grad():
         untuned = network.features(tokens)
     start = class_centres(untuned, labels, ways)
+    scored = (
+        torch.bincount(labels, minlength=ways)[labels] > 1 if config.leave_one_out else torch.ones_like(labels) > 0
+    )
+    if not scored.any() or (config.leave_one_out and not network.parameters):
+        return start
     size, moved = start.square().mean().sqrt(), torch.zeros_like(start, requires_grad=True)
     with network.learning() as parameters:
         groups = [{"params": parameters, "lr": config.lr}] if parameters else []
@@ -115,15 +122,45 @@ def tune_task(
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: _decay(i, config.steps))
         for _ in range(config.steps):
             features = network.features(tokens)
-            logits = centre_logits(features, start + size * moved, config.metric, config.temperature)
-            loss = F.cross_entropy(logits, labels)
+            if config.leave_one_out:
+                logits = leave_one_out_logits(features, labels, ways, config.metric, config.temperature)
+            else:
+                logits = centre_logits(features, start + size * moved, config.metric, config.temperature)
+            loss = F.cross_entropy(logits[scored], labels[scored])
             if config.consistency:
                 loss = loss + config.consistency * (1 - F.cosine_similarity(features, untuned)).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
+    if config.leave_one_out:
+        with torch.no_grad():
+            return class_centres(network.features(tokens), labels, ways)
     return (start + size * moved).detach()
+
+
+def leave_one_out_logits(
+    features: torch.Tensor, labels: torch.Tensor, ways: int, metric: str = "cosine", temperature: float = 0.1
+) -> torch.Tensor:
+    """Scores of support images against class centres, of which each image's own is made without it, if its class has
+    others.
+
+    Args:
+        features: (S, D).
+        labels: int64 (S,), values 0 to `ways` - 1, each present.
+
+    Returns:
+        (S, ways).
+    """
+    counts = torch.bincount(labels, minlength=ways).to(features)[labels, None]  # (S, 1)
+    centres = class_centres(features, labels, ways)
+    logits = centre_logits(features, centres, metric, temperature)
+    own = torch.where(counts > 1, (centres[labels] * counts - features) / (counts - 1).clamp_min(1), centres[labels])
+    if metric == "euclidean":
+        without = -torch.linalg.vector_norm(features - own, dim=1) / temperature
+    else:
+        without = F.cosine_similarity(features, own) / temperature
+    return logits.scatter(1, labels[:, None], without[:, None])
 
 
 def _decay(step: int, steps: int) -> float:

@@ -18,6 +18,9 @@ class TaskTuningConfig(RecipeConfig):
         2, "only so many last layers learn, what enters them is computed once; none: all layers learn"
     )
     consistency: float = field(0.0, "weight of the term that holds embeddings to those of the untuned network")
+    leave_one_out: bool = field(
+        False, "score each image by centres made without it; these stay means, and head_lr has no meaning"
+    )
     metric: str = field("cosine", "distance of images to class centres", ("cosine", "euclidean"))
     temperature: float = field(
         0.03, "divisor of the (negative) distances; where it is small, images that are right already teach little"

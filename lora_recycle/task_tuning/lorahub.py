@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from ..errors import ConfigError
 from ..pool import AdapterPool
-from ..prototypes import centre_logits, class_centres
-from .base import TaskNetwork, TaskTuning
+from ..prototypes import class_centres
+from .base import TaskNetwork, TaskTuning, leave_one_out_logits
 from .config import TaskTuningConfig
 from .mixture import AdapterMixture
 
@@ -61,8 +61,8 @@ class LoraHub(TaskTuning):
         def loss(candidate: torch.Tensor) -> float:
             weights.copy_(candidate)
             features = network.features(tokens)
-            own = support_loss(features, labels, ways, self.config.metric, self.config.temperature)
-            return float(own + PENALTY * candidate.abs().mean())
+            logits = leave_one_out_logits(features, labels, ways, self.config.metric, self.config.temperature)
+            return float(F.cross_entropy(logits, labels) + PENALTY * candidate.abs().mean())
 
         weights.copy_(evolve(loss, weights.cpu(), self.config.steps, self.config.seed))
         return class_centres(network.features(tokens), labels, ways)
@@ -81,23 +81,3 @@ def evolve(loss: Callable[[torch.Tensor], float], start: torch.Tensor, steps: in
         else:
             spread *= GROWTH**-0.25  # balanced where one of five succeeds
     return best
-
-
-def support_loss(
-    features: torch.Tensor, labels: torch.Tensor, ways: int, metric: str = "cosine", temperature: float = 0.1
-) -> torch.Tensor:
-    """Cross-entropy of support images against class centres made without them, where their class has others.
-
-    Args:
-        features: (S, D).
-        labels: int64 (S,), values 0 to `ways` - 1, each present.
-    """
-    counts = torch.bincount(labels, minlength=ways).to(features)[labels, None]  # (S, 1)
-    centres = class_centres(features, labels, ways)
-    logits = centre_logits(features, centres, metric, temperature)
-    own = torch.where(counts > 1, (centres[labels] * counts - features) / (counts - 1).clamp_min(1), centres[labels])
-    if metric == "euclidean":
-        without = -torch.linalg.vector_norm(features - own, dim=1) / temperature
-    else:
-        without = F.cosine_similarity(features, own) / temperature
-    return F.cross_entropy(logits.scatter(1, labels[:, None], without[:, None]), labels)

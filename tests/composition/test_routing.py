@@ -8,7 +8,15 @@ from peft.tuners.lora.arrow import ArrowLoraLinearLayer
 from peft.tuners.lora.config import ArrowConfig
 
 from lora_recycle.backbones import extract_features
-from lora_recycle.composition import Arrow, Ensemble, NearestGroup, RandomAverage, separability, shuffled_heads
+from lora_recycle.composition import (
+    Arrow,
+    ClassStatistics,
+    Ensemble,
+    NearestGroup,
+    RandomAverage,
+    separability,
+    shuffled_heads,
+)
 from lora_recycle.composition.arrow import first_direction
 from lora_recycle.errors import AdapterError, ConfigError, DataError
 from lora_recycle.inversion.config import InversionConfig
@@ -128,7 +136,7 @@ def test_in_the_ensemble_all_are_heard(mixed, images):
 
 
 @pytest.mark.parametrize("labels", [[0, 2], [1, 2], [0], [], [-1, 0]])
-@pytest.mark.parametrize("method", [Ensemble(), NearestGroup()])
+@pytest.mark.parametrize("method", [Ensemble(), NearestGroup(), ClassStatistics()])
 def test_labels_that_number_no_classes(mixed, images, method, labels):
     with pytest.raises(DataError, match="labels of 2 support images must"):
         method.classify(mixed, images[:2], torch.tensor(labels, dtype=torch.long), images)

@@ -8,7 +8,7 @@ from lora_recycle.composition import tuning_free_methods
 from lora_recycle.errors import ConfigError
 from lora_recycle.evaluation.benchmark import ALL_METHODS, CENTRES, evaluate
 from lora_recycle.evaluation.episodes import sample_episodes
-from lora_recycle.evaluation.protocol import nearest_accuracy, prototype_accuracy
+from lora_recycle.evaluation.protocol import prototype_accuracy, selected_accuracy
 from lora_recycle.images import LabelledImages
 
 
@@ -60,15 +60,23 @@ def test_the_methods_are_not_the_same_network(result):
     assert all(35 < row["accuracy"] < 100 for row in result.rows)  # chance is 33
 
 
-def test_for_each_episode_the_nearest_network_is_asked():
+def test_each_episode_is_judged_on_the_network_that_it_chooses():
     labels = torch.arange(4).repeat_interleave(5)
     drawn = sample_episodes(labels, 2, 1, 3, 8, 0)
-    members = [torch.randn(20, 4, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    members = [torch.randn(20, 4, generator=torch.Generator().manual_seed(i)) for i in range(3)]
     accuracies = torch.stack([prototype_accuracy(member, drawn) for member in members])
-    liking = torch.stack([torch.stack([m[e.support.flatten()].sum() for e in drawn]) for m in members])
-    found = nearest_accuracy(members, drawn, lambda features, labels: features.sum())
-    assert found.tolist() == [accuracies[liking[:, e].argmax(), e].item() for e in range(8)]
-    assert 0 < liking.argmax(0).sum() < 8 and not torch.equal(accuracies[0], accuracies[1])
+    first = torch.stack([members[0][e.support.flatten()].sum() for e in drawn])
+
+    def choice(look, labels):
+        assert labels.tolist() == [0, 1] and torch.equal(look(0), look(0))
+        return 0 if look(0).sum() > 0 else 1 + int(look(1).sum() > 0)
+
+    found, looks = selected_accuracy(members, drawn, choice)
+    second = torch.stack([members[1][e.support.flatten()].sum() for e in drawn])
+    chosen = torch.where(first > 0, 0, torch.where(second > 0, 2, 1))
+    assert found.tolist() == [accuracies[chosen[e], e].item() for e in range(8)]
+    assert chosen.unique().tolist() == [0, 1, 2]
+    assert looks == 1 + (first <= 0).float().mean().item()  # the third is never looked at
 
 
 def test_methods_that_cannot_be_had(data, tiny_pool):

@@ -80,6 +80,16 @@ def test_no_steps_is_fit(model, images):
     torch.testing.assert_close(model.tune(images, NAMES, config).predict_proba(images), fitted, atol=1e-5, rtol=1e-4)
 
 
+def test_by_default_one_image_of_each_class_is_fit_and_several_are_tuned(model, images):
+    fitted = model.fit(images[::2], NAMES[::2]).predict_proba(images)
+    assert torch.equal(model.tune(images[::2], NAMES[::2]).predict_proba(images), fitted)
+    fitted = model.fit(images, NAMES).predict_proba(images)
+    model.tune(images, NAMES)
+    assert (model.predict_proba(images) - fitted).abs().max() > 1e-3
+    means = model.embed(images).view(3, 2, -1).mean(1)  # the centres are those of the tuned network's embeddings
+    torch.testing.assert_close(model.prototypes, means, atol=1e-5, rtol=1e-4)
+
+
 def test_what_cannot_be_tuned(model, folder, images):
     with pytest.raises(DataError, match="at least two classes"):
         model.tune(images, ["ant"] * 6)

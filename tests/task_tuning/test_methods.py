@@ -20,7 +20,8 @@ from lora_recycle.task_tuning import (
     tune_task,
     tuning_methods,
 )
-from lora_recycle.task_tuning.lorahub import BOUND, evolve, support_loss
+from lora_recycle.task_tuning.base import leave_one_out_logits
+from lora_recycle.task_tuning.lorahub import BOUND, evolve
 from lora_recycle.task_tuning.mixture import AdapterMixture
 
 
@@ -34,6 +35,10 @@ def task(toy_data):
     noisy = (toy_data.pixels.float() * 0.1 + random_pixels(160).float() * 0.9).to(torch.uint8)
     support = torch.cat([noisy[c * 20 : c * 20 + 2] for c in range(WAYS)])
     return support, torch.cat([noisy[c * 20 + 2 : c * 20 + 5] for c in range(WAYS)])
+
+
+def left_out_loss(network, tokens, labels=LABELS):
+    return F.cross_entropy(leave_one_out_logits(network.features(tokens), labels, WAYS), labels)
 
 
 def untuned(name):
@@ -72,10 +77,9 @@ def test_it_learns_the_support_set_and_forgets_it(tiny_pool, task, name):
     start = untuned(name).classify(tiny_pool, support, LABELS, support)
     tuned = method.scores(network, tokens, LABELS, WAYS, tokens)
     if name == "lorahub":  # it sees each image without itself
-        tuned, start = (-support_loss(network.features(tokens), LABELS, WAYS) for _ in range(2))
+        tuned = left_out_loss(network, tokens)
         network.reset()
-        start = -support_loss(network.features(tokens), LABELS, WAYS)
-        assert tuned >= start
+        assert tuned <= left_out_loss(network, tokens)
     else:
         assert F.cross_entropy(tuned, LABELS) < F.cross_entropy(start, LABELS) - 1e-3
     assert same_weights(tiny_pool.backbone, before)
@@ -131,16 +135,44 @@ def test_evolution_finds_the_minimum_within_its_bounds():
     assert len(calls) == 7
 
 
-def test_support_loss_leaves_each_image_out_of_its_own_centre():
+def test_the_logits_leave_each_image_out_of_its_own_centre():
     features = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
     labels = torch.tensor([0, 0, 1])  # the last one is alone and stays in
     centre, other = F.normalize(torch.tensor([0.8, 0.4]), dim=0), torch.tensor([0.0, 1.0])
     logits = torch.tensor([[0.6, 0.0], [0.6, 0.8], [float(centre @ other), 1.0]]) / 0.1
-    torch.testing.assert_close(support_loss(features, labels, 2), F.cross_entropy(logits, labels))
+    torch.testing.assert_close(leave_one_out_logits(features, labels, 2), logits)
     distances = -torch.tensor([[0.8**0.5 * 1.0, 2**0.5], [0.8**0.5, 0.4**0.5], [(0.64 + 0.36) ** 0.5, 0.0]])
     distances[:2, 0] = -((0.4**2 + 0.8**2) ** 0.5)  # to each other
-    expected = F.cross_entropy(distances, labels)
-    torch.testing.assert_close(support_loss(features, labels, 2, "euclidean", 1.0), expected)
+    torch.testing.assert_close(leave_one_out_logits(features, labels, 2, "euclidean", 1.0), distances)
+
+
+def test_leave_one_out_tunes_the_network_and_keeps_means(tiny_pool, task):
+    config = TaskTuningConfig(steps=8, lr=3e-3, temperature=0.1, leave_one_out=True)
+    backbone = copy.deepcopy(tiny_pool.backbone)
+    network = TaskNetwork(backbone, backbone.layers[1].parameters(), 1)
+    tokens = network.tokens(task[0])
+    with torch.no_grad():
+        before = left_out_loss(network, tokens)
+        centres = tune_task(network, tokens, LABELS, WAYS, config)
+        assert left_out_loss(network, tokens) < before - 0.01
+        torch.testing.assert_close(centres, class_centres(network.features(tokens), LABELS, WAYS))
+
+
+def test_leave_one_out_needs_company(tiny_pool, task):
+    """Where all images are alone in their class nothing is tuned; one that is alone adds nothing to the loss."""
+    config = TaskTuningConfig(steps=3, lr=3e-3, temperature=0.1, leave_one_out=True)
+    backbone = copy.deepcopy(tiny_pool.backbone)
+    network = TaskNetwork(backbone, backbone.layers[1].parameters(), 1)
+    tokens, alone = network.tokens(task[0])[::2], torch.arange(3)
+    with torch.no_grad():
+        start = network.features(tokens)
+        assert torch.equal(tune_task(network, tokens, alone, WAYS, config), start)
+        assert torch.equal(network.features(tokens), start)
+        assert not torch.equal(tune_task(network, tokens, torch.tensor([0, 0, 1]), 2, config)[1], start[2])
+    network = TaskNetwork(backbone, last_layers=0)
+    features = network.tokens(task[0])
+    with torch.no_grad():  # nothing can learn
+        assert torch.equal(tune_task(network, features, LABELS, WAYS, config), class_centres(features, LABELS, WAYS))
 
 
 def test_wrong_settings_and_labels(tiny_pool, task):
