@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -56,7 +56,7 @@ class ClassStatistics(Selection):
         def matches(features: torch.Tensor) -> torch.Tensor:
             return torch.stack([match(features, own) for own in directions])
 
-        def choose(look, labels: torch.Tensor) -> int:
+        def choose(look: Callable[[int], torch.Tensor], labels: torch.Tensor) -> int:
             chosen, asked = int(matches(look(0)).argmax()), {}
             while chosen not in asked:
                 asked[chosen] = matches(look(1 + chosen))

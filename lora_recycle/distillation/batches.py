@@ -84,7 +84,7 @@ class BatchMaker:
             for group in self.groups:
                 chosen = torch.randperm(len(group.images), generator=generator)[:share]
                 index.append(group.images[chosen])
-                teachers.append(group.read(chosen))
+                teachers.append(group.features.read(chosen))
         for weight, draw in ((config.kl_weight, "single_source"), (config.interpolation_weight, "interpolated")):
             if weight:
                 episodes += [getattr(self.sampler, draw)(generator) for _ in range(config.episodes)]

@@ -36,8 +36,8 @@ class TrainerCallback:
         `grad_norm`, `lr`, and `skipped`, how many steps were left out so far. `trainer.student` may be newer."""
 
     def on_judge(self, trainer: MetaLoraTrainer, step: int, figure: float) -> None:
-        """After `step` steps, 0 at the start: how far the student is from the teachers on held-back images; less is
-        better. `on_log` has told all these steps."""
+        """After `step` steps, 0 at the start: the student's error on the classes of adapters that teach nothing, per
+        cent. `on_log` has told all these steps."""
 
     def on_train_end(self, trainer: MetaLoraTrainer) -> None:
         """After the last step, also where the training was stopped or failed."""
@@ -62,7 +62,7 @@ class ProgressBar(TrainerCallback):
         self._bar.set_postfix(shown, host=f"{trainer.host_share:.1%}", refresh=False)
 
     def on_judge(self, trainer: MetaLoraTrainer, step: int, figure: float) -> None:
-        self._judged = {"judged": f"{figure:.4f} (best at {trainer.judged.best_step})"}
+        self._judged = {"judged": f"{figure:.1f}% (best at {trainer.judged.best_step})"}
 
     def on_train_end(self, trainer: MetaLoraTrainer) -> None:
         self._bar.close()

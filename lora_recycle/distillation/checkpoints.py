@@ -29,6 +29,10 @@ class OptimizerState(Protocol):
     param_groups: list[dict[str, Any]]
 
 
+#: numbers of `Judgements`, one for each
+_JUDGED = ("steps", "figures", "margins")
+
+
 class Checkpoints:
     """The checkpoints of one run, `checkpoint-<step>.safetensors`.
 
@@ -69,7 +73,9 @@ class Checkpoints:
         header["learning_rates"] = [group["lr"] for group in optimizer.param_groups]
         if judged is not None:
             tensors |= {f"best.{i}": weight for i, weight in enumerate(judged.weights)}
-            header["judged"] = {"steps": judged.steps, "figures": judged.figures}
+            header["judged"] = {name: getattr(judged, name) for name in _JUDGED}
+            if judged.start is not None:
+                tensors["judged.start"] = judged.start
         save_sealed(self.folder / f"checkpoint-{step:08d}.safetensors", tensors, header)
         atomic_write(self.folder / LOG_FILE, json.dumps(history).encode())
         for path in self.files()[KEEP:]:
@@ -101,7 +107,9 @@ class Checkpoints:
                 other.unlink(missing_ok=True)
             _restore(tensors, header, parameters, optimizer)
             if judged is not None:
-                judged.steps, judged.figures = header["judged"]["steps"], header["judged"]["figures"]
+                for name in _JUDGED:
+                    setattr(judged, name, header["judged"][name])
+                judged.start = tensors.get("judged.start")
                 judged.weights = [tensors[f"best.{i}"] for i in range(len(parameters))] if judged.steps else []
             return header["step"], header["history"]
         for path, reason in damaged.items():

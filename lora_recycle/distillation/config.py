@@ -71,9 +71,9 @@ class DistillationConfig(RecipeConfig):
     metric: str = field("cosine", "distance of queries to class centres", ("cosine", "euclidean"))
     temperature: float = field(0.1, "divisor of the (negative) distances")
     held_out: float = field(
-        0.1,
-        "share of each class's surrogate images that no step trains on, at least one of three, at most 512 in all: on "
-        "them the student is judged, and the best is kept, which may be the start; 0: the last step is kept",
+        0.2,
+        "share of each group's adapters that teach nothing, at least one of four, at most 16 in all: by the error on "
+        "their classes the student is judged, and the best is kept, which may be the start; 0: the last step is kept",
     )
     judge_every: int = field(25, "steps between two judgements; the start and the last step are judged in any case")
     patience: int = field(0, "judgements in a row without a better one after which training ends; 0: all steps")
@@ -107,7 +107,7 @@ class DistillationConfig(RecipeConfig):
         self.require(0 <= self.min_confidence < 1, f"min_confidence must be in [0, 1), got {self.min_confidence}")
         self.require(0 <= self.held_out <= 0.5, f"held_out must be in [0, 0.5], got {self.held_out}")
         self.require(
-            self.patience == 0 or self.held_out > 0, "patience needs judgements: set held_out above 0, say to 0.1"
+            self.patience == 0 or self.held_out > 0, "patience needs judgements: set held_out above 0, say to 0.2"
         )
         total = sum(getattr(self, name) for name in weights)
         self.require(self.steps == 0 or total > 0, "all losses have weight 0: nothing to learn in `steps` steps")

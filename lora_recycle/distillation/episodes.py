@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 
 import torch
 
@@ -70,7 +71,7 @@ class EpisodeSampler:
     Args:
         images: the surrogate images of the adapters.
         identities: from [`class_identities`].
-        held_back: bool, for each image whether no episode may have it.
+        held_out: adapters whose images no episode may have.
 
     Raises:
         DataError: too few classes hold enough images.
@@ -79,20 +80,19 @@ class EpisodeSampler:
     def __init__(
         self,
         images: SurrogateImages,
-        identities: dict,
+        identities: dict[tuple[int, int], int],
         ways: int,
         shots: int,
         queries: int,
-        held_back: torch.Tensor | None = None,
+        held_out: Collection[int] = (),
     ):
         self.ways, self.shots, self.queries, self.identities = ways, shots, queries, identities
         needed = shots + 1
         self.images: dict[tuple[int, int], torch.Tensor] = {}
         for s, shard in enumerate(images.shards):
             numbers, labels = images.of_shard(s), shard.labels
-            free = torch.ones_like(labels, dtype=torch.bool) if held_back is None else ~held_back[numbers]
-            for c in labels.unique().tolist():
-                if (index := numbers[(labels == c) & free]).numel() >= needed:
+            for c in labels.unique().tolist() if s not in held_out else ():
+                if (index := numbers[labels == c]).numel() >= needed:
                     self.images[s, c] = index
         by_shard: dict[int, list[int]] = {}
         for s, c in self.images:
@@ -104,7 +104,7 @@ class EpisodeSampler:
         if len(self.things) < ways:
             raise DataError(
                 f"The surrogate data has {len(self.things)} different classes of {needed} images or more, "
-                f"fewer than the {ways} of an episode. (Images that `held_out` keeps back do not count.)"
+                f"fewer than the {ways} of an episode. (Adapters that `held_out` keeps from teaching do not count.)"
             )
 
     def single_source(self, generator: torch.Generator) -> SurrogateEpisode:
@@ -136,11 +136,11 @@ def _draw(population: int, count: int, generator: torch.Generator) -> list[int]:
 
 
 def make_sampler(
-    images: SurrogateImages, config: DistillationConfig, groups: list[TeacherGroup], held_back: torch.Tensor
+    images: SurrogateImages, config: DistillationConfig, groups: list[TeacherGroup], held_out: Collection[int]
 ) -> EpisodeSampler | None:
-    """The sampler of a recipe, None where that has no episodes. For `held_back` see [`EpisodeSampler`]."""
+    """The sampler of a recipe, None where that has no episodes. For `held_out` see [`EpisodeSampler`]."""
     if not (config.kl_weight or config.interpolation_weight):
         return None
     votes = {key: said for group in groups for key, said in group.votes.items()}
     identities = class_identities(images.shards, votes)
-    return EpisodeSampler(images, identities, config.ways, config.shots, config.queries, held_back)
+    return EpisodeSampler(images, identities, config.ways, config.shots, config.queries, held_out)

@@ -1,97 +1,104 @@
-"""How good the student is, told by surrogate images that no step trains on: the best that was judged is kept."""
+"""How good the student is, told by surrogate images of adapters that teach nothing: the best that was judged is kept.
+
+Measured (examples/choose_without_images.py): on images of the adapters that taught, and by agreement with teachers, a
+student looks better with every step, while its accuracy on real images falls. On the classes of adapters that it never
+met it looks worse exactly where it is worse.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..errors import DataError
+from ..evaluation.episodes import EpisodeSet, sample_episodes
+from ..evaluation.protocol import prototype_accuracy
 from ..heartbeat import beat
-from ..relations import cosine_similarity, relational_divergence_to
-from .batches import BatchMaker
 from .images import SurrogateImages
-from .teachers import FEWEST, TeacherGroup, spread
+from .teachers import spread
 
 
-#: Images that a student is judged on, at most, and those that are forwarded at a time.
-MOST, _BATCH = 512, 128
-#: A class of fewer images is learnt as a whole.
-_SMALLEST_CLASS = 3
+if TYPE_CHECKING:
+    from .batches import BatchMaker
 
 
-def disagreement(student: torch.Tensor, similarity: torch.Tensor, scale: float) -> torch.Tensor:
-    """The figure that students are judged by, on the images of one group; less is better.
+#: A smaller group of like adapters teaches as a whole.
+SMALLEST_GROUP = 4
+#: Adapters that students are judged by, at most; classes of each, images of each class, and episodes on them.
+MOST_ADAPTERS, _CLASSES, _IMAGES, _EPISODES = 16, 10, 6, 60
+_WAYS, _SHOTS = 5, 1
+#: Images that are forwarded at a time.
+_BATCH = 128
 
-    The relational loss, but of all images at once.
 
-    Args:
-        student: features (n, D).
-        similarity: (n, n), the mean cosine similarity over the group's teachers.
+def hold_out(groups: list[list[int]], images: SurrogateImages, share: float) -> list[int]:
+    """Adapters that are to teach nothing: `share` of each group of `SMALLEST_GROUP` or more, spread evenly over it.
+
+    At least one of a group, at most `MOST_ADAPTERS` in all, none whose images make no episode; none of smaller groups.
     """
-    return relational_divergence_to(student, similarity, scale)
-
-
-def hold_back(
-    images: SurrogateImages, groups: list[TeacherGroup], share: float, seed: int
-) -> tuple[list[TeacherGroup], torch.Tensor]:
-    """The images to judge on, by group, and for each image whether it is one of them: bool (N,).
-
-    They are `share` of each class of each adapter, at least one of three and none of fewer; at most `MOST` in all,
-    spread evenly over the groups and their adapters. Groups with too few have none.
-    """
-    candidates = torch.zeros(len(images), dtype=torch.bool)
-    generator = torch.Generator().manual_seed(seed)
-    for number, shard in enumerate(images.shards if share else ()):
-        labels = shard.labels
-        for c in labels.unique().tolist():
-            own = images.of_shard(number)[labels == c]
-            if len(own) >= _SMALLEST_CLASS:
-                chosen = torch.randperm(len(own), generator=generator)[: max(1, round(share * len(own)))]
-                candidates[own[chosen]] = True
-    most = max(FEWEST, MOST // max(1, len(groups)))
-    parts = [group.only(spread(candidates[group.images].nonzero().flatten(), most)) for group in groups]
-    parts, held_back = [part for part in parts if len(part.images) >= FEWEST], torch.zeros_like(candidates)
-    for part in parts:
-        held_back[part.images] = True
-    return parts, held_back
+    large = [group for group in groups if share and len(group) >= SMALLEST_GROUP]
+    found: list[int] = []
+    for group in large:
+        usable = [i for i in group if len(_classes(images.shards[i].labels)) > 1]
+        most = min(max(1, round(share * len(group))), max(1, MOST_ADAPTERS // len(large)))
+        found += spread(torch.tensor(usable), most).tolist()
+    return sorted(found)
 
 
 class Judge:
-    """Judges a student by held-back images, read from disk again each time.
+    """Judges a student by few-shot episodes on the surrogate images of held-out adapters, read from disk each time.
 
-    Always the same images in the same batches: equal weights get an equal figure, whenever and, but for rounding, on
+    Always the same episodes in the same batches: equal weights get equal figures, whenever and, but for rounding, on
     however many processes.
 
     Args:
-        groups: from [`hold_back`].
+        held_out: numbers of adapters, from [`hold_out`].
         make_batch: reads this process's share of images.
-        scale: `DistillationConfig.similarity_scale`.
+        metric: of the class centres, as `prototype_accuracy` has it.
     """
 
-    def __init__(self, groups: list[TeacherGroup], make_batch: BatchMaker, scale: float):
-        self._make_batch, self._scale = make_batch, scale
-        self._sizes = [len(group.images) for group in groups]
-        self._images = torch.cat([group.images for group in groups])
-        everything = (group.read(torch.arange(len(group.images))) for group in groups)
-        self._similarities = [cosine_similarity(features.float()) for features in everything]
+    def __init__(self, held_out: list[int], make_batch: BatchMaker, metric: str, seed: int):
+        self._make_batch, self._metric = make_batch, metric
+        self._images: list[torch.Tensor] = []
+        self._episodes: list[EpisodeSet] = []
+        for adapter in held_out:
+            labels = make_batch.images.shards[adapter].labels
+            chosen = torch.cat([index[:_IMAGES] for index in _classes(labels)[:_CLASSES]])
+            ways = min(_WAYS, len(labels[chosen].unique()))
+            drawn = sample_episodes(labels[chosen], ways, _SHOTS, _IMAGES - _SHOTS, _EPISODES, seed)
+            self._images.append(make_batch.images.of_shard(adapter)[chosen])
+            self._episodes.append(drawn)
 
     @torch.no_grad()
-    def __call__(self, embed: Callable[[torch.Tensor, torch.Tensor | None, int], torch.Tensor]) -> float:
-        """The mean over the groups of [`disagreement`].
+    def __call__(self, embed: Callable[[torch.Tensor, torch.Tensor | None, int], torch.Tensor]) -> torch.Tensor:
+        """Per cent of queries that go to the wrong class centre, by episode: float32 (E,).
 
         Args:
             embed: this process's share of a batch, as `Batch` has it, and how many images the batch has, to their
                 features (B, D).
         """
         features = []
-        for index in self._images.split(_BATCH):
+        for index in torch.cat(self._images).split(_BATCH):
             beat("judging")
-            features.append(embed(*self._make_batch.own_inputs(index), len(index)))
-        parts = torch.cat(features).split(self._sizes)
-        values = [disagreement(*pair, self._scale) for pair in zip(parts, self._similarities, strict=True)]
-        return torch.stack(values).mean().item()
+            features.append(embed(*self._make_batch.own_inputs(index), len(index)).float().cpu())
+        parts = torch.cat(features).split([len(images) for images in self._images])
+        errors = []
+        for part, episodes in zip(parts, self._episodes, strict=True):
+            try:
+                errors.append(100 - prototype_accuracy(part, episodes, self._metric))
+            except DataError:  # features that are not finite
+                errors.append(torch.full((len(episodes),), 100.0))
+        return torch.cat(errors)
+
+
+def _classes(labels: torch.Tensor) -> list[torch.Tensor]:
+    """Where each class of enough images for an episode has them."""
+    found = [(labels == c).nonzero().flatten() for c in labels.unique().tolist()]
+    return [index for index in found if len(index) > _SHOTS]
 
 
 @dataclasses.dataclass
@@ -99,26 +106,38 @@ class Judgements:
     """What was judged so far.
 
     Attributes:
-        images: how many images were held back to judge on; 0 where nothing is judged.
+        adapters: names of those held out; empty where nothing is judged.
         steps: how many steps were done at each judgement; the first is 0, the start.
-        figures: what each said; less is better.
+        figures: mean error of each over all episodes, per cent.
+        margins: half the 95% interval of its paired difference to the start: 1.96 standard errors over the episodes.
+        start: (E,) the start's error in each episode.
         weights: the student's trainable weights at the best, in main memory.
     """
 
-    images: int = 0
+    adapters: list[str] = dataclasses.field(default_factory=list)
     steps: list[int] = dataclasses.field(default_factory=list)
     figures: list[float] = dataclasses.field(default_factory=list)
+    margins: list[float] = dataclasses.field(default_factory=list)
+    start: torch.Tensor | None = None
     weights: list[torch.Tensor] = dataclasses.field(default_factory=list)
 
-    def add(self, step: int, figure: float, parameters: list[torch.nn.Parameter]) -> None:
+    def add(self, step: int, errors: torch.Tensor, parameters: list[torch.nn.Parameter]) -> None:
+        """Take note of a judgement, `errors` (E,) by episode, and of the weights if it is the best."""
+        self.start = errors.cpu() if self.start is None else self.start
         self.steps.append(step)
-        self.figures.append(figure)
+        self.figures.append(errors.mean().item())
+        self.margins.append(1.96 * (errors.cpu() - self.start).std().item() / math.sqrt(len(errors)))
         if self._best == len(self.steps) - 1:
             self.weights = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
 
     @property
     def _best(self) -> int:
-        return min(range(len(self.figures)), key=self.figures.__getitem__)  # of equal ones the first
+        """The lowest of those that are surely below the start, of equal ones the first; else the start.
+
+        Of many judgements some are below it by chance.
+        """
+        surely = [i for i, figure in enumerate(self.figures) if self.figures[0] - figure > self.margins[i]]
+        return min(surely, key=self.figures.__getitem__, default=0)
 
     @property
     def best_step(self) -> int | None:
@@ -141,29 +160,29 @@ class Judgements:
         """For the sidecar, JSON; None where nothing was judged."""
         if not self.steps:
             return None
-        return {
-            "images": self.images,
-            "steps": list(self.steps),
-            "figures": list(self.figures),
-            "best_step": self.best_step,
-        }
+        names = ("adapters", "steps", "figures", "margins")
+        return {"who": self.who} | {name: list(getattr(self, name)) for name in names} | {"best_step": self.best_step}
+
+    @property
+    def who(self) -> str:
+        """By whom it was judged."""
+        return f"{len(self.adapters)} adapter{'s' * (len(self.adapters) != 1)} that taught nothing"
 
     def verdict(self) -> str:
         """What is kept and why, in a sentence."""
         if not self.steps:
             return (
-                f"Nothing was judged, and the last step is kept: judging takes {FEWEST} surrogate images of a group "
-                f"of adapters, of classes that have {_SMALLEST_CLASS}. Invert with more `images_per_class`, or set "
-                "`held_out` to 0."
+                f"Nothing was judged, and the last step is kept: judging takes {SMALLEST_GROUP} adapters that are "
+                "alike, with 2 images of a class. Add adapters, or set `held_out` to 0."
             )
         first, best, last = self.figures[0], self.figures[self._best], self.figures[-1]
-        where = f"on {self.images} surrogate images that were held back"
+        where = f"on the classes of {self.who}"
         if self.best_step == 0:
             return (
-                f"The start is kept: in {self.steps[-1]} steps the student came no closer to the teachers {where} "
-                f"(disagreement {first:.4f} at the start, {last:.4f} at the end)."
+                f"The start is kept: in {self.steps[-1]} steps the student made no surely smaller error {where} "
+                f"({first:.1f}% at the start, {last:.1f}% at the end)."
             )
         return (
-            f"Step {self.best_step} of {self.steps[-1]} is kept: it is closest to the teachers {where} "
-            f"(disagreement {best:.4f}, {first:.4f} at the start, {last:.4f} at the end)."
+            f"Step {self.best_step} of {self.steps[-1]} is kept: it makes the smallest error {where} "
+            f"({best:.1f}%, {first:.1f}% at the start, {last:.1f}% at the end)."
         )

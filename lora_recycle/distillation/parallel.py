@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -19,6 +19,10 @@ from torch import nn
 
 from .checkpoints import OptimizerState
 from .student import Student
+
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 
 def own_rows(count: int, process: int, num_processes: int) -> torch.Tensor:
@@ -84,7 +88,7 @@ class ParallelStudent:
     def reshard(self) -> None:
         """After forwards without a backward, whose end it is otherwise: parameters are shared out again."""
         if self.sharded:
-            cast(FSDPModule, self.model).reshard()
+            cast("FSDPModule", self.model).reshard()
 
     @torch.no_grad()
     def update_student(self) -> None:

@@ -36,23 +36,14 @@ class TeacherGroup:
     """Surrogate images that the same adapters teach.
 
     `images` (N,) are image numbers; `features` float16 (N, D), on disk, have as inner products the mean cosine
-    similarity over the teachers; those of `images` are its `rows` (N,). `votes` maps (teacher, shard, class) to the
-    class of its own head that the teacher sees in more than half of these images.
+    similarity over the teachers. `votes` maps (teacher, shard, class) to the class of its own head that the teacher
+    sees in more than half of these images.
     """
 
     teachers: list[int]
     images: torch.Tensor
     features: RowFile
     votes: dict[tuple[int, int, int], int]
-    rows: torch.Tensor
-
-    def read(self, chosen: torch.Tensor) -> torch.Tensor:
-        """Features (B, D) of the images that stand at `chosen` (B,) in `images`."""
-        return self.features.read(self.rows[chosen])
-
-    def only(self, chosen: torch.Tensor) -> TeacherGroup:
-        """The same of some of the images: their places in `images`, or bool (N,)."""
-        return dataclasses.replace(self, images=self.images[chosen], rows=self.rows[chosen])
 
 
 def choose_teachers(members: list[int], most: int) -> list[int]:
@@ -92,23 +83,23 @@ def teach(
     if not votes.is_file():
         _ask(pool, images, members, rows, teachers, path, progress, batch_size)
     found = {(t, s, c): d for t, s, c, d in json.loads(votes.read_text())}
-    return TeacherGroup(teachers, rows, open_rows(path), found, torch.arange(len(rows)))
+    return TeacherGroup(teachers, rows, open_rows(path), found)
 
 
 def teach_all(
     pool: AdapterPool,
     images: SurrogateImages,
+    groups: list[list[int]],
     config: DistillationConfig,
     folder: Path,
     shared: bool,
     progress: bool = True,
 ) -> list[TeacherGroup]:
-    """All groups of the pool; none where the recipe does not need them. Processes that share the folder (`shared`)
-    share the groups."""
+    """What `groups` of adapters say, each of its own images; nothing where the recipe does not need it. Processes that
+    share the folder (`shared`) share the groups."""
     nameless = any(not shard.adapter.get("labels") for shard in images.shards)
-    if not (config.relational_weight or config.held_out or (config.interpolation_weight and nameless)):
+    if not (config.relational_weight or (config.interpolation_weight and nameless)):
         return []
-    groups = pool.groups() if config.groups == "auto" else [list(range(len(pool)))]
     chosen = [(members, choose_teachers(members, config.max_teachers)) for members in groups]
     if shared:
         with Heartbeat("ask teachers") as heart:

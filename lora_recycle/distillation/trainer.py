@@ -26,7 +26,7 @@ from .checkpoints import Checkpoints
 from .config import DistillationConfig
 from .episodes import make_sampler
 from .images import leave_out, match_shards
-from .judging import Judge, Judgements, hold_back
+from .judging import Judge, Judgements, hold_out
 from .losses import weighted_losses
 from .parallel import ParallelStudent, gather_features
 from .schedule import learning_rate
@@ -67,7 +67,7 @@ class MetaLoraTrainer:
         pool ([`AdapterPool`]): the adapters that the surrogate data came from. They give the initialisation and teach
             the relational loss; their real training data is never needed.
         surrogate ([`SurrogateDataset`], *optional*): from [`LoraInverter`]; not needed where `config.steps` is 0. It
-            stays on disk: memory does not grow with it, but for some 20 bytes an image.
+            stays on disk: memory does not grow with it, but for 8 bytes an image.
         config ([`DistillationConfig`]): how.
         callbacks (`Sequence[TrainerCallback]`): who looks on, and may stop it early.
 
@@ -96,7 +96,7 @@ class MetaLoraTrainer:
         self.history: dict[str, list[float]] = {}
         #: steps that were left out because their loss or gradient was not to be trusted
         self.skipped: list[int] = []
-        #: what was judged on held-back images, and the best
+        #: what was judged by held-out adapters, and the best
         self.judged = Judgements()
         #: set by a callback to end the training
         self.should_stop = False
@@ -119,7 +119,7 @@ class MetaLoraTrainer:
         self._seconds[name] += time.perf_counter() - started
 
     def train(self, output_dir: str | Path | None = None, *, progress: bool = True, resume: bool = True) -> Student:
-        """Run all steps and return the student as it was judged best on held-back images, which may be the start.
+        """Run all steps and return the student as it was judged best by held-out adapters, which may be the start.
 
         With `output_dir`, checkpoints lie there, and a run that was killed goes on as if nothing had been; Ctrl-C and
         SIGTERM end it after a step that is saved. With `resume=False` the checkpoints there are deleted first.
@@ -230,10 +230,11 @@ class MetaLoraTrainer:
             folder = Path(self._temporary.name)
         state, shown = self.accelerator, progress and self.accelerator.is_main_process
         shared = self._temporary is None
-        groups = teach_all(self.pool, images, config, folder, shared, shown)
-        judged, held_back = hold_back(images, groups, config.held_out, config.seed)
-        sampler = make_sampler(images, config, groups, held_back)
-        groups = [group.only(~held_back[group.images]) for group in groups]
+        alike = self.pool.groups() if config.groups == "auto" else [list(range(len(self.pool)))]
+        held_out = hold_out(alike, images, config.held_out)
+        teachers = [[i for i in members if i not in held_out] for members in alike]
+        groups = teach_all(self.pool, images, teachers, config, folder, shared, shown)
+        sampler = make_sampler(images, config, groups, held_out)
         groups = [group for group in groups if len(group.images) >= FEWEST]
         if config.relational_weight and not groups:
             raise DataError(f"The relational loss needs at least {FEWEST} surrogate images in a group of adapters.")
@@ -242,8 +243,8 @@ class MetaLoraTrainer:
         self.make_batch = BatchMaker(config, images, groups, sampler, *sizes)
         # dropout of the backbone's own would only add noise, and make a resumed run another one
         self._parallel = ParallelStudent(self.student.eval(), state, config.lr)
-        self._judging = Judge(judged, self.make_batch, config.similarity_scale) if judged else None
-        self.judged = Judgements(int(held_back.sum()))
+        self._judging = Judge(held_out, self.make_batch, config.metric, config.seed) if held_out else None
+        self.judged = Judgements([self.pool.infos[i].name for i in held_out])
         self._guard = SpikeGuard(config.spike_factor, state.device)
         start = 0 if output_dir is None else self._resume(output_dir)
         batches, end = config.gradient_accumulation_steps, config.steps * config.gradient_accumulation_steps
@@ -346,10 +347,10 @@ class MetaLoraTrainer:
             return
         self._read_losses()
         with self._timed("judging"):
-            figure = torch.tensor(self._judging(self._embed), device=self.accelerator.device)
+            errors = self._judging(self._embed).to(self.accelerator.device)
             self._parallel.reshard()
             self._parallel.update_student()
-            self.judged.add(step, broadcast(figure).item(), self.student.trainable())
+            self.judged.add(step, broadcast(errors), self.student.trainable())
         self._tell("on_judge", step, self.judged.figures[-1])
 
     def _checkpoints(self, output_dir: str | Path) -> Checkpoints:

@@ -152,8 +152,8 @@ def _origin(distillation: dict[str, Any], inversion: dict[str, Any] | None, kept
         return f"{start}, and was not trained."
     if kept == 0:
         return (
-            f"{start}, and stayed there: {distillation['steps']} steps on surrogate images brought it no closer to "
-            "the adapters on surrogate images that were held back."
+            f"{start}, and stayed there: {distillation['steps']} steps on surrogate images made it not surely better "
+            "at the classes of adapters that were kept from teaching."
         )
     steps = f"{kept} of {distillation['steps']}" if kept else distillation["steps"]
     images = ", ".join(name for name, share in inversion["starts"].items() if share > 0)

@@ -59,7 +59,7 @@ def write_report(
     note = "Made from the adapters alone."
     figures = [curve(name, values) for name, values in curves.items()]
     if judged:
-        name = f"disagreement with the teachers on {judged['images']} images that were held back"
+        name = f"error on the classes of {judged['who']}, per cent"
         figures.append(curve(name, judged["figures"], judged["steps"], judged["best_step"]))
     sections = [
         ("Accuracy on real images", _accuracy(rows)),
