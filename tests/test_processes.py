@@ -16,9 +16,9 @@ LAUNCHED = Path(__file__).with_name("launched.py")
 INVERT = ["--images-per-class", "6", "--iterations", "5", "--keep-ratio", "0.5", "--jitter", "0"]
 DISTILL = ["--steps", "6", "--rank", "4", "--relational-batch", "16", "--checkpoint-every", "3"]
 DISTILL += ["--ways", "3", "--queries", "3", "--episodes", "2", "--kl-weight", "1", "--interpolation-weight", "1"]
-DISTILL += ["--gradient-accumulation-steps", "2", "--max-grad-norm", "0.5", "--judge-every", "2"]
+DISTILL += ["--gradient-accumulation-steps", "2", "--max-grad-norm", "0.5", "--held-out", "0"]
 #: From here the best of the judged steps is neither the first nor the last.
-BEST_WITHIN = ["--init", "zero", "--lr", "0.01"]
+BEST_WITHIN = ["--held-out", "0.2", "--groups", "one", "--judge-every", "2", "--init", "zero", "--lr", "0.03"]
 
 
 def environment(**changes):
@@ -127,14 +127,13 @@ def test_one_two_and_four_processes_make_the_same_meta_lora(
     losses = losses_of(tmp_path)
     for name, values in losses_of(forked["one"][2]).items():
         assert values == pytest.approx(losses[name], rel=1e-4)
-    for folder in (tmp_path, two_processes[1] / "meta", forked["fsdp"][2]):
-        assert_judged_alike(folder, forked["one"][2])
 
 
 def assert_judged_alike(folder, other):
     one, two = judged_in(folder), judged_in(other)
-    assert one["figures"] == pytest.approx(two.pop("figures"), rel=1e-4)
-    assert {key: one[key] for key in two} == two and two["steps"] == [0, 2, 4, 6] and two["images"] == 16
+    for name in ("figures", "margins"):
+        assert one[name] == pytest.approx(two.pop(name), abs=0.5)  # per cent of 60 episodes
+    assert {key: one[key] for key in two} == two and two["steps"] == [0, 2, 4, 6] and len(two["adapters"]) == 1
 
 
 def test_processes_keep_the_same_best(forked):
@@ -142,7 +141,8 @@ def test_processes_keep_the_same_best(forked):
         assert forked[name][0] == 0, forked[name][1]
         assert_judged_alike(forked[name][2], forked["best one"][2])
         assert furthest(meta_lora(forked[name][2]), meta_lora(forked["best one"][2])) < 5e-6
-        assert forked[name][1].count("Step 2 of 6 is kept") == 1
+        best = judged_in(forked[name][2])["best_step"]
+        assert 0 < best < 6 and forked[name][1].count(f"Step {best} of 6 is kept") == 1
 
 
 def test_a_sharded_student_learns_the_same_and_resumes(forked):

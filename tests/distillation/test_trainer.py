@@ -332,17 +332,17 @@ def test_single_steps_are_the_steps_of_a_run(tiny_pool, tiny_surrogate):
 def test_tokens_kept_on_disk_train_as_tokens_computed_anew(
     tiny_pool, tiny_surrogate, tmp_path, use_masks, monkeypatch
 ):
-    config = recipe(first_layer=1, use_masks=use_masks, judge_every=3, **ALL_LOSSES)
-    student, stored = train(tiny_pool, tiny_surrogate, config, tmp_path)
+    config = recipe(first_layer=1, use_masks=use_masks, judge_every=3, groups="one", **ALL_LOSSES)
+    _, stored = train(tiny_pool, tiny_surrogate, config, tmp_path)
     (path,) = (tmp_path / "stored").glob("tokens-*.npy")
     assert np.load(path).shape == (96, 9 if use_masks else 17, 32)
     monkeypatch.setattr(trainer_module, "tokens_entering", lambda *_: None)
     _, computed = train(tiny_pool, tiny_surrogate, config)
     for name, values in computed.history.items():
         assert stored.history[name] == pytest.approx(values, rel=5e-3)
-    assert stored.judged.steps == [0, 3, 6] and stored.judged.figures == pytest.approx(
-        computed.judged.figures, rel=5e-3
-    )
+    assert stored.judged.steps == [0, 3, 6]
+    assert stored.judged.figures == pytest.approx(computed.judged.figures, abs=1)  # per cent of 60 episodes
+    student, _ = train(tiny_pool, tiny_surrogate, dataclasses.replace(config, held_out=0.0))
     start, _ = train(tiny_pool, None, recipe(steps=0))
     before, after = (dict(s.backbone.layers.named_parameters()) for s in (start, student))
     changed = {name.split(".")[0] for name in after if not torch.equal(before[name], after[name])}
