@@ -1,5 +1,6 @@
 """What is published: built as users' tools build it, installed where nothing else of the repository is, and run."""
 
+import ast
 import configparser
 import os
 import re
@@ -125,6 +126,13 @@ def test_version_licence_and_citation_agree():
     assert f"\nversion: {lora_recycle.__version__}\n" in citation and "\nlicense: Apache-2.0\n" in citation
     assert "Apache License\n                           Version 2.0" in (REPOSITORY / "LICENSE").read_text()
     assert (PACKAGE / "py.typed").is_file()
+
+
+def test_type_checkers_see_what_is_loaded_on_first_use():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
+    seen = {alias.name: node.module for node in imports for alias in node.names}
+    assert seen == {"__version__": "version", **lora_recycle._LAZY}
 
 
 def requirements(section: str) -> dict[str, str]:
