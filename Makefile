@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CHECKED := lora_recycle examples tests docs/hooks.py
 
-.PHONY: demo test quick quality style docs
+.PHONY: demo test quick lowest quality style docs
 
 demo: $(READY)
 	$(BIN)/lora-recycle demo --output runs/demo
@@ -18,9 +18,14 @@ test: $(READY)
 quick: $(READY)
 	$(BIN)/python -m pytest -m 'not slow'
 
+# The quick tests with the oldest versions that setup.cfg allows, in an environment of their own.
+lowest: $(VENV)-lowest/.ready
+	$(VENV)-lowest/bin/python -m pytest -m 'not slow'
+
 quality: $(READY)
 	$(BIN)/ruff check $(CHECKED)
 	$(BIN)/ruff format --check $(CHECKED)
+	$(BIN)/mypy
 
 style: $(READY)
 	$(BIN)/ruff check --fix $(CHECKED)
@@ -37,3 +42,8 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
 	touch $(READY)
+
+$(VENV)-lowest/.ready: setup.cfg pyproject.toml lowest.txt
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install --quiet -c lowest.txt -e '.[test]'
+	touch $@

@@ -1,11 +1,33 @@
 """Recycle LoRAs of vision transformers into one meta-LoRA that classifies new tasks without tuning."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .version import __version__
 
 
+if TYPE_CHECKING:  # what `_LAZY` loads at run time
+    from .backbones import Backbone
+    from .distillation.config import DistillationConfig
+    from .distillation.trainer import MetaLoraTrainer
+    from .errors import AdapterError, ConfigError, DataError, LoraRecycleError, PushError
+    from .evaluation.benchmark import evaluate
+    from .hub.adapters import pull_adapter
+    from .inversion.config import InversionConfig
+    from .inversion.inverter import LoraInverter
+    from .modeling.export import export
+    from .modeling.heads.fitting import fit_head
+    from .modeling.meta_lora import MetaLoRAForFewShotClassification
+    from .modeling.pipeline import FewShotImageClassificationPipeline
+    from .modeling.saving import save_meta_lora, wrap_student
+    from .pool import AdapterPool
+    from .surrogate import SurrogateDataset
+    from .task_tuning.config import TaskTuningConfig
+    from .tuning import tune_pool
+    from .tuning_config import TuningConfig
+
+
+#: Loaded on first use, so that importing the package stays quick.
 _LAZY = {
     "AdapterError": "errors",
     "AdapterPool": "pool",
@@ -32,7 +54,7 @@ _LAZY = {
     "wrap_student": "modeling.saving",
 }
 
-__all__ = [  # noqa: F822 - loaded on first use, so that importing the package stays quick
+__all__ = [
     "AdapterError",
     "AdapterPool",
     "Backbone",

@@ -1,5 +1,7 @@
 """What is published: built as users' tools build it, installed where nothing else of the repository is, and run."""
 
+import ast
+import configparser
 import os
 import re
 import shutil
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from packaging.version import Version
 from PIL import Image
 
 import lora_recycle
@@ -125,10 +128,33 @@ def test_version_licence_and_citation_agree():
     assert (PACKAGE / "py.typed").is_file()
 
 
-def test_lower_bounds_are_versions_that_were_tested():
-    """Each is what `constraints.txt` installs, or nothing is promised."""
-    pins = dict(re.findall(r"^([\w-]+)==(\S+)$", (REPOSITORY / "constraints.txt").read_text(), re.M))
-    text = (REPOSITORY / "setup.cfg").read_text()
-    required = text.split("install_requires =")[1].split("\n[")[0].split()
-    bounds = dict(line.split(">=") for line in required if ">=" in line)
-    assert pins.items() <= bounds.items()
+def test_type_checkers_see_what_is_loaded_on_first_use():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
+    seen = {alias.name: node.module for node in imports for alias in node.names}
+    assert seen == {"__version__": "version", **lora_recycle._LAZY}
+
+
+def requirements(section: str) -> dict[str, str]:
+    """Name to the bound, with its operator, of the requirements in an entry of setup.cfg."""
+    config = configparser.ConfigParser()
+    config.read(REPOSITORY / "setup.cfg")
+    lines = (config["options"] if section == "install_requires" else config["options.extras_require"])[section].split()
+    return {re.match(r"[\w-]+", line)[0]: line[len(re.match(r"[\w-]+", line)[0]) :] for line in lines}
+
+
+def pins(name: str) -> dict[str, str]:
+    return dict(re.findall(r"^([\w-]+)==([^\s;]+)", (REPOSITORY / name).read_text(), re.M))
+
+
+def test_lower_bounds_are_the_versions_that_make_lowest_tests():
+    bounds = {**requirements("install_requires"), **requirements("app"), **requirements("onnx")}
+    assert bounds == {name: f">={version}" for name, version in pins("lowest.txt").items()}
+
+
+def test_what_is_tested_is_allowed():
+    required = requirements("install_requires")
+    for name, version in pins("constraints.txt").items():
+        assert Version(version) >= Version(required.get(name, ">=0").removeprefix(">=")), name
+    extras = requirements("test")
+    assert all(extras[name] == bound for extra in ("app", "onnx") for name, bound in requirements(extra).items())

@@ -15,10 +15,7 @@ from peft.tuners.shira import ShiraLayer
 from torch import nn
 
 from ..backbones import Backbone
-from ..weight_changes import Layers
-
-
-Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]  # module to (B, A) of shapes (out, r), (r, in)
+from ..weight_changes import Factors, Layers
 
 
 def adapter_config(peft_type: str, rank: int, targets: list[str], backbone: Backbone, seed: int) -> peft.PeftConfig:

@@ -52,7 +52,7 @@ class FewShotImageClassificationPipeline(Pipeline):
         worn: Any = model
         super().__init__(model=worn, **{"image_processor": model.backbone.processor, **kwargs})
 
-    def _sanitize_parameters(  # type: ignore[override]  # transformers passes what the caller named
+    def _sanitize_parameters(  # type: ignore[override]  # transformers' own pipelines name their arguments too
         self,
         support_images: Sequence[Any] | None = None,
         support_labels: Sequence[Any] | None = None,
