@@ -55,7 +55,7 @@ def stages(adapters: int, iterations: int, steps: int) -> list[Stage]:
     invert = ["--output", "{}/surrogate", "--images-per-class", "3", "--max-classes", "5"]
     distill = ["--surrogate", "{}/surrogate", "--output", "{}/meta_lora", "--rank", "4", "--relational-batch", "16"]
     distill += ["--kl-weight", "1", "--episodes", "1", "--queries", "1", "--checkpoint-every", "5"]
-    distill += ["--judge-every", "4"]
+    distill += ["--groups", "one", "--judge-every", "4", "--init", "zero"]
     return [
         Stage("invert", [*pool, *invert, "--iterations", str(iterations)]),
         Stage("distill", [*pool, *distill, "--steps", str(steps)]),
@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it, and its children would
     kills = args.kills if args.kills is not None else 4 if args.quick else 50
-    todo = stages(adapters=2, iterations=10, steps=20) if args.quick else stages(adapters=6, iterations=40, steps=60)
+    todo = stages(adapters=4, iterations=6, steps=20) if args.quick else stages(adapters=6, iterations=40, steps=60)
     harness, found = Harness(todo, kills, args.signals, args.seed), 0
     with tempfile.TemporaryDirectory(prefix="kill-harness-") as folder:
         seconds = harness.undisturbed(Path(folder) / "0")
