@@ -40,13 +40,13 @@ def group_weights(found: dict) -> str:
 
 
 def figures(found: dict) -> str:
-    rows = [
-        [name, f"{row['rank correlation']:+.2f}", f"{row['and were']} of {row['said to be better than the start']}"]
-        + [f"{row['their mean gain']:+.2f}", f"{row['chosen of all']['run']}: {row['chosen of all']['gain']:+.2f}"]
-        for name, row in found["figures"].items()
-    ]
-    header = ["figure", "rank correlation", "better, of those it calls better", "their mean gain", "its choice of all"]
-    return markdown(header, rows)
+    rows = []
+    for kind, group in found["kinds"].items():
+        for name, row in group["figures"].items():
+            called = row["said to be better than the start"]
+            rows.append([kind, name, f"{row['rank correlation']:+.2f}", f"{row['and were']} of {called}"])
+            rows[-1].append(f"{row['their mean gain']:+.2f}" if called else "")
+    return markdown(["learns by", "figure", "rank correlation", "calls better, and is", "their mean gain"], rows)
 
 
 def small_files(found: dict) -> str:
