@@ -1,8 +1,8 @@
 """How good the student is, told by surrogate images of adapters that teach nothing: the best that was judged is kept.
 
-Measured (examples/choose_without_images.py): by agreement with teachers, and on images of adapters that taught, a student
-looks better with every step, while its accuracy on real images falls. On the classes of adapters that it never met it
-looks worse where it is worse, if it learns by similarities; one that learns by episodes learns this figure too.
+Measured (examples/choose_without_images.py): by agreement with teachers, and on images of adapters that taught, a
+student looks better with every step, while its accuracy on real images falls. On the classes of adapters that it never
+met it looks worse where it is worse, if it learns by similarities; one that learns by episodes learns this figure too.
 """
 
 from __future__ import annotations
