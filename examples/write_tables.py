@@ -21,6 +21,7 @@ RESULTS = ROOT / "docs" / "results"
 BENCHMARKS = ROOT / "docs" / "benchmarks"
 HOME = ("cifar_fs", "mini_imagenet", "vgg_flower", "omniglot_small")
 RIVALS = ("frozen", "undiluted", "group-sum", "nearest-group", "ties", "dare", "knots", "magnitude", "arrow")
+HUNDRED = ("undiluted", "undiluted-16", "group-sum", "nearest-group", "real-data", "ensemble")
 METHODS = ("frozen", "frozen-centred", "random", "average", "meta-lora", "ensemble")
 
 
@@ -43,6 +44,27 @@ def cell(row: dict) -> str:
     if row["method"] == "frozen":
         return f"{row['accuracy']:.1f} ± {row['ci95']:.1f}"
     return f"{row['accuracy']:.1f} ({row['delta_vs_frozen']:+.1f} ± {row['delta_ci95']:.1f})"
+
+
+def hundred_table() -> str:
+    """The pool of 100: accuracies, and paired differences to its average."""
+    path = BENCHMARKS / "mixed-100" / "results.json"
+    if not path.exists():
+        return ""
+    found = json.loads(path.read_text())
+    rows = {(row["data"], row["shots"], row["method"].partition(" @ ")[::2]): row for row in found["rows"]}
+    details = {(row["data"], row["shots"], row["method"]): row for row in found["details"]}
+    header = ["data", "shots", "frozen", "random", "average", *HUNDRED, "average of its own"]
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    for data, shots in dict.fromkeys(key[:2] for key in rows):
+        plain = {method: row for (d, k, (method, pool)), row in rows.items() if (d, k, pool) == (data, shots, "")}
+        own = [row for (d, k, (_, pool)), row in rows.items() if (d, k) == (data, shots) and pool]
+        cells = [data, str(shots), *(f"{plain[method]['accuracy']:.1f}" for method in ("frozen", "random", "average"))]
+        for method in HUNDRED:
+            delta, half = (details[data, shots, method][f"delta_vs_average{end}"] for end in ("", "_ci95"))
+            cells.append(f"{plain[method]['accuracy']:.1f} ({delta:+.1f} ± {half:.1f})")
+        lines.append("| " + " | ".join([*cells, f"{own[0]['accuracy']:.1f}" if own else ""]) + " |")
+    return "\n".join(lines)
 
 
 def choice_table() -> str:
@@ -128,6 +150,7 @@ def main() -> None:
         "test": evaluation_table(judged),
         "rivals": evaluation_table(judged, RIVALS),
         "validation": evaluation_table(chosen, starts),
+        "mixed-100": hundred_table(),
         "backbone": evaluation_table(frozen, ("frozen", "frozen-centred")),
         "demo": evaluation_table(rows_of(RESULTS / "demo_digits.json")),
         "choice": choice_table() if (RESULTS / "choice.json").exists() else "",
