@@ -66,9 +66,9 @@ RUNS = {
 }
 
 #: What is measured on surrogate images of an adapter; lower is better. `divergence`: of the similarities between
-#: images from those that the adapter itself finds, which saw them whole. The others are of 5-way 1-shot episodes of its
-#: classes: per cent of queries that go to the wrong class centre, cross-entropy of the answers, and their KL to the
-#: adapter's own head.
+#: images from those that the adapter itself finds, which saw them whole. The others are of 5-way 1-shot episodes of
+#: its classes: per cent of queries that go to the wrong class centre, cross-entropy of the answers, and their KL to
+#: the adapter's own head.
 KINDS = ("divergence", "episode error", "episode loss", "episode KL")
 #: the same of adapters that taught nothing, and of as many that did
 FIGURES = (*KINDS, *(f"{kind}, taught" for kind in KINDS))
