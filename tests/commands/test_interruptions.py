@@ -14,6 +14,14 @@ from lora_recycle.interruption import Interruption, Terminated, terminable
 from lora_recycle.inversion.inverter import LoraInverter
 
 
+@pytest.fixture(autouse=True)
+def own_signals():
+    """A job in the background ignores Ctrl-C, and so would its tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 ENDS = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated")}
 
 
