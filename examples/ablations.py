@@ -9,7 +9,7 @@ Each point of a study changes one thing against `BASE`: 8 embedded adapters, inv
 episodes, 1 and 5 shots, paired with the frozen backbone and with the exact average of the same adapters. Surrogate
 images that several points share are made once. DATA holds `<set>/<split>.parquet`. Finished points are kept in the
 work folder when it is run again; two shells share a study with `--part 0 2` and `--part 1 2`. Nothing is chosen here,
-so the test classes are read; `--split validation` looks at the others.
+so the test classes are read; `--split validation` looks at the others. With `--device cuda` all takes minutes.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from lora_recycle.embedded import pool_path
 from lora_recycle.evaluation.episodes import sample_episodes
 from lora_recycle.evaluation.protocol import confidence, prototype_accuracy
 from lora_recycle.images import load_labelled_images
+from lora_recycle.processes import choose_device
 from lora_recycle.storage import atomic_write
 from lora_recycle.surrogate import SurrogateDataset
 from lora_recycle.tuning import TuningConfig, tune_pool
@@ -161,8 +162,16 @@ STUDIES: dict[str, tuple[str, list[Point]]] = {
 class Lab:
     """Everything that points share: images, episodes, pools, surrogate images."""
 
-    def __init__(self, data: Path, work: Path, split: str, episodes: int = 600, max_per_class: int = 40):
-        self.data, self.work, self.split = data, work, split
+    def __init__(
+        self,
+        data: Path,
+        work: Path,
+        split: str,
+        episodes: int = 600,
+        max_per_class: int = 40,
+        device: torch.device | None = None,
+    ):
+        self.data, self.work, self.split, self.device = data, work, split, device
         self.episodes, self.max_per_class = episodes, max_per_class
         self._images: dict[str, Any] = {}
 
@@ -175,10 +184,10 @@ class Lab:
 
     def pool(self, point: Point) -> AdapterPool:
         if point.tuned is None:
-            return AdapterPool.from_pretrained([pool_path() / name for name in point.adapters])
+            return AdapterPool.from_pretrained([pool_path() / name for name in point.adapters], device=self.device)
         folder = self.work / f"pool-{_digest(point.tuned)}"
-        tune_pool(self.data / "cifar_fs" / "train.parquet", folder, TuningConfig(**point.tuned))
-        return AdapterPool.from_pretrained(folder)
+        tune_pool(self.data / "cifar_fs" / "train.parquet", folder, TuningConfig(**point.tuned), device=self.device)
+        return AdapterPool.from_pretrained(folder, device=self.device)
 
     def surrogate(self, pool: AdapterPool, config: InversionConfig) -> SurrogateDataset:
         """Made once for all points that want the same; goes on after a kill."""
@@ -256,6 +265,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--split", default="test", choices=("test", "validation"))
     parser.add_argument("--part", nargs=2, type=int, default=(0, 1), metavar=("I", "N"), help="every N-th from I on")
+    parser.add_argument("--device", help="as torch names it")
     args = parser.parse_args()
     if args.list:
         for name, (axis, points) in STUDIES.items():
@@ -267,7 +277,8 @@ def main() -> None:
         if args.data is None or args.json is None:
             parser.error("--study needs --data and --json")
         torch.set_num_threads(1)
-        result = run_study(args.study, Lab(args.data, args.work, args.split), tuple(args.part))
+        lab = Lab(args.data, args.work, args.split, device=choose_device(args.device))
+        result = run_study(args.study, lab, tuple(args.part))
         if result is not None:
             atomic_write(args.json, json.dumps(result, indent=1).encode())
             draw(result, args.json.with_suffix(".svg"))

@@ -5,6 +5,8 @@
         examples/make_pool.py --data DATA --output pool/               # two, on CPU
     python examples/make_pool.py --data DATA --output pool100/ --count 40 28 18 14    # 100, mixed
     python examples/make_pool.py --data DATA --output cifar100/ --only cifar_fs --count 100
+    ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 8 \
+        examples/make_pool.py --data DATA --output cifar100/ --only cifar_fs --count 100 --device cuda     # 8 on a GPU
 
 DATA holds `<set>/train.parquet` for cifar_fs, mini_imagenet, vgg_flower and omniglot_small. 40 tasks of unequal kinds,
 as on the Hub: ranks 2 to 16, all linear layers or q and v only, 3 to 64 classes, key names of transformers 4 and 5, a
@@ -25,7 +27,7 @@ from tqdm.auto import tqdm
 from lora_recycle.backbones import Backbone
 from lora_recycle.embedded import BACKBONE_NAME
 from lora_recycle.images import load_labelled_images
-from lora_recycle.processes import process_state
+from lora_recycle.processes import choose_device, process_state
 from lora_recycle.tuning import TuningConfig, tune_adapter
 
 
@@ -136,11 +138,13 @@ def main() -> None:
     parser.add_argument("--backbone", default="demo", help="folder of the backbone, `demo` for the embedded one")
     parser.add_argument("--only", nargs="*", default=list(PLAN), help="data sets")
     parser.add_argument("--count", nargs="*", type=int, help="adapters of each of these sets (default: the plan's)")
+    parser.add_argument("--max-per-class", type=int, help="read at most so many images of each class")
+    parser.add_argument("--device", help="as torch names it")
     args = parser.parse_args()
     counts = args.count or [len(PLAN[name][1]) for name in args.only]
     if len(counts) != len(args.only):
         parser.error(f"--count: {len(args.only)} numbers are needed, for {', '.join(args.only)}")
-    state, backbone = process_state(), Backbone.from_pretrained(args.backbone)
+    device, state, backbone = choose_device(args.device), process_state(), Backbone.from_pretrained(args.backbone)
 
     tasks = [(name, i) for name, count in zip(args.only, counts, strict=True) for i in range(count)]
     data = {}
@@ -151,7 +155,8 @@ def main() -> None:
             continue
         if name not in data:
             path = args.data / name / "train.parquet"
-            data = {name: load_labelled_images(path, backbone.image_size, int(backbone.processor.resample))}
+            size, resample = backbone.image_size, int(backbone.processor.resample)
+            data = {name: load_labelled_images(path, size, resample, args.max_per_class)}
         common, own = PLAN[name]
         settings = {
             **common,
@@ -165,7 +170,7 @@ def main() -> None:
         classes = torch.randperm(available, generator=draw)[: config.classes].tolist()
         base = BACKBONE_NAME if args.backbone == "demo" else args.backbone
         unfinished = args.output / f".{target.name}"
-        results = tune_adapter(data[name], classes, unfinished, config, base, seed=seed)
+        results = tune_adapter(data[name], classes, unfinished, config, base, seed, device)
         if legacy:
             rename_to_transformers_4(unfinished)
         unfinished.rename(target)

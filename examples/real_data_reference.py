@@ -26,6 +26,7 @@ from lora_recycle.distillation.student import Student
 from lora_recycle.distillation.trainer import learning_rate
 from lora_recycle.embedded import backbone_name, pool_path
 from lora_recycle.images import LabelledImages, load_labelled_images
+from lora_recycle.processes import choose_device
 from lora_recycle.prototypes import centre_logits, class_centres
 from lora_recycle.tuning import augment
 
@@ -103,7 +104,7 @@ def main() -> None:
     parser.add_argument("--pool", nargs="+", metavar="POOL", help="adapters whose average is the start")
     parser.add_argument("--max-per-class", type=int, help="use at most so many images of each class")
     parser.add_argument("--no-flip", action="store_true", help="mirror no image: where left and right matter")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", help="as torch names it")
     for name in ("steps", "rank", "shots", "ways", "queries", "episodes", "seed"):
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--lr", type=float)
@@ -112,7 +113,7 @@ def main() -> None:
     given = {key: value for key, value in vars(args).items() if key in fields and value is not None}
     init = {"init": "average"} if args.pool else {}
     config = DistillationConfig(**{**DEFAULTS, **init, **given})
-    backbone, pool = Backbone.from_pretrained(args.base_model, device=args.device), None
+    backbone, pool = Backbone.from_pretrained(args.base_model, device=choose_device(args.device)), None
     if args.pool:
         sources = [pool_path() if name == "demo" else name for name in args.pool]
         pool = AdapterPool.from_pretrained(sources, backbone=backbone)

@@ -57,6 +57,26 @@ def process_state() -> PartialState:
     return state
 
 
+def choose_device(name: str | None = None) -> torch.device:
+    """Where this process computes: the device of this name, or by default what accelerate chooses, a GPU if there is
+    one. What runs through accelerate later computes there too, if this is asked first.
+
+    Raises:
+        ConfigError: this machine has no such device, or a launch is refused by `process_state`.
+    """
+    if name is None:
+        return process_state().device
+    try:
+        wanted = torch.device(name)
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            os.environ["ACCELERATE_TORCH_DEVICE"] = str(wanted)
+        process_state()  # gives each process of a launch its own GPU, which `cuda` then means
+        return torch.empty(0, device=wanted).device
+    except (RuntimeError, AssertionError) as error:
+        os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
+        raise ConfigError(f"--device {name}: not to be had on this machine ({first_line(error)}).") from error
+
+
 def lost_the_others(error: BaseException) -> bool:
     """Whether a collective failed: the backends tell of a peer that is gone and of a time that is up."""
     return isinstance(error, torch.distributed.DistError) or (

@@ -92,7 +92,13 @@ def start_head(view: Backbone, head: torch.nn.Linear, train: Task, held: Task) -
 
 
 def tune_adapter(
-    data: LabelledImages, classes: list[int], output: Path, config: TuningConfig, base_model: str, seed: int
+    data: LabelledImages,
+    classes: list[int],
+    output: Path,
+    config: TuningConfig,
+    base_model: str,
+    seed: int,
+    device: torch.device | str | None = None,
 ) -> dict[str, float]:
     """Tune one adapter with its head on `classes` of `data` and save it with PEFT into `output`.
 
@@ -104,10 +110,10 @@ def tune_adapter(
     model = AutoModelForImageClassification.from_pretrained(
         resolve_backbone(base_model), num_labels=len(classes), id2label=dict(enumerate(names))
     )
-    view = Backbone(model.base_model, Backbone.from_pretrained(base_model).processor, base_model)
+    view = Backbone(model.base_model, Backbone.from_pretrained(base_model).processor, base_model).to(device)
     train, held = split_task(data, classes, config, generator)
     frozen = start_head(view, model.classifier, train, held)
-    wrapped = peft.get_peft_model(model, adapter_config(config, model))
+    wrapped = peft.get_peft_model(model, adapter_config(config, model)).to(view.device)
     _fit(wrapped, view, *train, config, generator)
     accuracy = _accuracy(wrapped, view, *held)
     wrapped.peft_config["default"].base_model_name_or_path = base_model
@@ -151,14 +157,14 @@ def _fit(
         kept = None
         if config.keep_ratio < 1 and step < steps - per_epoch:
             k = num_kept(patches, config.keep_ratio)
-            kept = torch.rand(len(index), patches, generator=generator).argsort(1)[:, :k]
+            kept = torch.rand(len(index), patches, generator=generator).argsort(1)[:, :k].to(view.device)
         pixels = view.normalize(augment(images[index], config.flip, generator))
         warmup = min(1.0, (step + 1) / (0.05 * steps + 1))
         for group in optimizer.param_groups:
             group["lr"] = config.lr * warmup * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         with accelerator.autocast():
             logits = _logits(wrapped, view, pixels, kept)
-        loss = F.cross_entropy(logits.float(), labels[index])
+        loss = F.cross_entropy(logits.float(), labels[index].to(view.device))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -168,7 +174,7 @@ def _fit(
 @torch.inference_mode()
 def _accuracy(wrapped: peft.PeftModel, view: Backbone, images: torch.Tensor, labels: torch.Tensor) -> float:
     wrapped.eval()
-    logits = torch.cat([_logits(wrapped, view, view.normalize(part)) for part in images.split(128)])
+    logits = torch.cat([_logits(wrapped, view, view.normalize(part)).cpu() for part in images.split(128)])
     return (logits.argmax(1) == labels).float().mean().item() * 100
 
 
@@ -208,6 +214,7 @@ def tune_pool(
     output_dir: str | Path,
     config: TuningConfig,
     base_model: str = "demo",
+    device: torch.device | str | None = None,
     progress: bool = True,
 ) -> list[dict]:
     """Tune `config.tasks` adapters on random draws of classes. Finished adapters are kept when it is run again.
@@ -233,7 +240,7 @@ def tune_pool(
         results.append(
             {
                 "adapter": str(target),
-                **tune_adapter(data, classes, target, config, base_name, config.seed * 100_003 + task),
+                **tune_adapter(data, classes, target, config, base_name, config.seed * 100_003 + task, device),
             }
         )
     return results

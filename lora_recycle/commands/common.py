@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..embedded import pool_path
-from ..errors import ConfigError
 
 
 if TYPE_CHECKING:
@@ -85,7 +84,11 @@ def add_resume_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", metavar="D", help="where to compute, as torch names it: cpu, cuda, cuda:1, mps")
+    parser.add_argument(
+        "--device",
+        metavar="D",
+        help="where to compute, as torch names it: cpu, cuda, cuda:1, mps (default: a GPU where there is one)",
+    )
 
 
 def add_class_names_argument(parser: argparse.ArgumentParser) -> None:
@@ -124,17 +127,17 @@ def load_pool(args: argparse.Namespace, **options: Any) -> AdapterPool:
     """The [`AdapterPool`] that the pool arguments describe. Skipped adapters are told on stderr."""
     from ..pool import AdapterPool
 
-    main_process = is_main_process()  # asked first: a launch that went wrong is to be refused before anything is read
+    device = checked_device(args.device)  # first: a launch that went wrong is to be refused before anything is read
     pool = AdapterPool.from_pretrained(
         sources(args.pool),
         args.base_model,
         base_revision=args.base_revision,
         on_error=args.on_error,
-        device=checked_device(args.device),
+        device=device,
         progress=not args.quiet,
         **options,
     )
-    if main_process:
+    if is_main_process():
         tell_skipped(pool.skipped, len(pool))
     return pool
 
@@ -145,17 +148,11 @@ def tell_skipped(skipped: Sequence[tuple[str, str]], used: int) -> None:
         note(f"{len(skipped)} of {used + len(skipped)} adapters skipped:\n{table(('skipped', 'reason'), skipped)}")
 
 
-def checked_device(name: str | None) -> torch.device | None:
-    """The torch device of this name. Raises `ConfigError` where this machine has none."""
-    import torch
+def checked_device(name: str | None) -> torch.device:
+    """Where to compute. Raises `ConfigError` where this machine has no device of this name."""
+    from ..processes import choose_device
 
-    if name is None:
-        return None
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"--device {name}: not to be had on this machine ({reason}).") from error
+    return choose_device(name)
 
 
 def is_main_process() -> bool:

@@ -6,7 +6,7 @@ import argparse
 import shlex
 from typing import Any
 
-from .common import Subparsers, hint, note
+from .common import Subparsers, add_device_argument, checked_device, hint, note
 
 
 EPILOG = """\
@@ -28,6 +28,7 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
     )
     parser.add_argument("--recipe", metavar="FILE", help="YAML file with the sections invert and distill")
     parser.add_argument("--pool", metavar="FOLDER", help="adapters to recycle (default: the shipped ones)")
+    add_device_argument(parser)
     return parser
 
 
@@ -36,7 +37,10 @@ def run(args: argparse.Namespace) -> None:
     from ..evaluation.protocol import format_table
 
     pool = None if args.pool == "demo" else args.pool
-    result = run_demo(args.output, data=args.data, recipe=args.recipe, pool=pool, progress=not args.quiet)
+    device = checked_device(args.device)
+    result = run_demo(
+        args.output, data=args.data, recipe=args.recipe, pool=pool, device=device, progress=not args.quiet
+    )
     print(format_table(result.rows))
     for remark in result.notes:
         note(remark)

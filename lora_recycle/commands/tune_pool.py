@@ -8,7 +8,7 @@ from typing import Any
 
 from ..tuning_config import TuningConfig
 from .arguments import add_config_arguments, build_config
-from .common import Subparsers, hint, is_main_process, note, table
+from .common import Subparsers, add_device_argument, checked_device, hint, is_main_process, note, table
 
 
 EPILOG = """\
@@ -30,6 +30,7 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder that the adapters' folders go to")
     parser.add_argument("--base-model", default="demo", metavar="X", help="what they adapt (default: %(default)s)")
+    add_device_argument(parser)
     add_config_arguments(parser, TuningConfig)
     return parser
 
@@ -40,7 +41,8 @@ def run(args: argparse.Namespace) -> None:
 
     from ..tuning import tune_pool
 
-    made = tune_pool(args.data, args.output, config, args.base_model, progress=not args.quiet)
+    device = checked_device(args.device)
+    made = tune_pool(args.data, args.output, config, args.base_model, device, progress=not args.quiet)
     made = sorted(gather_object(made), key=lambda result: result["adapter"])
     if not is_main_process():
         return

@@ -55,6 +55,7 @@ def run_demo(
     recipe: str | Path | None = None,
     pool: str | Path | None = None,
     episodes: int = 600,
+    device: torch.device | str | None = None,
     progress: bool = True,
 ) -> DemoResult:
     """Recycle a pool into a meta-LoRA and judge it on handwritten digits and on `data`.
@@ -73,7 +74,7 @@ def run_demo(
     """
     output = Path(output)
     inversion, distillation = read_recipe(recipe or RECIPE)
-    adapters = AdapterPool.from_pretrained(pool or pool_path(), progress=progress)
+    adapters = AdapterPool.from_pretrained(pool or pool_path(), device=device, progress=progress)
     sets = _real_images(data, adapters)  # read first: a wrong path is found before the work is done
     surrogate, inversion_losses = _invert(adapters, inversion, output, progress)
     trainer = MetaLoraTrainer(adapters, surrogate, distillation)
