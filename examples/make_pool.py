@@ -162,7 +162,7 @@ def main() -> None:
             **common,
             **(own[i] if i < len(own) else {"rank": FURTHER_RANKS[i % len(FURTHER_RANKS)], "keep_ratio": 0.5}),
         }
-        legacy = settings.pop("legacy", False)
+        legacy = settings.pop("legacy", False) and args.backbone == "demo"  # the old names of other families differ
         config = TuningConfig(**settings)
         seed = 100 * config.seed + i
         draw = torch.Generator().manual_seed(seed)
