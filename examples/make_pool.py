@@ -139,6 +139,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(PLAN), help="data sets")
     parser.add_argument("--count", nargs="*", type=int, help="adapters of each of these sets (default: the plan's)")
     parser.add_argument("--max-per-class", type=int, help="read at most so many images of each class")
+    parser.add_argument("--lr", type=float, help="peak step size (default: that of tune-pool)")
     parser.add_argument("--device", help="as torch names it")
     args = parser.parse_args()
     counts = args.count or [len(PLAN[name][1]) for name in args.only]
@@ -163,7 +164,7 @@ def main() -> None:
             **(own[i] if i < len(own) else {"rank": FURTHER_RANKS[i % len(FURTHER_RANKS)], "keep_ratio": 0.5}),
         }
         legacy = settings.pop("legacy", False) and args.backbone == "demo"  # the old names of other families differ
-        config = TuningConfig(**settings)
+        config = TuningConfig(**settings, **({"lr": args.lr} if args.lr else {}))
         seed = 100 * config.seed + i
         draw = torch.Generator().manual_seed(seed)
         available = len(data[name].label_names) - HELD_BACK.get(name, 0)

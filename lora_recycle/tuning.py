@@ -74,21 +74,28 @@ def split_task(
 
 
 def start_head(view: Backbone, head: torch.nn.Linear, train: Task, held: Task) -> float:
-    """Set the head to the nearest class centre on the frozen backbone, so that tuning starts from what that knows.
+    """Set the head to the nearest centre of what it reads on the frozen backbone, so that tuning starts from that.
 
-    Returns its held-out accuracy with cosine (per cent): what an adapter must beat.
+    Returns the held-out accuracy of frozen class centres with cosine (per cent): what an adapter must beat.
     """
     (images, labels), (held_images, held_labels) = train, held
     features, asked = extract_features(view, images), extract_features(view, held_images)
-    centres = class_centres(features, labels, head.out_features)
-    if view.family.head_input == "cls":
-        logits = -0.5 * torch.cdist(features, centres).square()
-        scale = 2.0 / logits.std(1).mean()  # soft enough to learn from
-        with torch.no_grad():
-            head.weight.copy_(scale * (centres - centres.mean(0)))
-            head.bias.copy_(scale * 0.5 * (centres.mean(0).square().sum() - centres.square().sum(1)))
-    scores = centre_logits(asked, centres)
+    read = features if view.family.head_input == "cls" else _head_inputs(view, images)
+    centres = class_centres(read, labels, head.out_features)
+    logits = -0.5 * torch.cdist(read, centres).square()
+    scale = 2.0 / logits.std(1).mean()  # soft enough to learn from
+    with torch.no_grad():
+        head.weight.copy_(scale * (centres - centres.mean(0)))
+        head.bias.copy_(scale * 0.5 * (centres.mean(0).square().sum() - centres.square().sum(1)))
+    scores = centre_logits(asked, class_centres(features, labels, head.out_features))
     return (scores.argmax(1) == held_labels).float().mean().item() * 100
+
+
+@torch.inference_mode()
+def _head_inputs(view: Backbone, images: torch.Tensor) -> torch.Tensor:
+    """What heads of this family read: uint8 (N, 3, H, W) to float32 (N, `head_size`) on the CPU."""
+    parts = (view.pool_for_head(view(view.normalize(part))[0]) for part in images.split(128))
+    return torch.cat([part.float().cpu() for part in parts])
 
 
 def tune_adapter(
@@ -108,7 +115,10 @@ def tune_adapter(
     generator = torch.Generator().manual_seed(seed)
     names = [data.label_names[c] for c in classes]
     model = AutoModelForImageClassification.from_pretrained(
-        resolve_backbone(base_model), num_labels=len(classes), id2label=dict(enumerate(names))
+        resolve_backbone(base_model),
+        dtype=torch.float32,  # whatever the file holds: float16 would not learn
+        num_labels=len(classes),
+        id2label=dict(enumerate(names)),
     )
     view = Backbone(model.base_model, Backbone.from_pretrained(base_model).processor, base_model).to(device)
     train, held = split_task(data, classes, config, generator)

@@ -5,13 +5,15 @@ import json
 
 import pytest
 import torch
+from helpers_tiny import shake, tiny_processor
 from peft import PeftModel
 from PIL import Image
-from transformers import ViTForImageClassification
+from transformers import Dinov2Config, Dinov2Model, ViTForImageClassification
 
 from lora_recycle.errors import ConfigError, DataError
 from lora_recycle.hub.adapters import find_adapters, pull_adapter
 from lora_recycle.images import LabelledImages
+from lora_recycle.pool import AdapterPool
 from lora_recycle.tuning import augment, split_task, tune_adapter, tune_pool
 from lora_recycle.tuning_config import TuningConfig
 
@@ -60,6 +62,21 @@ def test_awkward_class_names_survive_the_card(toy_data, tiny_backbone_path, tmp_
     config = TuningConfig(epochs=1, rank=2, targets="q_proj")
     tune_adapter(data, list(range(8)), tmp_path / "odd", config, str(tiny_backbone_path), 0)
     assert pull_adapter(tmp_path / "odd").labels == tuple(names)
+
+
+def test_other_families_learn_from_the_centres_of_what_their_head_reads(toy_data, tmp_path):
+    """DINOv2's head reads CLS and the mean patch; its file may hold float16, in which nothing would be learnt."""
+    config = Dinov2Config(
+        image_size=32, patch_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2
+    )
+    torch.manual_seed(0)
+    shake(Dinov2Model(config)).half().save_pretrained(tmp_path / "base")
+    tiny_processor().save_pretrained(tmp_path / "base")
+    tuning = TuningConfig(epochs=2, rank=2, targets="q_proj", keep_ratio=1.0)
+    found = tune_adapter(toy_data, [0, 1, 2, 3], tmp_path / "adapter", tuning, str(tmp_path / "base"), 0)
+    pool = AdapterPool.from_pretrained(tmp_path / "adapter")
+    assert pool[0].head.weight.shape == (4, 32) and pool[0].head.weight.isfinite().all()
+    assert found["accuracy"] > 90
 
 
 def test_same_seed_same_adapter(toy_data, tiny_backbone_path, tmp_path):
