@@ -85,8 +85,6 @@ def main(argv: list[str] | None = None) -> dict:
         result = run(args)
     from speed.report import markdown, plot, text_table
 
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
     if args.plot:
         args.plot.write_text(plot(result))
     if args.markdown:
@@ -101,30 +99,33 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Measure all stages and return what `--json` writes."""
+    """Measure all stages and return what `--json` writes, which is there after every stage."""
     import torch
     from speed.measure import machine
     from speed.stages import make_world
 
     torch.manual_seed(0)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    rows, achievable, started = [], [], time.perf_counter()
+    rows, achievable, started, result = [], [], time.perf_counter(), {}
     with tempfile.TemporaryDirectory() as folder:
         world = make_world(args.backbone, device, dtype, Path(folder))
-        for name in args.stages:
+        for number, name in enumerate(args.stages, 1):
             print(f"{name} ... ({time.perf_counter() - started:.0f} s)", file=sys.stderr, flush=True)
             found, reached = measure_stage(name, world, args)
             rows += found
             achievable += reached
-    names = ("backbone", "dtype", "rounds", "stages")
-    return {
-        "machine": machine(device),
-        "setting": {name: getattr(args, name) for name in names},
-        "achievable_gflops": statistics.median(achievable) / 1e9,
-        "ratios": ratios(rows),
-        "rows": rows,
-        "seconds": round(time.perf_counter() - started, 1),
-    }
+            setting = {key: getattr(args, key) for key in ("backbone", "dtype", "rounds")}
+            result = {
+                "machine": machine(device),
+                "setting": setting | {"stages": args.stages[:number]},
+                "achievable_gflops": statistics.median(achievable) / 1e9,
+                "ratios": ratios(rows),
+                "rows": rows,
+                "seconds": round(time.perf_counter() - started, 1),
+            }
+            if args.json:
+                args.json.write_text(json.dumps(result, indent=1) + "\n")
+    return result
 
 
 def measure_stage(name: str, world, args: argparse.Namespace) -> tuple[list[dict], list[float]]:

@@ -1,5 +1,5 @@
 """Tables of the documentation, from what small_files.py, adapter_types.py, fscil.py, rejection.py, choose_adapters.py,
-group_weights.py and choose_without_images.py wrote."""
+group_weights.py, choose_without_images.py and ablations.py wrote."""
 
 import json
 from pathlib import Path
@@ -17,12 +17,30 @@ def more_tables(results: Path) -> dict[str, str]:
         "figures": figures,
     }
     paths = {name: results / f"{name}.json" for name in makers}
-    return {name: makers[name](json.loads(path.read_text())) for name, path in paths.items() if path.exists()}
+    found = {name: makers[name](json.loads(path.read_text())) for name, path in paths.items() if path.exists()}
+    studies = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("ablation-*.json"))}
+    return found | {name: ablation(study) for name, study in studies.items()}
 
 
 def markdown(header: list[str], rows: list[list]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def ablation(study: dict) -> str:
+    """A line for each point and data set: gains over frozen, 1 and 5 shots or what else it was judged on."""
+    rows = []
+    for point in study["points"]:
+        sets = dict.fromkeys(task.split(" ")[0] for task in point["tasks"])
+        for name in sets:
+            tasks = [task for task in point["tasks"] if task.split(" ")[0] == name]
+            cells = []
+            for method, reference in (("average", "frozen"), ("from zero", "frozen"), ("from average", "average")):
+                gains = [point["tasks"][task][method][f"vs {reference}"] for task in tasks]
+                cells.append(" / ".join(f"{mean:+.1f} ± {half:.1f}" for mean, half in gains))
+            rows.append([point["name"], *([name] if len(sets) > 1 else []), *cells])
+    header = [study["axis"], *(["data"] if rows and len(rows[0]) == 5 else [])]
+    return markdown([*header, "average", "distilled from zero", "distilled from the average, against it"], rows)
 
 
 def group_weights(found: dict) -> str:
