@@ -74,7 +74,7 @@ class Point:
         episodes = distill.ways * (distill.shots + distill.queries) * distill.episodes
         batch = distill.relational_batch * bool(distill.relational_weight)
         batch += episodes * (bool(distill.kl_weight) + bool(distill.interpolation_weight))
-        tuning = 0 if self.tuned is None else len(self.adapters) * self.tuned["epochs"] * 1000 * 0.02
+        tuning = 0 if self.tuned is None else len(self.adapters) * self.tuned["epochs"] * 600 * 0.02
         judging = 800 * len(self.sets) * 4 * 0.015
         return (images * invert.iterations * 0.0155 + 2 * distill.steps * batch * 0.017 + tuning + judging) / 60
 
@@ -103,7 +103,7 @@ STUDIES: dict[str, tuple[str, list[Point]]] = {
     "tuned": (
         "epochs that the LoRAs were tuned for",
         [
-            Point(str(n), tuned={"tasks": 6, "classes": 10, "images_per_class": 100, "epochs": n}, adapters=EIGHT[:6])
+            Point(str(n), tuned={"tasks": 4, "classes": 10, "images_per_class": 60, "epochs": n}, adapters=EIGHT[:4])
             for n in (1, 2, 4, 8)
         ],
     ),
@@ -174,6 +174,7 @@ class Lab:
         self.data, self.work, self.split, self.device = data, work, split, device
         self.episodes, self.max_per_class = episodes, max_per_class
         self._images: dict[str, Any] = {}
+        self._frozen: dict[str, list[float]] = {}
 
     def images(self, name: str, backbone):
         if name not in self._images:
@@ -205,11 +206,17 @@ class Lab:
                 found[f"{name} {ways}-way {shots}-shot"] = prototype_accuracy(features, drawn).tolist()
         return found
 
+    def frozen(self, backbone, point: Point) -> dict[str, list[float]]:
+        """`judge` of the bare backbone, which is the same for all points."""
+        missing = tuple(name for name in point.sets if not any(task.startswith(f"{name} ") for task in self._frozen))
+        self._frozen |= self.judge(backbone, dataclasses.replace(point, sets=missing))
+        return {task: values for task, values in self._frozen.items() if task.split(" ")[0] in point.sets}
+
     def run(self, point: Point) -> dict[str, Any]:
         """Accuracies of the frozen backbone, the average, and the meta-LoRAs from zero and from the average."""
         invert, distill = point.config()
         pool = self.pool(point)
-        surrogate, found = self.surrogate(pool, invert), {"frozen": self.judge(pool.backbone, point)}
+        surrogate, found = self.surrogate(pool, invert), {"frozen": self.frozen(pool.backbone, point)}
         with pool.folded() as averaged:
             found["average"] = self.judge(averaged, point)
         for init in ("zero", "average"):
