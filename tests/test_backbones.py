@@ -62,10 +62,12 @@ FAMILIES = {
 }
 
 
-def build(family):
+def build(family, layers=2):
     kind, config, base, prefix = FAMILIES[family]
     torch.manual_seed(0)
-    model = shake(kind(copy.deepcopy(config)))  # models keep it, and their choice of attention in it
+    config = copy.deepcopy(config)  # models keep it, and their choice of attention in it
+    getattr(config, "vision_config", config).num_hidden_layers = layers
+    model = shake(kind(config))
     return model, getattr(model, base), prefix
 
 
@@ -85,8 +87,8 @@ def test_features_and_logits_are_those_of_transformers(family):
     torch.testing.assert_close(model.classifier(view.pool_for_head(hidden)), logits, rtol=1e-4, atol=1e-5)
 
 
-def view_of(family):
-    _, base, prefix = build(family)
+def view_of(family, layers=2):
+    _, base, prefix = build(family, layers)
     return Backbone(base, tiny_processor(), family), prefix
 
 
@@ -150,6 +152,35 @@ def test_gradients_reach_exactly_the_patches_that_are_left(family):
     x.grad = None
     view.features(x, kept).square().sum().backward()
     assert torch.equal(patches_of(x.grad) > 0, left)  # never embedded: their own pixels alone
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_progressive_pruning_drops_layer_by_layer(family):
+    view, prefix = view_of(family, layers=3)
+    x = torch.randn(2, 3, 32, 32, requires_grad=True)
+    outputs = []
+    hooks = [layer.register_forward_hook(lambda *hooked: outputs.append(_out(hooked[-1]))) for layer in view.layers]
+    hidden, kept = view(x, prune={0: 0.5, 1: 0.25})
+    for hook in hooks:
+        hook.remove()
+    assert [output.shape[1] - prefix for output in outputs] == [16, 8, 4] and hidden.shape == (2, prefix + 4, 32)
+
+    chosen, tokens = torch.arange(16).expand(2, -1), view.embed(x)
+    for layer, k in (
+        (0, 8),
+        (1, 4),
+    ):  # by hand: each choice among the tokens that are left, by what is left's attention
+        with torch.no_grad(), view.record_attention(layer) as attention:
+            tokens = _out(view.layers[layer](tokens, None))
+        top = attention.row[:, prefix:].topk(k).indices.sort().values
+        chosen, tokens = chosen.gather(1, top), keep_tokens(tokens, top, prefix)
+    assert torch.equal(kept, chosen)
+    torch.testing.assert_close(hidden, _out(view.layers[2](tokens, None)), rtol=1e-4, atol=1e-5)
+
+    reached = torch.autograd.grad(view.pool(hidden).square().sum(), [x, *outputs[:2]])
+    assert (patches_of(reached[0]) > 0).all()
+    for grad, k in zip(reached[1:], (8, 4), strict=True):
+        assert ((grad[:, prefix:] != 0).any(-1).sum(1) == k).all()
 
 
 def patches_of(images):

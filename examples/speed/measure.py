@@ -60,14 +60,23 @@ def cost(step: Callable[[], Any], device: torch.device) -> tuple[int, int]:
     return flops.get_total_flops(), peak
 
 
+#: how often cases change places within a round, as far as they are repeated so often
+TURNS = 10
+
+
 def interleaved(cases: Sequence[Case], rounds: int, device: torch.device, least: float) -> dict[str, list[float]]:
-    """Seconds of one step of each case in each round. Every round takes all cases in turn, every other one backwards,
-    and repeats each until `least` seconds are over."""
+    """Seconds of one step of each case in each round. Every round repeats each case until `least` seconds are over,
+    in short turns, forwards and backwards through the cases: a machine's speed wavers within a second, and steps of a
+    few milliseconds that were timed one second apart scattered by a tenth."""
     repeats = {case.name: max(1, round(least / timed(case.step, 1, device))) for case in cases}  # a warm-up too
-    seconds: dict[str, list[float]] = {case.name: [] for case in cases}
+    turns = {name: min(TURNS, number) for name, number in repeats.items()}
+    seconds: dict[str, list[float]] = {case.name: [0.0] * rounds for case in cases}
     for number in range(rounds):
-        for case in cases if number % 2 == 0 else reversed(cases):
-            seconds[case.name].append(timed(case.step, repeats[case.name], device))
+        for turn in range(max(turns.values())):
+            for case in cases if (number + turn) % 2 == 0 else reversed(cases):
+                if turn < turns[case.name]:
+                    each = timed(case.step, repeats[case.name] // turns[case.name], device)
+                    seconds[case.name][number] += each / turns[case.name]
     return seconds
 
 

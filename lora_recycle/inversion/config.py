@@ -7,7 +7,7 @@ import dataclasses
 from ..configuration import RecipeConfig, field, require_choices
 
 
-STARTS = ("noise", "dead-leaves", "fractal", "strokes", "images")
+STARTS = ("noise", "dead-leaves", "pale-leaves", "fractal", "strokes", "images")
 PRIORS = ("tv", "patch_entropy", "batch_norm")
 
 

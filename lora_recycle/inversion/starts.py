@@ -49,6 +49,11 @@ def dead_leaves(count: int, size: int, generator: torch.Generator, leaves: int =
     return (torch.from_numpy(pictures).permute(0, 3, 1, 2) + 0.5 * shade).clamp_(0, 1)
 
 
+def pale_leaves(count: int, size: int, generator: torch.Generator) -> torch.Tensor:
+    """Dead leaves at half their contrast, which become another picture in half the iterations."""
+    return 0.5 + 0.5 * (dead_leaves(count, size, generator) - 0.5)
+
+
 def _draw_leaf(
     draw: ImageDraw.ImageDraw, rng: np.random.Generator, radius: float, size: int, colour: np.ndarray
 ) -> None:
@@ -81,7 +86,13 @@ def strokes(count: int, size: int, generator: torch.Generator) -> torch.Tensor:
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
 
 
-PROCEDURES = {"noise": noise, "fractal": fractal, "dead-leaves": dead_leaves, "strokes": strokes}
+PROCEDURES = {
+    "noise": noise,
+    "fractal": fractal,
+    "dead-leaves": dead_leaves,
+    "pale-leaves": pale_leaves,
+    "strokes": strokes,
+}
 
 
 def draw_starts(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_recycle import DistillationConfig, InversionConfig
+from lora_recycle import DistillationConfig, InversionConfig, LoraInverter
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -35,6 +35,27 @@ def test_every_variant_is_a_recipe_and_has_a_reference(efficiency):
         assert InversionConfig(**{**efficiency.BASE_INVERT, **invert}).iterations <= 2000
         assert DistillationConfig(**{**efficiency.BASE_DISTILL, **distill}).steps == 60
         assert efficiency.REFERENCES.get(name.split()[0].split("-")[0], efficiency.BASE) in efficiency.VARIANTS
+
+
+@pytest.mark.parametrize("name", ["Lbfgs", "Mixtures", "PreviousBatch"])
+def test_what_was_tried_makes_images_that_their_adapter_knows(efficiency, tiny_pool, name):
+    kind = getattr(importlib.import_module("speed.trials"), name)
+    assert kind in efficiency.INVERTERS.values()
+    config = InversionConfig(images_per_class=2, iterations=12, jitter=0, lr=0.1)
+    inverter = kind(tiny_pool, config)
+    for index in (0, 1):
+        shard = inverter.invert(index)
+        assert inverter.losses[-1] < 0.8 * inverter.losses[0]
+    assert not torch.equal(shard.pixels, LoraInverter(tiny_pool, config).invert(1).pixels)
+
+
+def test_some_lines_are_made_anew_and_the_others_stay(efficiency):
+    old = [{"name": "frozen"}, {"name": "masked 50%", "x": 1}, {"name": "masked 75%", "x": 1}]
+    new = [{"name": "plain Adam, 30 iterations", "x": 2}, {"name": "masked 50%", "x": 2}]
+    assert efficiency.with_lines(old, new) == [old[0], *new, old[2]]
+    measured = {name: row(name, 50.0) for name in ("multi-resolution, 30 iterations", "masked 75%")}
+    (line,) = efficiency.summary(measured, ["masked 75%"])
+    assert line["delta zero cifar_fs/test 1"] == (0.0, 0.0)
 
 
 def test_differences_are_paired_with_the_reference(efficiency):

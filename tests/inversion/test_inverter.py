@@ -7,8 +7,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from helpers_tiny import copied_state, planted_adapter, random_factors, random_pixels, same_weights
+from helpers_tiny import copied_state, planted_adapter, random_factors, random_pixels, same_weights, tiny_processor
 from PIL import Image
+from test_backbones import FAMILIES, build
 
 from lora_recycle.adapter_heads import Head
 from lora_recycle.backbones import Backbone
@@ -86,6 +87,24 @@ def test_masks_are_of_the_last_pruning_layer_unless_they_are_not_wanted(tiny_poo
         backbone(backbone.normalize(shard.pixels))
     assert torch.equal(shard.kept_tokens.long(), select_top(attention.row[:, 1:], 4))
     assert LoraInverter(tiny_pool, quick(prune={0: 0.25}, keep_ratio=1.0)).invert(1).kept_tokens is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_masks_are_taken_on_the_stored_pixels_whatever_the_jitter(family):
+    """Images are shifted and mirrored while they are optimised, but stored as they are: no mask needs moving."""
+    _, base, prefix = build(family)
+    backbone = Backbone(base, tiny_processor(), family)
+    layer = next(name for name, module in base.named_modules() if name.endswith("q_proj"))
+    adapter = planted_adapter("planted", random_factors({layer: (32, 2, 32)}, 0))
+    adapter = dataclasses.replace(adapter, head=Head(torch.randn(3, backbone.head_size)))
+    pool = AdapterPool(backbone, [adapter])
+    shard = LoraInverter(pool, quick(prune={0: 0.5, 1: 0.25}, jitter=4, flip=True)).invert(0)
+    with pool.folded(0):
+        eager = copy.deepcopy(base)
+    eager.set_attn_implementation("eager")
+    attention = eager(backbone.normalize(shard.pixels), output_attentions=True).attentions[1]
+    row = attention.mean((1, 2)) if family == "siglip" else attention[:, :, 0].mean(1)
+    assert torch.equal(shard.kept_tokens.long(), select_top(row[:, prefix:], 4))
 
 
 def test_patches_are_dropped_from_the_first_iteration_asked_for(tiny_pool, monkeypatch):

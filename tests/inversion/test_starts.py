@@ -33,6 +33,11 @@ def test_fractals_are_smooth_and_noise_is_not():
     assert roughness(PROCEDURES["fractal"](8, 32, seeded())) < 0.8
 
 
+def test_pale_leaves_are_dead_leaves_at_half_the_contrast():
+    leaves, pale = (PROCEDURES[kind](3, 32, seeded()) for kind in ("dead-leaves", "pale-leaves"))
+    torch.testing.assert_close(pale - 0.5, (leaves - 0.5) / 2)
+
+
 def test_strokes_are_grey():
     images = PROCEDURES["strokes"](4, 32, seeded())
     assert torch.equal(images[:, 0], images[:, 1]) and torch.equal(images[:, 0], images[:, 2])
