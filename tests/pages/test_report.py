@@ -63,6 +63,12 @@ def test_page_holds_everything(tmp_path):
     assert [entry.name for entry in (tmp_path / "deep").iterdir()] == ["report.html"]
 
 
+def test_episodes_are_a_column_only_where_they_differ(tmp_path):
+    assert "over 2 episodes" in write(tmp_path / "report.html")
+    page = write(tmp_path / "report.html", rows=[ROWS[0], {**ROWS[1], "episodes": 7}])
+    assert "episodes</th>" in page and ">7</td>" in page
+
+
 def test_mask_dims_the_other_patches(tmp_path):
     page = write(tmp_path / "report.html")
     encoded = re.findall(r"base64,([^\"]+)\"", page)
