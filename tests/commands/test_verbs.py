@@ -41,6 +41,11 @@ def test_inspect_prints_a_table_and_json(work, run):
     assert surrogate["kind"] == "surrogate" and surrogate["config"]["iterations"] == 2
 
 
+def test_what_comes_after_inspect_goes_by_what_it_is(work, run):
+    for what, next_verb in (("pool", "invert"), ("surrogate", "distill"), ("meta", "predict")):
+        assert f"Next: lora-recycle {next_verb} " in run("inspect", work / what)[2]
+
+
 def test_inspect_prints_names_that_other_verbs_take(work, tmp_path, run):
     code, out, err = run("inspect", work / "pool", "--short")
     assert code == 0 and out.splitlines() == [str(path) for path in sorted((work / "pool").iterdir())]
