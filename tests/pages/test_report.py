@@ -55,6 +55,7 @@ def test_page_holds_everything(tmp_path):
     page = write(tmp_path / "deep" / "report.html")
     for text in ("cat", "dog", "meta-lora", "digits", "5-way 1-shot", "55.50", "+5.50", "steps", "model.predict"):
         assert text in page
+    assert "<p><em>frozen</em>: the bare backbone; <em>meta-lora</em>: what this run made.</p>" in page
     assert page.count("<img") == 4 and page.count("<polyline") == 2 and page.count('<rect class="bar') == 2
     assert not re.search(r"(?:src|href)=\"(?!data:)|url\((?!#)|@import|<script", page)
     parser = _Balance()
