@@ -213,3 +213,8 @@ def test_demo_leaves_checkpoints_alone_that_are_not_its_own(work, tmp_path, fail
     line = fails("demo", "--pool", work / "pool", "--recipe", recipe, "--output", output, "--quiet")
     assert "checkpoint of another recipe" in line
     assert (output / "meta_lora" / "work" / "checkpoint-00000003.safetensors").exists()
+
+
+def test_a_push_names_a_folder_that_is_missing_or_holds_nothing_to_push(work, tmp_path, fails):
+    assert f"{tmp_path / 'none'}: no such folder." in fails("push", tmp_path / "none", "someone/meta")
+    assert "neither adapter_config.json nor manifest.json" in fails("push", work / "pool", "someone/meta")
