@@ -122,7 +122,7 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
             pass
     elif hint is int and isinstance(value, float) and value.is_integer():
         return int(value)
-    elif isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+    elif origin is None and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     if isinstance(value, float) and hint is float:
         return value

@@ -135,6 +135,7 @@ def _read_hub(name: str, split: str | None, order: Sequence[str]) -> Any:
     from datasets import load_dataset
 
     try:
+        _ask_hub(name)
         loaded = load_dataset(name)
     except Exception as error:  # network, hub and datasets errors share no base
         raise DataError(
@@ -142,6 +143,23 @@ def _read_hub(name: str, split: str | None, order: Sequence[str]) -> Any:
             f"({_first_line(error)}). Expected {_EXPECTED}."
         ) from error
     return _one_split(loaded, split, name, order)
+
+
+def _ask_hub(name: str) -> None:
+    """Raise where a data set that is not in the cache is not on the Hub either, or the Hub cannot be reached.
+
+    `datasets` would try for half a minute, and most such names are folders that are spelled otherwise.
+    """
+    from datasets import config
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    if config.HF_HUB_OFFLINE or (config.HF_DATASETS_CACHE / name.replace("/", "___")).is_dir():
+        return
+    try:
+        HfApi().dataset_info(name, timeout=10)
+    except RepositoryNotFoundError:
+        raise LookupError("it has none, or a private one, which needs a token") from None
 
 
 def _one_split(loaded: Any, split: str | None, where: str | Path, order: Sequence[str]) -> Any:

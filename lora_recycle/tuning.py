@@ -131,7 +131,7 @@ def tune_adapter(
         if parameter.requires_grad:
             parameter.data = parameter.data.half()
     partial = output.with_name(f".{output.name}.{os.getpid()}")
-    wrapped.save_pretrained(str(partial))
+    wrapped.save_pretrained(str(partial), save_embedding_layers=False)
     results = {"accuracy": round(accuracy, 2), "frozen_class_centres": round(frozen, 2)}
     (partial / "README.md").write_text(_card(output.name.lstrip("."), base_model, data.name, names, results, config))
     if output.exists():

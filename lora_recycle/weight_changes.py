@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any, TypeAlias, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -18,6 +18,7 @@ from .adapter_heads import Head, PooledHead, head_problem
 from .backbones import Backbone
 from .errors import AdapterError
 from .hub.adapters import AdapterInfo, LoadedAdapter, load_adapter
+from .wrapping import wrap
 
 
 #: PEFT's layers by their path: each is a module and a `BaseTunerLayer`, for which there is no one type.
@@ -279,7 +280,7 @@ def split_changes(changes: dict[str, torch.Tensor]) -> tuple[Factors, dict[str, 
 
 def _wrap(loaded: LoadedAdapter, backbone: Backbone) -> PeftModel:
     """A float32 copy of the backbone on the CPU that wears the adapter the way PEFT does it."""
-    wrapped = get_peft_model(copy.deepcopy(backbone.model).float().cpu(), copy.deepcopy(loaded.peft_config))
+    wrapped = wrap(copy.deepcopy(backbone.model).float().cpu(), copy.deepcopy(loaded.peft_config))
     set_peft_model_state_dict(wrapped, loaded.state_dict)
     if loaded.info.peft_type == "POLY":
         for layer in tuner_layers(wrapped.get_base_model()).values():

@@ -3,11 +3,13 @@
 import io
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from lora_recycle import image_sources
 from lora_recycle.errors import DataError
 from lora_recycle.images import load_labelled_images, load_unlabelled_images
 from lora_recycle.pictures import to_rgb
@@ -142,13 +144,29 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch):
     def refuse(name):
         raise ConnectionError("no network\nat all")
 
-    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    monkeypatch.setattr(image_sources, "_ask_hub", refuse)
     with pytest.raises(DataError, match=r"someone/none: no such file .* from the Hub \(no network\)"):
+        load_labelled_images("someone/none", 4)
+
+
+def test_a_name_that_the_hub_does_not_know_is_asked_for_once(hub):
+    with pytest.raises(DataError, match=r"photos: no such file .* from the Hub \(it has none, or a private one"):
+        load_labelled_images("photos", 4)
+    assert hub.count("datasets/photos") == 1
+
+
+def test_an_unreachable_hub_is_no_reason_to_wait(monkeypatch):
+    def down(self, name, timeout):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", down)
+    with pytest.raises(DataError, match=r"from the Hub \(no network\)"):
         load_labelled_images("someone/none", 4)
 
 
 def test_hub_data_set_takes_the_first_usual_split(monkeypatch):
     loaded = datasets.DatasetDict(train=table(6), validation=table(3))
+    monkeypatch.setattr(image_sources, "_ask_hub", lambda name: None)
     monkeypatch.setattr(datasets, "load_dataset", lambda name: loaded)
     data = load_labelled_images("someone/flowers", 4)
     assert (data.name, len(data)) == ("someone/flowers", 3)

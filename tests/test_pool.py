@@ -291,8 +291,8 @@ def test_adapters_of_one_config_are_compared_with_one_model_of_peft(tmp_path, mo
     for i in range(3):
         _, twin = save_adapter(tmp_path / f"a{i}")
     save_adapter(tmp_path / "b", CONFIGS["rslora"])
-    built, get_peft_model = [], hub_adapters.get_peft_model
-    monkeypatch.setattr(hub_adapters, "get_peft_model", lambda *a, **k: built.append(1) or get_peft_model(*a, **k))
+    built, wrap = [], hub_adapters.wrap
+    monkeypatch.setattr(hub_adapters, "wrap", lambda *a, **k: built.append(1) or wrap(*a, **k))
     pool = AdapterPool.from_pretrained(tmp_path, backbone=Backbone(twin, tiny_processor(), "t"))
     assert len(list(pool)) == 4 and len(built) == 2
     edit_tensors(tmp_path / "a2", lambda tensors: {key: tensor[:1] for key, tensor in tensors.items()})

@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
         report = write_training_report(Path(args.output) / "report.html", trainer, model.settings, args.output)
         if not args.quiet:
             note(f"Report: {report}")
-    rows = [(name, round(values[0], 4), round(values[-1], 4)) for name, values in trainer.history.items()]
+    rows = [(name, *(float(f"{v:.4g}") for v in (values[0], values[-1]))) for name, values in trainer.history.items()]
     print(
         table(("loss", "first step", "last step"), rows) if rows else f"{args.output}: the initialisation, untrained"
     )

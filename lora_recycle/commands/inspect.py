@@ -96,12 +96,18 @@ def run(args: argparse.Namespace) -> None:
         if parts:
             print("\n\n".join(parts))
     tell_skipped(bad.skipped, len(infos))
-    names = shlex.join(args.what)
-    hint(
-        "lora-recycle distill POOL --surrogate " + names
-        if surrogates
-        else f"lora-recycle invert {names} --output surrogate"
-    )
+    hint(_next(args, infos, bool(surrogates)))
+
+
+def _next(args: argparse.Namespace, infos: list[AdapterInfo], surrogate: bool) -> str:
+    """What these are for: surrogate data to distil, a meta-LoRA, which has no head to invert, to predict with."""
+    from ..hub.files import SIDECAR_FILE
+
+    if surrogate:
+        return f"lora-recycle distill POOL --surrogate {shlex.join(args.what)} --output meta_lora"
+    if len(infos) == 1 and (infos[0].path / SIDECAR_FILE).is_file():
+        return f"lora-recycle predict {shlex.join(args.what)} --support EXAMPLES PHOTOS"
+    return f"lora-recycle invert {shlex.join(args.what)} --output surrogate"
 
 
 def _write_pages(args: argparse.Namespace, surrogates: list, others: list) -> None:
@@ -123,7 +129,7 @@ def _write_pages(args: argparse.Namespace, surrogates: list, others: list) -> No
             note(f"{surrogate.folder}: the patch size of its backbone is not to be had, so masks are left out.")
         path = surrogate.folder / "images.html"
         print(write_surrogate_page(path, surrogate, patch_size=patch_size, images=images, views=views))
-    hint("lora-recycle distill POOL --surrogate " + shlex.join(args.what))
+    hint(f"lora-recycle distill POOL --surrogate {shlex.join(args.what)} --output meta_lora")
 
 
 def _views(args: argparse.Namespace, surrogate: SurrogateDataset) -> list[tuple[str, Backbone]]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
 
 from ..errors import ConfigError, LoraRecycleError
 from ..interruption import Terminated, terminable
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with 2.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    args = build_parser().parse_args(argv)
+    args = _parsed(argv)
     args.debug, args.quiet = getattr(args, "debug", False), getattr(args, "quiet", False)
     quieten(args.quiet)
     try:
@@ -113,29 +114,51 @@ def build_parser() -> argparse.ArgumentParser:
     # suppressed, so that the verb's default does not undo what stood before the verb
     common.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the trace of an error")
     common.add_argument("--quiet", action="store_true", default=argparse.SUPPRESS, help="no progress bars and hints")
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="lora-recycle",
         description="Recycle LoRAs of vision transformers into one meta-LoRA that classifies new tasks untuned.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=[common],
-        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"lora-recycle {__version__}")
     parser.add_argument("--print-completion", action=PrintCompletion, help="completion script of bash, zsh or fish")
-    subparsers = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Verb)
+    subparsers = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
     for module in VERBS:
         verb = module.add_parser(subparsers, parents=[common])
         verb.set_defaults(run=module.run)
     return parser
 
 
-class _Verb(argparse.ArgumentParser):
-    """A verb's parser: examples in the epilog keep their lines, options are written out."""
+class _Parser(argparse.ArgumentParser):
+    """Examples in the epilog keep their lines, options are written out, and an error says where the help is."""
 
     def __init__(self, **options: Any) -> None:
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n`{self.prog} --help` says what there is.\n")
+
+
+def _parsed(argv: list[str]) -> argparse.Namespace:
+    """The arguments. Wrong usage exits with 2, naming what is like the word that is not known."""
+    parser = build_parser()
+    verbs = next(action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    verb = next((word for word in argv if not word.startswith("-")), None)
+    if verb is not None and verb not in verbs and "--print-completion" not in argv:
+        parser.error(f"there is no verb {verb!r}.{_like(verb, verbs)}")
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        taker = verbs[args.verb]
+        meant = _like(unknown[0].split("=")[0], taker._option_string_actions)
+        taker.error(f"unrecognized arguments: {' '.join(unknown)}.{meant}")
+    return args
+
+
+def _like(word: str, known: Iterable[str]) -> str:
+    """A question after what was perhaps meant; empty where nothing is near."""
+    near = difflib.get_close_matches(word, known, 1)
+    return f" Did you mean {near[0]}?" if near else ""
 
 
 def _alone(verb: str) -> None:
@@ -184,8 +207,10 @@ def _is_expected(error: Exception) -> bool:
 def _silence_libraries() -> None:
     """No load reports and bars of transformers and datasets among ours."""
     import datasets
+    import huggingface_hub
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    huggingface_hub.logging.set_verbosity_error()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,9 +67,9 @@ def run(args: argparse.Namespace) -> None:
     from ..hub.sources import one_id
     from ..modeling.meta_lora import MetaLoRAForFewShotClassification
 
-    name, images = _model_and_images(args)
+    named, images = _model_and_images(args)
     paths = _expand(images)
-    name, revision = one_id(name)
+    name, revision = one_id(named)
     model = MetaLoRAForFewShotClassification.from_pretrained(
         name,
         revision=revision,
@@ -86,10 +87,10 @@ def run(args: argparse.Namespace) -> None:
     probabilities = model.predict_proba(paths, failures=failures, progress=not args.quiet and len(paths) > 64)
     _tell(failures)
     if failures and len(failures) == len(paths):
-        raise DataError(f"None of the {len(paths)} images can be read.")
+        raise DataError(f"None of the {_images(len(paths))} can be read.")
     read = [number for number in range(len(paths)) if not failures or number not in failures]
     _print(args, [paths[number] for number in read], probabilities[read], model.label_names)
-    hint("lora-recycle evaluate MODEL --data PATH measures how often such answers are right.")
+    hint(f"lora-recycle evaluate {shlex.quote(named)} --data FOLDER measures how often such answers are right.")
 
 
 def _model_and_images(args: argparse.Namespace) -> tuple[str, list[str]]:
@@ -132,7 +133,11 @@ def _print(args: argparse.Namespace, paths: list[Path], probabilities: torch.Ten
 def _tell(failures: dict[int, str] | None) -> None:
     """The images that were left out, and why, on stderr."""
     if failures:
-        note("\n".join([f"{len(failures)} images skipped:", *failures.values()]))
+        note("\n".join([f"{_images(len(failures))} skipped:", *failures.values()]))
+
+
+def _images(count: int) -> str:
+    return f"{count} image" + "s" * (count != 1)
 
 
 def _expand(names: list[str]) -> list[Path]:

@@ -63,6 +63,8 @@ def _adapter(folder: Path, repo_id: str, options: dict) -> None:
     from ..hub.files import CONFIG_FILE, SIDECAR_FILE
     from ..modeling.publishing import push_adapter_folder
 
+    if not folder.exists():
+        raise PushError(f"{folder}: no such folder.")
     if not (folder / CONFIG_FILE).is_file():
         raise PushError(
             f"{folder}: no meta-LoRA, surrogate data or adapter here: neither {CONFIG_FILE} nor manifest.json. "

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..backbones import Backbone
 from ..weight_changes import Factors, Layers
+from ..wrapping import wrap
 
 
 def adapter_config(peft_type: str, rank: int, targets: list[str], backbone: Backbone, seed: int) -> peft.PeftConfig:
@@ -100,7 +101,7 @@ def principal_factors(
         assert images is not None
         config.corda_config = CordaConfig(corda_method="ipm")
         preprocess_corda(backbone.model, config, _shown(backbone, images))
-    wearing = peft.get_peft_model(backbone.model, config).get_base_model()
+    wearing = wrap(backbone.model, config).get_base_model()
     layers = {name: module for name, module in wearing.named_modules() if isinstance(module, LoraLayer)}
     return {name: (b.detach(), a.detach()) for name, (a, b) in ((name, _matrices(m)) for name, m in layers.items())}
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from peft.tuners.shira import ShiraLayer
 from torch import nn
 
@@ -18,6 +18,7 @@ from ..embedded import backbone_name
 from ..errors import ConfigError
 from ..pool import AdapterPool
 from ..surrogate import SurrogateDataset
+from ..wrapping import wrap
 from .adapter_types import (
     adapted_layers,
     adapter_config,
@@ -75,8 +76,7 @@ class Student(nn.Module):
         config.revision = backbone.revision
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.peft_model: PeftModel = get_peft_model(self.backbone.model, config)
-        config.base_model_name_or_path = base_name
+            self.peft_model: PeftModel = wrap(self.backbone.model, config)
         self.backbone.layers[:first_layer].requires_grad_(False)
         self._layers = adapted_layers(self.backbone.model)
         self._plain = list(self._layers.values()) if peft_type == "LORA" else []

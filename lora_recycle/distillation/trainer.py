@@ -158,16 +158,16 @@ class MetaLoraTrainer:
                 self._parallel.update_student()
                 if self._interrupted:
                     interruption.deliver()
-                self._choose()
+                self.judged.put_on_best(self.student.trainable())
             finally:
                 interruption.release()
                 self.close()
                 self._tell("on_train_end")
+        self._say_what_is_kept()
         return self.student
 
-    def _choose(self) -> None:
-        """Let the student wear the best that was judged, and say where that is the start."""
-        self.judged.put_on_best(self.student.trainable())
+    def _say_what_is_kept(self) -> None:
+        """A warning where that is the start or was not judged; below the progress bar, which is closed by now."""
         if self.accelerator.is_main_process and self.config.held_out and not self.judged.best_step:
             logger.warning(self.judged.verdict())
 

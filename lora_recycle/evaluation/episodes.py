@@ -77,11 +77,19 @@ def sample_episodes(
     if len(usable) < ways:
         raise DataError(
             f"{name}: {ways}-way {shots}-shot episodes need {ways} classes of at least {shots} + 1 images, "
-            f"found {len(usable)} such classes among {len(members)}. Ask for fewer ways or shots."
+            f"found {len(usable)} such classes among {len(members)}. {_way_out(members, len(usable), ways)}"
         )
     generator = torch.Generator().manual_seed(seed)
     drawn = [_draw(usable, ways, shots, queries, generator) for _ in range(episodes)]
     return EpisodeSet(drawn, ways, shots, notes)
+
+
+def _way_out(members: dict[int, torch.Tensor], usable: int, ways: int) -> str:
+    """How many ways, or how many shots, these classes do for."""
+    sizes = sorted((len(found) for found in members.values()), reverse=True)
+    shots = sizes[ways - 1] - 1 if len(sizes) >= ways else 0
+    possible = [f"{usable} ways"] * (usable > 1) + [f"{shots} shot" + "s" * (shots > 1)] * (shots > 0)
+    return f"Ask for at most {' or '.join(possible)}." if possible else "Add classes, or images of each."
 
 
 def _check_numbers(ways: int, shots: int, queries: int, episodes: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+from peft import PeftConfig, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ..errors import AdapterError
 from ..storage import file_sha256
+from ..wrapping import wrap
 from .codes import CODES_FILE, decode
 from .files import (
     CONFIG_FILE,
@@ -343,7 +344,5 @@ def _expected_tensors(peft_config: PeftConfig, model: nn.Module) -> dict[str, Te
 
 
 def _saved_by_peft(peft_config: PeftConfig, model: nn.Module, low_cpu_mem_usage: bool) -> dict[str, Tensor]:
-    peft_config = copy.deepcopy(peft_config)  # PEFT writes into it
-    peft_config.base_model_name_or_path = None
-    wearing = get_peft_model(model, peft_config, low_cpu_mem_usage=low_cpu_mem_usage)
+    wearing = wrap(model, copy.deepcopy(peft_config), low_cpu_mem_usage=low_cpu_mem_usage)
     return get_peft_model_state_dict(wearing, save_embedding_layers=False)

@@ -132,6 +132,7 @@ def _remove(api: HfApi, repo: dict[str, Any], branch: str | None, head: str | No
 
 def _reason(error: Exception) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
-    text = " ".join((str(error).strip() or type(error).__name__).split()).rstrip(".")
+    text = re.sub(r"For more information check: \S+", "", str(error).strip()) or type(error).__name__
+    text = " ".join(text.split()).rstrip(".")
     hint = " Log in with `hf auth login`, or pass a token that may write there." if status in (401, 403) else ""
     return f"{text}.{hint}"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftModel, set_peft_model_state_dict
 from torch import nn
 from transformers.utils import ModelOutput
 
@@ -27,6 +27,7 @@ from ..task_tuning.base import TaskNetwork
 from ..task_tuning.config import TaskTuningConfig
 from ..version import __version__
 from ..weight_changes import Layers
+from ..wrapping import wrap
 from .classifier import FewShotClassifier, SharedTask, mixed_probabilities
 from .heads import make_head
 from .merging import merge_layers, worn_for_saving
@@ -117,7 +118,7 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
         backbone = Backbone.from_pretrained(base, revision=base_revision, device=device, dtype=dtype, **hub)
         loaded = load_adapter(info, backbone.model)
         loaded.peft_config.base_model_name_or_path = str(base)
-        peft_model = get_peft_model(backbone.model, loaded.peft_config)
+        peft_model = wrap(backbone.model, loaded.peft_config)
         set_peft_model_state_dict(peft_model, loaded.state_dict)
         peft_model.to(device=backbone.device, dtype=backbone.dtype)
         settings = read_sidecar(info.path / SIDECAR_FILE, head)
@@ -300,7 +301,8 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
         with replacing_files(folder) as partial, worn_for_saving(self.peft_model, self._merged) as worn:
             if (folder / CARD_FILE).is_file():
                 shutil.copyfile(folder / CARD_FILE, partial / CARD_FILE)  # PEFT only adds to a card that is there
-            worn.save_pretrained(str(partial), safe_serialization=True)
+            # no embedding layers: PEFT would ask the Hub whether the base's vocabulary grew
+            worn.save_pretrained(str(partial), safe_serialization=True, save_embedding_layers=False)
         store_weights(folder, bits)
         settings = {
             "head": self.head.name,

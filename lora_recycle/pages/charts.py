@@ -47,10 +47,16 @@ def curve(name: str, values: Sequence[float], steps: Sequence[int] | None = None
     return (
         f'<figure><figcaption>{summary}</figcaption><svg viewBox="0 0 400 142" role="img" aria-label="{summary}">'
         '<path class="axis" d="M60 10V125H392" fill="none"/>'
-        f'<text x="54" y="19" text-anchor="end">{high:.3g}</text><text x="54" y="124" text-anchor="end">{low:.3g}'
-        f'</text><text x="60" y="140">{0 if steps else 1}</text><text x="390" y="140" text-anchor="end">{count}</text>'
+        f'<text x="54" y="19" text-anchor="end">{_figure(high)}</text>'
+        f'<text x="54" y="124" text-anchor="end">{_figure(low)}</text><text x="60" y="140">{0 if steps else 1}</text>'
+        f'<text x="390" y="140" text-anchor="end">{count}</text>'
         f'<polyline class="curve" points="{line}"/>{mark}</svg></figure>'
     )
+
+
+def _figure(value: float) -> str:
+    """Three digits, zeros at the end among them."""
+    return f"{value:#.3g}".rstrip(".")
 
 
 def _averaged(values: list[float]) -> list[tuple[float, float]]:

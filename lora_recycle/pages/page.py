@@ -40,19 +40,22 @@ svg.patterns { position: absolute; width: 0; height: 0; } .hatch { stroke: var(-
 .chance { stroke: var(--soft); stroke-dasharray: 3 3; } svg text.strong { font-weight: 700; }
 .spoke { stroke: var(--soft); stroke-width: .5; opacity: .5; }
 .mark { fill: none; stroke: var(--best); stroke-width: 1.5; } .mark.second { stroke: var(--other); }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-table { min-width: min(100%, 30rem); }
+.images div img:only-child { max-width: 100%; }
+.scroll { overflow-x: auto; margin-top: 1rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; min-width: min(100%, 30rem); }
 caption { text-align: left; color: var(--soft); }
 th, td { padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line); text-align: right;
   white-space: nowrap; }
 th.text, td.text { text-align: left; }
 pre { background: var(--panel); border: 1px solid var(--line); border-radius: 6px; padding: .8rem; overflow-x: auto; }
+@media (max-width: 40rem) { table { font-size: .85rem; } th, td { padding-right: .5rem; } }
 @media print {
   :root { color-scheme: light; --ink: #000; --soft: #333; --line: #999; --page: #fff; --panel: #fff; --bar: #bbb;
     --best: #777; --other: #000; }
   body { max-width: none; padding: 0; font-size: 10pt; } .scroll { overflow: visible; }
   figure, tr, caption { break-inside: avoid; } h2, caption { break-after: avoid; }
-  pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+  pre { break-inside: avoid; white-space: pre-wrap; overflow-wrap: anywhere; }
+  .charts { grid-template-columns: 1fr 1fr; }
   .images { grid-template-columns: repeat(auto-fill, minmax(28mm, 1fr)); }
   .images img { print-color-adjust: exact; }
 }
@@ -103,7 +106,8 @@ def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[object]],
 
     lines = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
     scope = ' scope="col"'
-    return (
-        f'\n<div class="scroll"><table><caption>{escape(caption)}</caption>'
+    name = escape(caption)
+    return (  # a region that scrolls is to be reached by keyboard, and then needs a name
+        f'\n<div class="scroll" tabindex="0" role="region" aria-label="{name}"><table><caption>{name}</caption>'
         f"<thead><tr>{cells('th', header, scope)}</tr></thead><tbody>{lines}</tbody></table></div>"
     )

@@ -22,6 +22,16 @@ if TYPE_CHECKING:
 
 
 IMAGES_SHOWN = 48
+#: What the methods are of which a demo's report shows accuracies.
+_METHODS = {
+    "frozen": "the bare backbone",
+    "frozen-centred": "the same, without the mean of the examples",
+    "average": "the average of the adapters",
+    "ensemble": "the mean of what all adapters say",
+    "random": "an average of random LoRAs, as a control",
+    "meta-lora": "what this run made",
+}
+_COLUMNS = ("method", "data", "task", "episodes", "accuracy", "vs frozen")
 
 
 def write_report(
@@ -122,10 +132,15 @@ def _accuracy(rows: Sequence[Mapping[str, Any]]) -> str:
     groups: dict[tuple, list[Mapping[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["data"], row["ways"], row["shots"]), []).append(row)
-    note = "<p>Hatched: the meta-LoRA. Lines on the bars: 95% intervals. Dashed: chance.</p>\n"
-    caption = "Per cent, with 95% intervals; differences are paired."
-    header = ("method", "data", "task", "episodes", "accuracy", "vs frozen")
-    numbers = table(caption, header, [_accuracy_row(row) for row in rows], text_columns=3)
+    methods = [name for name in _METHODS if any(row["method"] == name for row in rows)]
+    told = "; ".join(f"<em>{name}</em>: {_METHODS[name]}" for name in methods)
+    note = f"<p>Hatched: the meta-LoRA. Lines on the bars: 95% intervals. Dashed: chance.</p>\n<p>{told}.</p>\n"
+    caption, header = "Per cent, with 95% intervals; differences are paired.", list(_COLUMNS)
+    lines = [_accuracy_row(row) for row in rows]
+    if len({row["episodes"] for row in rows}) == 1:  # a column that says nothing takes width, which phones lack
+        caption = f"Per cent, over {rows[0]['episodes']} episodes, with 95% intervals; differences are paired."
+        header, lines = [*header[:3], *header[4:]], [(*line[:3], *line[4:]) for line in lines]
+    numbers = table(caption, header, lines, text_columns=3)
     return note + charts([bars(group) for group in groups.values()]) + numbers
 
 

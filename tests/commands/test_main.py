@@ -49,6 +49,25 @@ def test_wrong_usage_exits_with_2(arguments):
     assert end.value.code == 2
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["predcit", "demo"], "lora-recycle: error: there is no verb 'predcit'. Did you mean predict?"),
+        (["--quiet", "zzz"], "lora-recycle: error: there is no verb 'zzz'."),
+        (
+            ["invert", "p", "--output", "o", "--iteration=3"],
+            "invert: error: unrecognized arguments: --iteration=3. Did",
+        ),
+        (["predict", "demo"], "lora-recycle predict: error: the following arguments are required: IMAGES"),
+    ],
+)
+def test_wrong_usage_names_what_was_meant_and_the_help(arguments, said, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    first, second = capsys.readouterr().err.splitlines()
+    assert said in first and second.startswith("`lora-recycle") and second.endswith("--help` says what there is.")
+
+
 def test_bad_recipes_are_named(work, tmp_path, fails):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("invert: {iterationz: 3}\n")

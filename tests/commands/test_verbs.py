@@ -41,6 +41,11 @@ def test_inspect_prints_a_table_and_json(work, run):
     assert surrogate["kind"] == "surrogate" and surrogate["config"]["iterations"] == 2
 
 
+def test_what_comes_after_inspect_goes_by_what_it_is(work, run):
+    for what, next_verb in (("pool", "invert"), ("surrogate", "distill"), ("meta", "predict")):
+        assert f"Next: lora-recycle {next_verb} " in run("inspect", work / what)[2]
+
+
 def test_inspect_prints_names_that_other_verbs_take(work, tmp_path, run):
     code, out, err = run("inspect", work / "pool", "--short")
     assert code == 0 and out.splitlines() == [str(path) for path in sorted((work / "pool").iterdir())]
@@ -208,3 +213,8 @@ def test_demo_leaves_checkpoints_alone_that_are_not_its_own(work, tmp_path, fail
     line = fails("demo", "--pool", work / "pool", "--recipe", recipe, "--output", output, "--quiet")
     assert "checkpoint of another recipe" in line
     assert (output / "meta_lora" / "work" / "checkpoint-00000003.safetensors").exists()
+
+
+def test_a_push_names_a_folder_that_is_missing_or_holds_nothing_to_push(work, tmp_path, fails):
+    assert f"{tmp_path / 'none'}: no such folder." in fails("push", tmp_path / "none", "someone/meta")
+    assert "neither adapter_config.json nor manifest.json" in fails("push", work / "pool", "someone/meta")

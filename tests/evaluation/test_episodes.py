@@ -1,5 +1,7 @@
 """Episodes repeat with the seed, never overlap, and say where the data was too small."""
 
+import re
+
 import pytest
 import torch
 
@@ -53,6 +55,21 @@ def test_many_classes_left_out_are_counted():
 def test_too_few_classes_or_images():
     with pytest.raises(DataError, match="need 5 classes of at least 5 . 1 images, found 2 such classes among 3"):
         sample_episodes(labels_of(10, 10, 4), 5, 5, 15, 600, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "ways", "shots", "said"),
+    [
+        ((5, 5, 5, 5), 5, 1, "Ask for at most 4 ways."),
+        ((5, 5, 5, 5), 4, 5, "Ask for at most 4 shots."),
+        ((9, 9, 4), 3, 5, "Ask for at most 2 ways or 3 shots."),
+        ((9, 2), 2, 3, "Ask for at most 1 shot."),
+        ((9, 1), 2, 1, "Add classes, or images of each."),
+    ],
+)
+def test_what_the_images_would_do_for_is_said(sizes, ways, shots, said):
+    with pytest.raises(DataError, match=re.escape(said)):
+        sample_episodes(labels_of(*sizes), ways, shots, 15, 600, seed=0)
 
 
 @pytest.mark.parametrize(

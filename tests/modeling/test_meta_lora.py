@@ -1,12 +1,13 @@
 """The model that users wear: saved, loaded, fitted, asked."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from helpers_tiny import random_pixels
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from PIL import Image
 from transformers import AutoModel
 
@@ -38,6 +39,16 @@ def pictures(data, classes, each=2, start=0):
     rows = [int(i) for c in classes for i in data.by_class()[c][start : start + each]]
     images = [Image.fromarray(data.pixels[i].permute(1, 2, 0).numpy()) for i in rows]
     return images, [data.label_names[int(data.labels[i])] for i in rows]
+
+
+def test_loading_and_saving_warn_of_nothing_and_ask_the_hub_nothing(hub, tmp_path):
+    """The embedded base goes by a name that looks like a repo."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = MetaLoRAForFewShotClassification.from_pretrained("demo")
+        model.save_pretrained(tmp_path / "meta")
+    assert not hub.requests
+    assert PeftConfig.from_pretrained(tmp_path / "meta").base_model_name_or_path == "lora-recycle/tiny-vit-64"
 
 
 @torch.no_grad()

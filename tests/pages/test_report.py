@@ -55,12 +55,19 @@ def test_page_holds_everything(tmp_path):
     page = write(tmp_path / "deep" / "report.html")
     for text in ("cat", "dog", "meta-lora", "digits", "5-way 1-shot", "55.50", "+5.50", "steps", "model.predict"):
         assert text in page
+    assert "<p><em>frozen</em>: the bare backbone; <em>meta-lora</em>: what this run made.</p>" in page
     assert page.count("<img") == 4 and page.count("<polyline") == 2 and page.count('<rect class="bar') == 2
     assert not re.search(r"(?:src|href)=\"(?!data:)|url\((?!#)|@import|<script", page)
     parser = _Balance()
     parser.feed(page)
     assert parser.open == []
     assert [entry.name for entry in (tmp_path / "deep").iterdir()] == ["report.html"]
+
+
+def test_episodes_are_a_column_only_where_they_differ(tmp_path):
+    assert "over 2 episodes" in write(tmp_path / "report.html")
+    page = write(tmp_path / "report.html", rows=[ROWS[0], {**ROWS[1], "episodes": 7}])
+    assert "episodes</th>" in page and ">7</td>" in page
 
 
 def test_mask_dims_the_other_patches(tmp_path):
