@@ -23,6 +23,17 @@ HOME = ("cifar_fs", "mini_imagenet", "vgg_flower", "omniglot_small")
 RIVALS = ("frozen", "undiluted", "group-sum", "nearest-group", "ties", "dare", "knots", "magnitude", "arrow")
 HUNDRED = ("undiluted", "undiluted-16", "group-sum", "nearest-group", "real-data", "ensemble")
 METHODS = ("frozen", "frozen-centred", "random", "average", "meta-lora", "ensemble")
+IN_DOMAIN = ("frozen", "random", "average", "meta-lora", "magnitude", "dare", "ties", "knots", "arrow", "ensemble")
+TUNED = (
+    "linear-probe",
+    "full-tuning",
+    "lora-linear",
+    "average-linear",
+    "average-lora",
+    "learned-composition",
+    "lorahub",
+    "meta-lora-tuned",
+)
 
 
 def evaluation_table(rows: list[dict], methods: tuple[str, ...] = METHODS) -> str:
@@ -33,6 +44,17 @@ def evaluation_table(rows: list[dict], methods: tuple[str, ...] = METHODS) -> st
             found = {row["method"]: row for row in rows if (row["data"], row["shots"]) == (data, shots)}
             cells = [cell(found[method]) if method in found else "" for method in methods]
             lines.append(f"| {data} | {shots} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def tuned_table(rows: list[dict]) -> str:
+    """One line a data set and shot: what each method gains over frozen class centres on the episodes that it tuned on."""
+    methods = [method for method in ("average", "meta-lora", *TUNED) if any(row["method"] == method for row in rows)]
+    lines = ["| data | shots | " + " | ".join(methods) + " |", "|---" * (len(methods) + 2) + "|"]
+    for data, shots in dict.fromkeys((row["data"], row["shots"]) for row in rows):
+        found = {row["method"]: row for row in rows if (row["data"], row["shots"]) == (data, shots)}
+        cells = [f"{found[m]['delta_vs_frozen']:+.1f} ± {found[m]['delta_ci95']:.1f}" for m in methods if m in found]
+        lines.append(f"| {data} | {shots} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -143,11 +165,15 @@ def scale_table() -> str:
 def main() -> None:
     judged, chosen = rows_of(BENCHMARKS / "results.json"), rows_of(BENCHMARKS / "validation" / "results.json")
     home = [row for row in judged if row["data"].split("/")[0] in HOME]
+    real = [row for row in rows_of(BENCHMARKS / "real-data" / "results.json") if row["method"] == "real-data"]
     frozen = rows_of(*(RESULTS / f"frozen_{name}.json" for name in FROZEN_SETS))
     starts = ("frozen", "average", "undiluted", "undiluted-16", "distilled", "group-sum", "nearest-group")
     tables = {
         "results": evaluation_table(home, ("frozen", "average", "meta-lora")),
-        "test": evaluation_table(judged),
+        "test": evaluation_table(judged + real, (*METHODS, "real-data")),
+        "in-domain": evaluation_table(rows_of(BENCHMARKS / "in-domain" / "results.json"), IN_DOMAIN),
+        "in-domain-tuned": tuned_table(rows_of(BENCHMARKS / "in-domain" / "results.json")),
+        "tuning-rivals": tuned_table(rows_of(BENCHMARKS / "tuning" / "results.json")),
         "rivals": evaluation_table(judged, RIVALS),
         "validation": evaluation_table(chosen, starts),
         "mixed-100": hundred_table(),

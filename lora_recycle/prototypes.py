@@ -32,4 +32,6 @@ def prepared_logits(features: torch.Tensor, prepared: torch.Tensor, metric: str,
     if metric == "euclidean":
         # directly, whatever the number of queries: the other way is less exact, and export cannot choose by the batch
         return -torch.cdist(features, prepared, compute_mode="donot_use_mm_for_euclid_dist") / temperature
-    return F.normalize(features, dim=-1) @ prepared.mT / temperature
+    # what F.normalize computes, without the third of all that `predict` adds to a forward that its Python took
+    lengths = torch.linalg.vector_norm(features, dim=-1, keepdim=True).clamp_min(1e-12)
+    return features / lengths @ prepared.mT / temperature

@@ -320,6 +320,17 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
         if self.picture is not None:
             atomic_write(folder / PICTURE_FILE, self.picture)
 
+    def merge_and_save(self, save_directory: str | Path) -> None:
+        """Write the network with the meta-LoRA in its weights as a plain transformers checkpoint, image processor
+        included, as [`export`] does with `format="transformers"`. The model itself stays as it is.
+
+        Raises:
+            AdapterError: the adapter is no change of weights.
+        """
+        from .export import export
+
+        export(self, save_directory, "transformers")
+
     def push_to_hub(
         self,
         repo_id: str,

@@ -153,7 +153,7 @@ def test_every_head_that_looks_at_one_image_is_exported(head, photos, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_transformers_checkpoint_has_the_same_features_by_itself(family, photos, tmp_path):
     model = build(family)
-    described = export(model, tmp_path, "transformers")
+    model.merge_and_save(tmp_path)
     network, found = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(found.values()), found
     images = AutoImageProcessor.from_pretrained(tmp_path)(
@@ -162,7 +162,8 @@ def test_a_transformers_checkpoint_has_the_same_features_by_itself(family, photo
     with torch.inference_mode():
         features = network(**images).pooler_output
     torch.testing.assert_close(features, model.embed(photos[:4]), rtol=1e-3, atol=1e-4)
-    assert described["output"]["name"] == "embeddings"
+    described = json.loads((tmp_path / "export.json").read_text())
+    assert described["format"] == "transformers" and described["output"]["name"] == "embeddings"
     # and the library takes it for a backbone
     torch.testing.assert_close(
         Backbone.from_pretrained(tmp_path).features(images["pixel_values"]), features, rtol=1e-3, atol=1e-4
