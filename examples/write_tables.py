@@ -48,7 +48,7 @@ def evaluation_table(rows: list[dict], methods: tuple[str, ...] = METHODS) -> st
 
 
 def tuned_table(rows: list[dict]) -> str:
-    """One line a data set and shot: what each method gains over frozen class centres on the episodes that it tuned on."""
+    """One line a data set and shot: what each method gains over frozen on the episodes that it tuned on."""
     methods = [method for method in ("average", "meta-lora", *TUNED) if any(row["method"] == method for row in rows)]
     lines = ["| data | shots | " + " | ".join(methods) + " |", "|---" * (len(methods) + 2) + "|"]
     for data, shots in dict.fromkeys((row["data"], row["shots"]) for row in rows):
