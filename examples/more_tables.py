@@ -1,5 +1,5 @@
 """Tables of the documentation, from what small_files.py, adapter_types.py, fscil.py, rejection.py, choose_adapters.py,
-group_weights.py, choose_without_images.py and ablations.py wrote."""
+group_weights.py, choose_without_images.py, second_backbone.py and ablations.py wrote."""
 
 import json
 from pathlib import Path
@@ -15,6 +15,7 @@ def more_tables(results: Path) -> dict[str, str]:
         "choose_adapters": choose_adapters,
         "group_weights": group_weights,
         "figures": figures,
+        "second_backbone": second_backbone,
     }
     paths = {name: results / f"{name}.json" for name in makers}
     found = {name: makers[name](json.loads(path.read_text())) for name, path in paths.items() if path.exists()}
@@ -41,6 +42,16 @@ def ablation(study: dict) -> str:
             rows.append([point["name"], *([name] if len(sets) > 1 else []), *cells])
     header = [study["axis"], *(["data"] if rows and len(rows[0]) == 5 else [])]
     return markdown([*header, "average", "distilled from zero", "distilled from the average, against it"], rows)
+
+
+def second_backbone(found: dict) -> str:
+    """Accuracy at 1 and 5 shots of each cut of eight blocks and more that ends with the trained norm."""
+    rows = [row for row in found["rows"] if row["norm"] == "trained" and row["blocks"] >= 8]
+    sets, cells = list(dict.fromkeys(row["data"] for row in rows)), []
+    for size, blocks in dict.fromkeys((row["size"], row["blocks"]) for row in rows):
+        own = {(r["data"], r["shots"]): r["accuracy"] for r in rows if (r["size"], r["blocks"]) == (size, blocks)}
+        cells.append([size, blocks, *(f"{own[name, 1]:.1f} / {own[name, 5]:.1f}" for name in sets)])
+    return markdown(["pixels", "blocks", *(f"{name}/validation" for name in sets)], cells)
 
 
 def group_weights(found: dict) -> str:
