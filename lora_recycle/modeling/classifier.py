@@ -80,6 +80,7 @@ class FewShotClassifier:
         self._task = FewShotTask.fitted(*self._embedded(images, names, failures), self.head, task)
         return self
 
+    @torch.inference_mode()
     def predict_proba(
         self, images: Any, *, failures: dict[int, str] | None = None, progress: bool = False
     ) -> torch.Tensor:
@@ -94,6 +95,7 @@ class FewShotClassifier:
         task = self._fitted()
         return self._probabilities(task, self._seen(images, failures, progress), failures)
 
+    @torch.inference_mode()
     def predict(
         self, images: Any, *, failures: dict[int, str] | None = None, reject_below: float | None = None
     ) -> list[Any]:
@@ -111,6 +113,7 @@ class FewShotClassifier:
         near = _with_failures(self._similarity(task, features), failures).tolist()
         return [label if value >= reject_below else None for label, value in zip(labels, near, strict=True)]
 
+    @torch.inference_mode()
     def similarity(self, images: Any, *, failures: dict[int, str] | None = None) -> torch.Tensor:
         """Cosine of each image's embedding to that of the nearest class centre: (N,), float32 on the CPU.
 
@@ -123,12 +126,10 @@ class FewShotClassifier:
         task = self._fitted()
         return _with_failures(self._similarity(task, self._seen(images, failures)), failures)
 
-    @torch.inference_mode()
     def _similarity(self, task: FewShotTask, features: torch.Tensor) -> torch.Tensor:
         centres = self.head.centres(task.statistics).to(features.device)
         return centre_logits(features.float(), centres.float()).amax(1).cpu()
 
-    @torch.inference_mode()
     def _probabilities(
         self, task: FewShotTask, features: torch.Tensor, failures: dict[int, str] | None = None
     ) -> torch.Tensor:
