@@ -9,6 +9,7 @@ them, and replaces what stands between `<!-- NAME -->` and `<!-- /NAME -->` in R
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from more_tables import more_tables
@@ -36,36 +37,36 @@ TUNED = (
 )
 
 
-def evaluation_table(rows: list[dict], methods: tuple[str, ...] = METHODS) -> str:
+def cell(row: dict) -> str:
+    if row["method"] == "frozen":
+        return f"{row['accuracy']:.1f} ± {row['ci95']:.1f}"
+    return f"{row['accuracy']:.1f} ({row['delta_vs_frozen']:+.1f} ± {row['delta_ci95']:.1f})"
+
+
+def gain(row: dict) -> str:
+    return f"{row['delta_vs_frozen']:+.1f} ± {row['delta_ci95']:.1f}"
+
+
+def evaluation_table(rows: list[dict], methods: tuple[str, ...] = METHODS, show: Callable[[dict], str] = cell) -> str:
     """One line a data set and shot, one column a method: the accuracy of `frozen`, differences for the others."""
     lines = ["| data | shots | " + " | ".join(methods) + " |", "|---|---|" + "---|" * len(methods)]
     for data in dict.fromkeys(row["data"] for row in rows):
         for shots in sorted({row["shots"] for row in rows if row["data"] == data}):
             found = {row["method"]: row for row in rows if (row["data"], row["shots"]) == (data, shots)}
-            cells = [cell(found[method]) if method in found else "" for method in methods]
+            cells = [show(found[method]) if method in found else "" for method in methods]
             lines.append(f"| {data} | {shots} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def tuned_table(rows: list[dict]) -> str:
     """One line a data set and shot: what each method gains over frozen on the episodes that it tuned on."""
-    methods = [method for method in ("average", "meta-lora", *TUNED) if any(row["method"] == method for row in rows)]
-    lines = ["| data | shots | " + " | ".join(methods) + " |", "|---" * (len(methods) + 2) + "|"]
-    for data, shots in dict.fromkeys((row["data"], row["shots"]) for row in rows):
-        found = {row["method"]: row for row in rows if (row["data"], row["shots"]) == (data, shots)}
-        cells = [f"{found[m]['delta_vs_frozen']:+.1f} ± {found[m]['delta_ci95']:.1f}" for m in methods if m in found]
-        lines.append(f"| {data} | {shots} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    judged = {row["method"] for row in rows}
+    methods = tuple(method for method in ("average", "meta-lora", *TUNED) if method in judged)
+    return evaluation_table(rows, methods, gain)
 
 
 def rows_of(*paths: Path) -> list[dict]:
     return [row for path in paths if path.exists() for row in json.loads(path.read_text())["rows"]]
-
-
-def cell(row: dict) -> str:
-    if row["method"] == "frozen":
-        return f"{row['accuracy']:.1f} ± {row['ci95']:.1f}"
-    return f"{row['accuracy']:.1f} ({row['delta_vs_frozen']:+.1f} ± {row['delta_ci95']:.1f})"
 
 
 def hundred_table() -> str:
