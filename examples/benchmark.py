@@ -35,8 +35,10 @@ RATIOS = {
     "distillation_masked_75": ("distillation_masked_75", "distillation_masked_0"),
     "distillation_vs_baseline": ("distillation_masked_0", "distillation_baseline"),
     "distillation_masked_75_vs_baseline": ("distillation_masked_75", "distillation_baseline"),
+    "predict_1_vs_features": ("predict_1", "predict_1_features"),
     "predict_1_vs_bare": ("predict_1", "predict_1_bare"),
     "predict_1_vs_baseline": ("predict_1", "predict_1_baseline"),
+    "predict_64_vs_features": ("predict_64", "predict_64_features"),
     "predict_64_vs_bare": ("predict_64", "predict_64_bare"),
     "predict_64_vs_baseline": ("predict_64", "predict_64_baseline"),
     "preprocess_vs_baseline": ("preprocess", "preprocess_baseline"),
@@ -142,7 +144,7 @@ def measure_stage(name: str, world, args: argparse.Namespace) -> tuple[list[dict
         rows = []
         for case in cases:
             row = make_row(case, name, *costs[case.name], seconds[case.name], reached)
-            if args.profile and not case.name.endswith(("_baseline", "_bare")):
+            if args.profile and not case.name.endswith(("_baseline", "_bare", "_features")):
                 repeats = min(5, max(1, round(0.2 * row["steps_per_second"])))
                 row["operations"] = top_operations(case.step, repeats, world.device)
             rows.append(row)

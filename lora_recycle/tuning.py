@@ -79,23 +79,27 @@ def start_head(view: Backbone, head: torch.nn.Linear, train: Task, held: Task) -
     Returns the held-out accuracy of frozen class centres with cosine (per cent): what an adapter must beat.
     """
     (images, labels), (held_images, held_labels) = train, held
-    features, asked = extract_features(view, images), extract_features(view, held_images)
-    read = features if view.family.head_input == "cls" else _head_inputs(view, images)
+    features, read = _features_and_head_inputs(view, images)
     centres = class_centres(read, labels, head.out_features)
     logits = -0.5 * torch.cdist(read, centres).square()
     scale = 2.0 / logits.std(1).mean()  # soft enough to learn from
     with torch.no_grad():
         head.weight.copy_(scale * (centres - centres.mean(0)))
         head.bias.copy_(scale * 0.5 * (centres.mean(0).square().sum() - centres.square().sum(1)))
-    scores = centre_logits(asked, class_centres(features, labels, head.out_features))
+    scores = centre_logits(extract_features(view, held_images), class_centres(features, labels, head.out_features))
     return (scores.argmax(1) == held_labels).float().mean().item() * 100
 
 
 @torch.inference_mode()
-def _head_inputs(view: Backbone, images: torch.Tensor) -> torch.Tensor:
-    """What heads of this family read: uint8 (N, 3, H, W) to float32 (N, `head_size`) on the CPU."""
-    parts = (view.pool_for_head(view(view.normalize(part))[0]) for part in images.split(128))
-    return torch.cat([part.float().cpu() for part in parts])
+def _features_and_head_inputs(view: Backbone, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features and what heads of this family read: uint8 (N, 3, H, W) to float32 (N, D), (N, `head_size`), on CPU."""
+    if view.family.head_input == "cls":
+        features = extract_features(view, images)
+        return features, features
+    hidden = (view(view.normalize(part))[0] for part in images.split(128))
+    pairs = [(view.pool(tokens).float().cpu(), view.pool_for_head(tokens).float().cpu()) for tokens in hidden]
+    features, read = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    return features, read
 
 
 def tune_adapter(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers_tiny import tiny_backbone, tiny_vit
 
-from lora_recycle.sparsity import keep_tokens, num_kept, record_cls_attention, select_top
+from lora_recycle.sparsity import keep_tokens, num_kept, record_cls_attention, sdpa_with_cls_row, select_top
 
 
 def eager_rows(x):
@@ -64,3 +64,29 @@ def test_shares_fall_from_layer_to_layer():
     hidden, quarter = view(x, prune={0: 0.5, 1: 0.25})
     assert hidden.shape[1] == 5 and quarter.shape == (2, 4)  # shares of all patches, not of those still there
     assert all(set(q) <= set(h) for q, h in zip(quarter.tolist(), half.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("scaling", [None, 0.3])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_attention_in_bfloat16_is_that_of_sdpa_with_its_gradients(scaling, autocast):
+    whole, found = torch.randn(3, 2, 4, 9, 16), []
+    module = tiny_vit().layers[0].attention
+    for dtype in (torch.float32, torch.bfloat16):
+        query, key, value = leaves = [part.to(dtype).requires_grad_() for part in whole]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and dtype == torch.bfloat16):
+            looked, _ = sdpa_with_cls_row(module, query, key, value, None, scaling=scaling)
+        assert looked.shape == (2, 9, 4, 16) and looked.dtype == dtype
+        assert ("ScaledDotProduct" in graph_of(looked)) == (dtype == torch.float32)
+        looked.float().square().sum().backward()
+        found.append([looked, *(leaf.grad for leaf in leaves)])
+    for exact, rounded in zip(*found, strict=True):
+        assert (exact - rounded.float()).norm() < 0.02 * exact.norm()
+
+
+def graph_of(tensor):
+    names, waiting = "", [tensor.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        names += node.name()
+        waiting += [child for child, _ in node.next_functions if child is not None]
+    return names

@@ -211,13 +211,15 @@ def predict(world: World) -> Iterator[list[Case]]:
     """Predictions for preprocessed images, one and many at a time, and the preprocessing of 64 pictures by itself."""
     cases = []
     with use(world) as (model, worn):
-        bare = model.backbone  # merged; a copy elsewhere in memory would be up to a tenth faster or slower
+        backbone = model.backbone  # merged; a copy elsewhere in memory would be up to a tenth faster or slower
+        features, bare = (torch.inference_mode()(forward) for forward in (backbone.features, backbone.model))
         centres = model.prototypes.to(world.dtype)
         for count in (1, 64):
             x = normalized(world, count)
             cases += [
                 Case(f"predict_{count}", lambda x=x: model.predict(x), count, 1.0),
-                Case(f"predict_{count}_bare", torch.inference_mode()(lambda x=x: bare.features(x)), count, 1.0),
+                Case(f"predict_{count}_features", lambda x=x: features(x), count, 1.0),
+                Case(f"predict_{count}_bare", lambda x=x: bare(x), count, 1.0),
                 Case(f"predict_{count}_baseline", lambda x=x: baselines.predict(worn, x, centres), count, 1.0),
             ]
         side = 2 * world.backbone.image_size
