@@ -16,15 +16,17 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from make_pool import HELD_BACK
 
-from lora_recycle import AdapterPool, DistillationConfig, InversionConfig, LoraInverter, MetaLoraTrainer
+from lora_recycle import AdapterPool, Backbone, DistillationConfig, InversionConfig, LoraInverter, MetaLoraTrainer
 from lora_recycle.backbones import extract_features
 from lora_recycle.embedded import pool_path
 from lora_recycle.evaluation.episodes import sample_episodes
 from lora_recycle.evaluation.protocol import confidence, prototype_accuracy
 from lora_recycle.images import LabelledImages, load_labelled_images
 from lora_recycle.storage import atomic_write
+from lora_recycle.surrogate import Shard, SurrogateDataset, save_shard, write_manifest
 
 
 BASE_INVERT = {"images_per_class": 2, "max_classes": 8, "iterations": 20}
@@ -52,6 +54,9 @@ VARIANTS = {
     "mix, half the step size": ({"starts": MIX}, {"lr": 5e-4}),
     "mix, rank 32": ({"starts": MIX}, {"rank": 32}),
     "pixels, Adam 0.05": ({"parameterization": "pixels"}, {}),
+    "natural images, no inversion": ({"starts": {"images": 1}, "start_images": NATURAL, "iterations": 0}, {}),
+    "own training images": ({"own_images": 2}, {}),
+    "own training images, 8 times as many": ({"own_images": 16}, {}),
 }
 
 
@@ -77,6 +82,33 @@ def judge(network, sets, episodes) -> dict[str, torch.Tensor]:
         for shots in (1, 5):
             found[f"{data.name} {shots}"] = prototype_accuracy(features, episodes[data.name, shots])
     return found
+
+
+def with_own_images(surrogate: SurrogateDataset, data: Path, each: int, backbone: Backbone) -> SurrogateDataset:
+    """The same shards with `each` training images of every class that they hold: what surrogates stand for.
+
+    For losses that read images alone: the logits stored beside them just name the class.
+    """
+    files, loaded = [], {}
+    for i in range(surrogate.num_shards):
+        shard, name = surrogate.shard(i), surrogate.manifest["shards"][i]["file"]
+        domain = shard.adapter["name"].rsplit("-", 1)[0]
+        if domain not in loaded:
+            path = data / domain / "train.parquet"
+            loaded = {domain: load_labelled_images(path, backbone.image_size, int(backbone.processor.resample))}
+        images, generator = loaded[domain], torch.Generator().manual_seed(i)
+        by_class, rows, labels = images.by_class(), [], []
+        for label in shard.labels.unique().tolist():
+            found = by_class[images.label_names.index(shard.label_names[label])]
+            rows.append(found[torch.randperm(len(found), generator=generator)[:each]])
+            labels += [label] * len(rows[-1])
+        labels = torch.tensor(labels)
+        logits = 10.0 * F.one_hot(labels, shard.teacher_logits.shape[1]).float()
+        features = torch.zeros(len(labels), shard.teacher_features.shape[1], dtype=torch.float16)
+        files.append(surrogate.folder / name)
+        save_shard(files[-1], Shard(shard.adapter, images.pixels[torch.cat(rows)], labels, logits, features), "own")
+    header = {key: value for key, value in surrogate.manifest.items() if key != "shards"}
+    return write_manifest(surrogate.folder, header, files)
 
 
 def main() -> None:
@@ -114,9 +146,14 @@ def try_variant(pool, invert, distill, folder, data, sets, episodes, average) ->
     """Paired gain over the pool's average, with its 95% interval, by "<set> <shots>"; and the seconds it took."""
     started = time.perf_counter()
     shutil.rmtree(folder, ignore_errors=True)
+    own_images = invert.get("own_images")
+    if own_images:
+        invert = {"iterations": 0}
     if "start_images" in invert:
         invert = {**invert, "start_images": str(data / invert["start_images"])}
     surrogate = LoraInverter(pool, InversionConfig(**{**BASE_INVERT, **invert})).run(folder)
+    if own_images:
+        surrogate = with_own_images(surrogate, data, own_images, pool.backbone)
     student = MetaLoraTrainer(pool, surrogate, DistillationConfig(held_out=0.0, **{**BASE_DISTILL, **distill})).train()
     seconds = round(time.perf_counter() - started)
     accuracy = judge(student.backbone, sets, episodes)

@@ -8,7 +8,8 @@ LoRA on all linear layers, of the rank, step size, schedule and seed of `lora-re
 surrogate images stand episodes of the real ones that the adapters were tuned on. `--data` may name several files, as
 for a mixed pool: each step draws its episodes from one of them after the other. The result is a meta-LoRA like any
 other, for `evaluate` and as one of the `meta_loras` of a `benchmark` recipe. A killed run goes on from its last
-checkpoint. Of omniglot_small's training split this reads 33 characters that the shipped pool leaves out.
+checkpoint. `accelerate launch --mixed_precision bf16 examples/real_data_reference.py ...` computes in bfloat16.
+Of omniglot_small's training split this reads 33 characters that the shipped pool leaves out.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from lora_recycle.distillation.student import Student
 from lora_recycle.distillation.trainer import learning_rate
 from lora_recycle.embedded import backbone_name, pool_path
 from lora_recycle.images import LabelledImages, load_labelled_images
-from lora_recycle.processes import choose_device
+from lora_recycle.processes import choose_device, mixed_precision
 from lora_recycle.prototypes import centre_logits, class_centres
 from lora_recycle.tuning import augment
 
@@ -75,7 +76,7 @@ def train(
     sums = [hashlib.sha256(data.pixels.numpy()).hexdigest() for data in sets]
     checkpoints = Checkpoints(work, {"config": config.to_dict(), "data": sums, "flip": flip})
     start, history = checkpoints.load(parameters, optimizer)
-    by_class = [data.by_class() for data in sets]
+    by_class, accelerator = [data.by_class() for data in sets], mixed_precision()
     for step in tqdm(range(start, config.steps), initial=start, total=config.steps, disable=not progress):
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         which = step % len(sets)
@@ -83,7 +84,9 @@ def train(
         images = augment(torch.cat(drawn), flip, generator)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
-        features = student(backbone.normalize(images)).float()
+        with accelerator.autocast():
+            features = student(backbone.normalize(images))
+        features = features.float()
         losses = [episode_loss(part, config) for part in features.split([len(one) for one in drawn])]
         loss = torch.stack(losses).mean()
         optimizer.zero_grad()

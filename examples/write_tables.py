@@ -22,7 +22,15 @@ RESULTS = ROOT / "docs" / "results"
 BENCHMARKS = ROOT / "docs" / "benchmarks"
 HOME = ("cifar_fs", "mini_imagenet", "vgg_flower", "omniglot_small")
 RIVALS = ("frozen", "undiluted", "group-sum", "nearest-group", "ties", "dare", "knots", "magnitude", "arrow")
-HUNDRED = ("undiluted", "undiluted-16", "group-sum", "nearest-group", "real-data", "ensemble")
+#: folder of the results of one pool's benchmark, and the methods shown beside frozen, random and average
+POOLS = {
+    "mixed-100": ("undiluted", "undiluted-16", "group-sum", "nearest-group", "real-data", "ensemble"),
+    "cifar-100": ("average-rank-16", "undiluted-64", "judged", "last-step", "real-data", "ensemble"),
+    "second-backbone": (
+        *("undiluted", "undiluted-16", "judged", "last-step", "real-data"),
+        *("group-sum", "nearest-group", "ensemble"),
+    ),
+}
 METHODS = ("frozen", "frozen-centred", "random", "average", "meta-lora", "ensemble")
 IN_DOMAIN = ("frozen", "random", "average", "meta-lora", "magnitude", "dare", "ties", "knots", "arrow", "ensemble")
 TUNED = (
@@ -69,24 +77,27 @@ def rows_of(*paths: Path) -> list[dict]:
     return [row for path in paths if path.exists() for row in json.loads(path.read_text())["rows"]]
 
 
-def hundred_table() -> str:
-    """The pool of 100: accuracies, and paired differences to its average."""
-    path = BENCHMARKS / "mixed-100" / "results.json"
+def pool_benchmark_table(name: str, methods: tuple[str, ...]) -> str:
+    """One pool: accuracies, and paired differences to its average; where asked for, the average of the set's own."""
+    path = BENCHMARKS / name / "results.json"
     if not path.exists():
         return ""
     found = json.loads(path.read_text())
     rows = {(row["data"], row["shots"], row["method"].partition(" @ ")[::2]): row for row in found["rows"]}
     details = {(row["data"], row["shots"], row["method"]): row for row in found["details"]}
-    header = ["data", "shots", "frozen", "random", "average", *HUNDRED, "average of its own"]
+    owned = any(pool for _, _, (_, pool) in rows)
+    header = ["data", "shots", "frozen", "random", "average", *methods, *(["average of its own"] if owned else [])]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for data, shots in dict.fromkeys(key[:2] for key in rows):
         plain = {method: row for (d, k, (method, pool)), row in rows.items() if (d, k, pool) == (data, shots, "")}
         own = [row for (d, k, (_, pool)), row in rows.items() if (d, k) == (data, shots) and pool]
         cells = [data, str(shots), *(f"{plain[method]['accuracy']:.1f}" for method in ("frozen", "random", "average"))]
-        for method in HUNDRED:
+        for method in methods:
             delta, half = (details[data, shots, method][f"delta_vs_average{end}"] for end in ("", "_ci95"))
             cells.append(f"{plain[method]['accuracy']:.1f} ({delta:+.1f} ± {half:.1f})")
-        lines.append("| " + " | ".join([*cells, f"{own[0]['accuracy']:.1f}" if own else ""]) + " |")
+        if owned:
+            cells.append(f"{own[0]['accuracy']:.1f}" if own else "")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -177,7 +188,7 @@ def main() -> None:
         "tuning-rivals": tuned_table(rows_of(BENCHMARKS / "tuning" / "results.json")),
         "rivals": evaluation_table(judged, RIVALS),
         "validation": evaluation_table(chosen, starts),
-        "mixed-100": hundred_table(),
+        **{name: pool_benchmark_table(name, methods) for name, methods in POOLS.items()},
         "backbone": evaluation_table(frozen, ("frozen", "frozen-centred")),
         "demo": evaluation_table(rows_of(RESULTS / "demo_digits.json")),
         "choice": choice_table() if (RESULTS / "choice.json").exists() else "",
