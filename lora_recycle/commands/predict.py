@@ -66,9 +66,11 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
 def run(args: argparse.Namespace) -> None:
     from ..hub.sources import one_id
     from ..modeling.meta_lora import MetaLoRAForFewShotClassification
+    from ..modeling.support import support_set
 
     named, images = _model_and_images(args)
     paths = _expand(images)
+    support = support_set(args.support, None) if args.support else None  # errors come before the loading
     name, revision = one_id(named)
     model = MetaLoRAForFewShotClassification.from_pretrained(
         name,
@@ -79,8 +81,8 @@ def run(args: argparse.Namespace) -> None:
         device=checked_device(args.device),
     )
     failures: dict[int, str] | None = {} if args.skip_errors else None
-    if args.support:
-        model.fit(args.support, failures=failures)
+    if support:
+        model.fit(*support, failures=failures)
         _tell(failures)
     elif not model.label_names:
         raise DataError(f"{args.model} was saved without a task: show examples with --support FOLDER.")
