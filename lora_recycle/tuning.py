@@ -25,6 +25,7 @@ from .processes import deal, mixed_precision, process_state
 from .prototypes import centre_logits, class_centres
 from .sparsity import num_kept
 from .tuning_config import TuningConfig
+from .wrapping import autocast
 
 
 #: Images, uint8 (N, 3, H, W), and their labels, int64 (N,).
@@ -176,7 +177,7 @@ def _fit(
         warmup = min(1.0, (step + 1) / (0.05 * steps + 1))
         for group in optimizer.param_groups:
             group["lr"] = config.lr * warmup * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-        with accelerator.autocast():
+        with autocast(accelerator, wrapped):
             logits = _logits(wrapped, view, pixels, kept)
         loss = F.cross_entropy(logits.float(), labels[index].to(view.device))
         optimizer.zero_grad()
