@@ -30,7 +30,6 @@ from lora_recycle.images import LabelledImages, load_labelled_images
 from lora_recycle.processes import choose_device, mixed_precision
 from lora_recycle.prototypes import centre_logits, class_centres
 from lora_recycle.tuning import augment
-from lora_recycle.wrapping import autocast
 
 
 #: What differs from the defaults of distillation: queries enough to learn from, no relational loss.
@@ -85,7 +84,7 @@ def train(
         images = augment(torch.cat(drawn), flip, generator)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
-        with autocast(accelerator, student):
+        with accelerator.autocast():
             features = student(backbone.normalize(images))
         features = features.float()
         losses = [episode_loss(part, config) for part in features.split([len(one) for one in drawn])]

@@ -27,7 +27,7 @@ POOLS = {
     "mixed-100": ("undiluted", "undiluted-16", "group-sum", "nearest-group", "real-data", "ensemble"),
     "cifar-100": ("average-rank-16", "undiluted-64", "judged", "last-step", "real-data", "ensemble"),
     "second-backbone": (
-        *("undiluted", "undiluted-16", "judged", "last-step", "real-data"),
+        *("undiluted", "undiluted-16", "undiluted-64", "judged", "last-step", "real-data"),
         *("group-sum", "nearest-group", "ensemble"),
     ),
 }

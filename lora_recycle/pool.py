@@ -23,7 +23,12 @@ from .weight_changes import Adapter, ChangeSum, StoredAdapter, marked_as_changed
 
 
 def truncate(b: torch.Tensor, a: torch.Tensor, rank: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best approximation of B A at `rank` (Eckart-Young), both factors carrying the root of the spectrum.
+    """The best approximation of B A at `rank` (Eckart-Young), both factors carrying the root of the spectrum."""
+    return _cut(*decompose(b, a), rank)
+
+
+def decompose(b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """B A as factors that are its singular vectors, largest first, each times the root of its singular value.
 
     B A is formed only where that is the smaller computation.
     """
@@ -31,17 +36,16 @@ def truncate(b: torch.Tensor, a: torch.Tensor, rank: int | None) -> tuple[torch.
         q_b, r_b = torch.linalg.qr(b)
         q_a, r_a = torch.linalg.qr(a.T)
         u, s, vh = torch.linalg.svd(r_b @ r_a.T)
-        return _factors_of(q_b @ u, s, vh @ q_a.T, rank)
-    u, s, vh = torch.linalg.svd(b @ a, full_matrices=False)
-    return _factors_of(u, s, vh, rank)
+        return _factors_of(q_b @ u, s, vh @ q_a.T)
+    return _factors_of(*torch.linalg.svd(b @ a, full_matrices=False))
 
 
-def _factors_of(
-    u: torch.Tensor, s: torch.Tensor, vh: torch.Tensor, rank: int | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    rank = min(len(s), rank or len(s))
-    root = s[:rank].sqrt()
-    return u[:, :rank] * root, root[:, None] * vh[:rank]
+def _cut(b: torch.Tensor, a: torch.Tensor, rank: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    return b[:, :rank].clone(), a[:rank].clone()  # the rest is let go
+
+
+def _factors_of(u: torch.Tensor, s: torch.Tensor, vh: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return u[:, : len(s)] * s.sqrt(), s.sqrt()[:, None] * vh[: len(s)]
 
 
 class AdapterPool:
@@ -204,16 +208,22 @@ class AdapterPool:
         Raises:
             AdapterError: one of them is no change of weights.
         """
+        return {module: _cut(*factors, rank) for module, factors in self.whole_averages(indices)}
+
+    def whole_averages(
+        self, indices: Sequence[int] | None = None
+    ) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
+        """`average` module by module, cut nowhere: B (out, R) and A (R, in) of falling columns and rows, whose squared
+        norms multiply to the squares of the singular values."""
         chosen = self if indices is None else self.subset(indices)
-        total, result = _sum_changes(chosen), {}
+        total = _sum_changes(chosen)
         for module in total.modules:
             factors = total.factors(module)
             if factors is None:
                 u, s, vh = torch.linalg.svd(total.delta(module) / len(chosen), full_matrices=False)
-                result[module] = _factors_of(u, s, vh, rank)
+                yield module, _factors_of(u, s, vh)
             else:
-                result[module] = truncate(factors[0] / len(chosen), factors[1], rank)
-        return result
+                yield module, decompose(factors[0] / len(chosen), factors[1])
 
     def similarity(self) -> torch.Tensor:
         """Cosine between the adapters' weight changes, mean over the layers that both change: (T, T).

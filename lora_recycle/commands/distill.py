@@ -24,9 +24,13 @@ from .common import (
 
 
 if TYPE_CHECKING:
+    from ..distillation.student import Student
     from ..pool import AdapterPool
     from ..surrogate import SurrogateDataset
 
+
+#: Share of the average's squared norm from which on a rank is not remarked upon.
+ENOUGH_OF_AVERAGE = 0.9
 
 EPILOG = """\
 examples:
@@ -102,12 +106,26 @@ def run(args: argparse.Namespace) -> None:
     print(
         table(("loss", "first step", "last step"), rows) if rows else f"{args.output}: the initialisation, untrained"
     )
+    _tell_share(trainer.student)
     if trainer.judged.best_step:  # the trainer itself says so where the start is kept
         note(trainer.judged.verdict())
     if trainer.skipped:
         steps = ", ".join(map(str, trainer.skipped))
         note(f"{len(trainer.skipped)} of {config.steps} steps were left out, for spikes of the loss: {steps}")
     hint(f"lora-recycle evaluate {shlex.quote(args.output)} --data PATH --pool {shlex.join(args.pool)}")
+
+
+def _tell_share(student: Student) -> None:
+    """What the rank leaves of the average that the student started from, where that is not nearly all."""
+    share = student.average_share(student.rank)
+    if share < ENOUGH_OF_AVERAGE:
+        higher = student.rank
+        while student.average_share(higher) < ENOUGH_OF_AVERAGE:
+            higher *= 2
+        note(
+            f"Rank {student.rank} holds {share:.0%} of the average that it starts from (of its squared norm). What is "
+            f"cut off may be worth having: --rank {higher} holds {student.average_share(higher):.0%}."
+        )
 
 
 def _with_images(pool: AdapterPool, surrogate: SurrogateDataset) -> AdapterPool:

@@ -72,6 +72,8 @@ class Student(nn.Module):
             raise ConfigError(f"first_layer must be in [0, {len(backbone.layers)}), got {first_layer}")
         config = adapter_config(peft_type, rank, linear_layers(backbone), backbone, seed)
         self.rank = getattr(config, "r", rank)
+        #: squares of the average's singular values, the largest of all layers together, the second largest, ...
+        self.average_spectrum: torch.Tensor | None = None
         config.base_model_name_or_path = base_name
         config.revision = backbone.revision
         with torch.random.fork_rng(devices=[]):
@@ -109,8 +111,21 @@ class Student(nn.Module):
         """Set the adapter to the exact mean of the pool's weight changes, cut to the rank, times `scale`; for SHiRA,
         to those of its entries that are largest. Layers that no adapter of the pool changes stay as they are."""
         sparse = any(isinstance(layer, ShiraLayer) for layer in self._layers.values())
-        for name, (b, a) in pool.average(None if sparse else self.rank).items():
+        spectra = []
+        for name, (b, a) in pool.whole_averages():
+            spectra.append(b.square().sum(0) * a.square().sum(1))
+            if not sparse:
+                b, a = b[:, : self.rank], a[: self.rank]
             (start_shira if sparse else start_lora)(self._layers[name], b * scale, a)
+        if spectra and not sparse:
+            self.average_spectrum = torch.nn.utils.rnn.pad_sequence(spectra).sum(1)
+
+    def average_share(self, rank: int) -> float:
+        """What a LoRA of a rank holds of the average that this one started from: the share of the squared norm of its
+        change, over all layers. 1 where it did not start from an average."""
+        if self.average_spectrum is None:
+            return 1.0
+        return (self.average_spectrum[:rank].sum() / self.average_spectrum.sum().clamp_min(1e-30)).item()
 
     def start_from_principal(self, method: str, pool: AdapterPool, images: torch.Tensor | None = None) -> None:
         """Let the LoRA learn what [`principal_factors`] finds in the pool's backbone at half its rank; the other half
@@ -142,4 +157,6 @@ def start_student(config: DistillationConfig, pool: AdapterPool, surrogate: Surr
 def _plain_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """W x + B A x of a `LoraLayer`, in the dtype of W x."""
     result, a = layer.base_layer(x), layer.lora_A["default"]
-    return (result + layer.lora_B["default"](a(x.to(a.weight.dtype)))).to(result.dtype)
+    if not torch.is_autocast_enabled(x.device.type):  # which would make it bfloat16 again: a sixth of a step on a CPU
+        x = x.to(a.weight.dtype)
+    return (result + layer.lora_B["default"](a(x))).to(result.dtype)

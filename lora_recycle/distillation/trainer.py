@@ -20,7 +20,6 @@ from ..locks import only_run_in
 from ..pool import AdapterPool
 from ..processes import mixed_precision
 from ..surrogate import SurrogateDataset
-from ..wrapping import autocast
 from .batches import Batch, BatchMaker, Prefetcher
 from .callbacks import ProgressBar, TrainerCallback
 from .checkpoints import Checkpoints
@@ -337,7 +336,7 @@ class MetaLoraTrainer:
         backbone, device = self.student.backbone, self.accelerator.device
         inputs, kept = inputs.to(device), None if kept is None else kept.to(device)
         inputs = backbone.normalize(inputs) if inputs.dtype == torch.uint8 else inputs.to(backbone.dtype)
-        with autocast(self.accelerator, self.student):
+        with self.accelerator.autocast():
             features = self._parallel.model(inputs, kept).float()
         waiting()
         return gather_features(features, count, self.accelerator)

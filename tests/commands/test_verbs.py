@@ -120,6 +120,12 @@ def test_distill_without_steps_needs_no_surrogate_data(work, tmp_path, run, fail
     assert "--surrogate" in fails("distill", work / "pool", "--output", tmp_path / "none")
 
 
+def test_distill_says_what_a_small_rank_leaves_of_the_average(work, tmp_path, run):
+    for rank, told in ((1, True), (64, False)):
+        code, _, err = run("distill", work / "pool", "--output", tmp_path / f"{rank}", "--steps", 0, "--rank", rank)
+        assert code == 0 and (f"Rank {rank} holds" in err) == told, err
+
+
 def test_evaluate_prints_a_table_and_writes_json(evaluate_arguments, work, tmp_path, run):
     options = ["--pool", work / "pool", "--json", tmp_path / "new" / "rows.json"]
     code, out, err = run(*evaluate_arguments, *options)

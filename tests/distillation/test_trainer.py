@@ -72,6 +72,10 @@ def test_a_smaller_rank_starts_at_the_cut_average_undiluted_or_not(tiny_pool, in
     for name, (b, a) in tiny_pool.average(2).items():
         module = student.backbone.model.get_submodule(name)
         torch.testing.assert_close(module.get_delta_weight("default"), scale * b @ a, rtol=1e-3, atol=1e-5)
+    norms = [sum((b @ a).square().sum() for b, a in tiny_pool.average(rank).values()) for rank in (2, 5, None)]
+    assert student.average_share(2) == pytest.approx(float(norms[0] / norms[2]), rel=1e-4)
+    assert student.average_share(5) == pytest.approx(float(norms[1] / norms[2]), rel=1e-4)
+    assert student.average_share(2) < student.average_share(5) < student.average_share(10**6) == 1.0
 
 
 def test_ranks_that_the_average_leaves_free_can_learn(tiny_pool, tiny_surrogate):
@@ -86,6 +90,7 @@ def test_ranks_that_the_average_leaves_free_can_learn(tiny_pool, tiny_surrogate)
 @torch.no_grad()
 def test_zero_starts_at_the_frozen_backbone(tiny_pool):
     student, _ = train(tiny_pool, None, recipe(steps=0, init="zero"))
+    assert student.average_share(1) == 1.0
     x = pixel_values(tiny_pool)
     torch.testing.assert_close(student(x), tiny_pool.backbone.features(x), rtol=1e-5, atol=1e-6)
     assert student.peft_model.peft_config["default"].base_model_name_or_path == tiny_pool.backbone.name
