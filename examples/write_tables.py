@@ -27,8 +27,16 @@ POOLS = {
     "mixed-100": ("undiluted", "undiluted-16", "group-sum", "nearest-group", "real-data", "ensemble"),
     "cifar-100": ("average-rank-16", "undiluted-64", "judged", "last-step", "real-data", "ensemble"),
     "second-backbone": (
-        *("undiluted", "undiluted-16", "undiluted-64", "judged", "last-step", "last-step-64"),
-        *("real-data", "group-sum", "nearest-group", "ensemble"),
+        "undiluted",
+        "undiluted-16",
+        "undiluted-64",
+        "judged",
+        "last-step",
+        "last-step-64",
+        "real-data",
+        "group-sum",
+        "nearest-group",
+        "ensemble",
     ),
 }
 METHODS = ("frozen", "frozen-centred", "random", "average", "meta-lora", "ensemble")

@@ -14,6 +14,7 @@ from typing import Any
 import peft
 import torch
 import torch.nn.functional as F
+from peft.helpers import disable_input_dtype_casting
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
@@ -25,7 +26,6 @@ from .processes import deal, mixed_precision, process_state
 from .prototypes import centre_logits, class_centres
 from .sparsity import num_kept
 from .tuning_config import TuningConfig
-from .wrapping import autocast
 
 
 #: Images, uint8 (N, 3, H, W), and their labels, int64 (N,).
@@ -129,7 +129,10 @@ def tune_adapter(
     train, held = split_task(data, classes, config, generator)
     frozen = start_head(view, model.classifier, train, held)
     wrapped = peft.get_peft_model(model, adapter_config(config, model)).to(view.device)
-    _fit(wrapped, view, *train, config, generator)
+    # PEFT makes each input float32, for autocast to make it bfloat16 again: a sixth of the time of a step on a CPU
+    for_nothing = config.peft_type == "LORA" and mixed_precision().mixed_precision == "bf16"
+    with disable_input_dtype_casting(wrapped, for_nothing):
+        _fit(wrapped, view, *train, config, generator)
     accuracy = _accuracy(wrapped, view, *held)
     wrapped.peft_config["default"].base_model_name_or_path = base_model
     for parameter in wrapped.parameters():
@@ -177,7 +180,7 @@ def _fit(
         warmup = min(1.0, (step + 1) / (0.05 * steps + 1))
         for group in optimizer.param_groups:
             group["lr"] = config.lr * warmup * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-        with autocast(accelerator, wrapped):
+        with accelerator.autocast():
             logits = _logits(wrapped, view, pixels, kept)
         loss = F.cross_entropy(logits.float(), labels[index].to(view.device))
         optimizer.zero_grad()

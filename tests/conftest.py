@@ -33,6 +33,7 @@ import huggingface_hub  # noqa: E402
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from accelerate.state import AcceleratorState  # noqa: E402
 from helpers_tiny import save_tiny_backbone, toy_images  # noqa: E402
 
 from lora_recycle.hub import snapshots  # noqa: E402
@@ -145,3 +146,12 @@ def tiny_surrogate(tmp_path_factory, tiny_pool):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return LoraInverter(tiny_pool, config).run(tmp_path_factory.mktemp("surrogate"), progress=False)
+
+
+@pytest.fixture
+def launched_with_bf16(monkeypatch):
+    """What `accelerate launch --mixed_precision bf16` leaves in the environment of its processes."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

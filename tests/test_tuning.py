@@ -1,5 +1,6 @@
 """Adapters as a stranger would publish them, and a pool made of any labelled images."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -8,8 +9,10 @@ import torch
 from helpers_tiny import shake, tiny_processor
 from peft import PeftModel
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import Dinov2Config, Dinov2Model, ViTForImageClassification
 
+from lora_recycle import tuning
 from lora_recycle.errors import ConfigError, DataError
 from lora_recycle.hub.adapters import find_adapters, pull_adapter
 from lora_recycle.images import LabelledImages
@@ -85,6 +88,29 @@ def test_same_seed_same_adapter(toy_data, tiny_backbone_path, tmp_path):
         tune_adapter(toy_data, [0, 1], tmp_path / name, config, str(tiny_backbone_path), seed)
     one, same, other = (pull_adapter(tmp_path / name).sha256 for name in ("one", "same", "other"))
     assert one == same != other
+
+
+@pytest.mark.parametrize("peft_type", ["LORA", "DORA"])
+@pytest.mark.usefixtures("launched_with_bf16")
+def test_bfloat16_casts_no_input_of_a_lora_to_and_fro(peft_type, toy_data, tiny_backbone_path, tmp_path, monkeypatch):
+    config, fit, seen = TuningConfig(images_per_class=8, epochs=1, peft_type=peft_type), tuning._fit, {}
+
+    def watched(wrapped, *rest):
+        layers = [m for m in wrapped.modules() if hasattr(m, "lora_A")]
+        inputs = seen[name] = set()
+        for layer in layers:
+            layer.lora_A["default"].register_forward_pre_hook(lambda _, args: inputs.add(args[0].dtype))
+        fit(wrapped, *rest)
+        seen["layers"] = layers
+
+    monkeypatch.setattr(tuning, "_fit", watched)
+    for name in ("as it is", "with casts"):
+        tune_adapter(toy_data, [0, 1], tmp_path / name, config, str(tiny_backbone_path), 0)
+        assert all(layer.cast_input_dtype_enabled for layer in seen["layers"])
+        monkeypatch.setattr(tuning, "disable_input_dtype_casting", lambda *args: contextlib.nullcontext())
+    assert torch.bfloat16 not in seen["with casts"] and (torch.bfloat16 in seen["as it is"]) == (peft_type == "LORA")
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("as it is", "with casts"))
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
 @pytest.fixture

@@ -93,7 +93,8 @@ def test_masking_saves_the_computations_that_it_should(done):
     assert rows["inversion_pruned_75"]["gflops_per_image"] < 0.7 * rows["inversion_plain"]["gflops_per_image"]
     names = ("predict_64", "predict_64_features", "predict_64_bare", "fit_baseline")
     merged, features, bare, worn = (rows[name]["gflops_per_image"] for name in names)
-    assert merged == pytest.approx(features, rel=1e-3) and features < 0.98 * bare and worn > bare
+    assert merged == pytest.approx(features, rel=1e-3) and features < 0.98 * bare
+    assert worn > 1.2 * features and worn > bare
 
 
 def test_only_what_was_run_has_ratios(speed):

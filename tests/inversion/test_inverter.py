@@ -280,15 +280,6 @@ def test_parameterisations_start_at_the_image():
     assert (space.images.grad == 1).all()  # clipped pixels can still come back
 
 
-@pytest.fixture
-def launched_with_bf16(monkeypatch):
-    """What `accelerate launch --mixed_precision bf16` leaves in the environment of its processes."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 def test_mixed_precision_computes_in_bfloat16_and_is_another_run(tiny_pool, launched_with_bf16, monkeypatch):
     inverter, seen = LoraInverter(tiny_pool, quick()), []
     handle = tiny_pool.backbone.model.layers[0].mlp.fc1.register_forward_hook(lambda *a: seen.append(a[-1].dtype))
