@@ -111,7 +111,7 @@ def main() -> None:
     drawn = {k: sample_episodes(data.labels[held], 5, k, 15, 600, seed=1) for k in (1, 5)}
     rows, average = [], None
     for name, bandit in {"average of the adapters": None, **WAYS}.items():
-        student = MetaLoraTrainer(pool, None, DistillationConfig(steps=0, init="average")).student
+        student = MetaLoraTrainer(pool, None, DistillationConfig(steps=0, rank=16, init="average")).student
         picks = None if average is None else learn(student, bandit, surrogate, shown, args.steps)
         features = extract_features(student.backbone, data.pixels[held])
         found = {k: prototype_accuracy(features, episodes) for k, episodes in drawn.items()}

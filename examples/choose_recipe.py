@@ -29,8 +29,15 @@ from lora_recycle.storage import atomic_write
 from lora_recycle.surrogate import Shard, SurrogateDataset, save_shard, write_manifest
 
 
-BASE_INVERT = {"images_per_class": 2, "max_classes": 8, "iterations": 20}
-BASE_DISTILL = {"steps": 60, "relational_batch": 64, "init": "average"}
+BASE_INVERT = {
+    "images_per_class": 2,
+    "max_classes": 8,
+    "iterations": 20,
+    "starts": {"dead-leaves": 1},
+    "stop_at": 1.0,
+    "keep_ratio": 1.0,
+}
+BASE_DISTILL = {"rank": 16, "lr": 1e-3, "steps": 60, "relational_batch": 64, "init": "average"}
 NATURAL = "tiny_imagenet_32/train.parquet"
 MIX = {"dead-leaves": 0.5, "fractal": 0.25, "strokes": 0.25}
 

@@ -1,6 +1,6 @@
 """Can a figure that needs no real images tell which meta-LoRA is better? Many distillations, several figures of each.
 
-    lora-recycle invert demo --recipe examples/recipe.yaml --output runs/surrogate             # 10 minutes
+    lora-recycle invert demo --output runs/surrogate             # 10 minutes
     python examples/choose_without_images.py --data DATA --surrogate runs/surrogate --work runs/figures \
         --json docs/results/figures.json                                                       # half an hour
 
@@ -34,7 +34,7 @@ from lora_recycle.surrogate import SurrogateDataset
 
 
 TEMPERATURE = 0.1
-BASE = {"steps": 60, "relational_batch": 64, "lr": 5e-4}
+BASE = {"rank": 16, "steps": 60, "relational_batch": 64, "lr": 5e-4}
 EPISODES = {"relational_weight": 0, "kl_weight": 1, "interpolation_weight": 1, "queries": 3}
 
 #: name: settings of distillation that differ from the base

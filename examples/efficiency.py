@@ -34,8 +34,15 @@ from lora_recycle.surrogate import SurrogateDataset
 
 
 ADAPTERS = [f"cifar_fs-{i:02d}" for i in (5, 8, 9, 10, 11, 12)]
-BASE_INVERT = {"images_per_class": 2, "max_classes": 10, "iterations": 30}
-BASE_DISTILL = {"steps": 60, "relational_batch": 60}
+BASE_INVERT = {
+    "images_per_class": 2,
+    "max_classes": 10,
+    "iterations": 30,
+    "starts": {"dead-leaves": 1},
+    "stop_at": 1.0,
+    "keep_ratio": 1.0,
+}
+BASE_DISTILL = {"rank": 16, "lr": 1e-3, "steps": 60, "relational_batch": 60}
 PLAIN = {"parameterization": "pixels", "lr": 0.25, "starts": {"noise": 1}, "flip": True}
 #: whose images some variants start from: made by the base recipe, in time that no line counts
 OTHERS = [f"cifar_fs-{i:02d}" for i in (0, 1, 2)]
@@ -52,11 +59,11 @@ VARIANTS = {
     "multi-resolution, 0 iterations": ({"iterations": 0}, {}),
     "multi-resolution, stop at 0.9": ({"stop_at": 0.9, "iterations": 40}, {}),
     "multi-resolution, 30 iterations, bf16": ({}, {}),
-    "pruned to 25% after layer 2": ({"prune": {2: 0.25}, "keep_ratio": 1.0}, {}),
-    "pruned to 25% after layer 1": ({"prune": {1: 0.25}, "keep_ratio": 1.0}, {}),
+    "pruned to 25% after layer 2": ({"prune": {2: 0.25}}, {}),
+    "pruned to 25% after layer 1": ({"prune": {1: 0.25}}, {}),
     "masked 50%": ({"keep_ratio": 0.5}, {}),
     "masked 75%": ({"keep_ratio": 0.25}, {}),
-    "masked 75%, pruned to 25% after layer 1": ({"prune": {1: 0.25}}, {}),
+    "masked 75%, pruned to 25% after layer 1": ({"prune": {1: 0.25}, "keep_ratio": 0.25}, {}),
     "meta-LoRA from layer 3 on": ({}, {"first_layer": 3}),
     "L-BFGS, 30 iterations": ({}, {}),
     "from the previous batch, 10 iterations": ({"iterations": 10}, {}),

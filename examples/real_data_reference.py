@@ -4,7 +4,7 @@
     lora-recycle evaluate runs/real/cifar_fs --data DATA/cifar_fs/test.parquet --pool demo
 
 Meta-training of a prototypical network (arXiv 1703.05175) on the student of distillation: the frozen backbone with one
-LoRA on all linear layers, of the rank, step size, schedule and seed of `lora-recycle distill`, in place of whose
+LoRA on all linear layers, of the rank, schedule and seed of `lora-recycle distill`, in place of whose
 surrogate images stand episodes of the real ones that the adapters were tuned on. `--data` may name several files, as
 for a mixed pool: each step draws its episodes from one of them after the other. The result is a meta-LoRA like any
 other, for `evaluate` and as one of the `meta_loras` of a `benchmark` recipe. A killed run goes on from its last
@@ -33,7 +33,7 @@ from lora_recycle.tuning import augment
 
 
 #: What differs from the defaults of distillation: queries enough to learn from, no relational loss.
-DEFAULTS = {"steps": 400, "episodes": 4, "ways": 5, "shots": 1, "queries": 5, "init": "zero"}
+DEFAULTS = {"steps": 400, "lr": 1e-3, "episodes": 4, "ways": 5, "shots": 1, "queries": 5, "init": "zero"}
 
 
 def draw_episode(data: LabelledImages, classes: dict[int, torch.Tensor], config, generator: torch.Generator):

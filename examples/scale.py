@@ -132,7 +132,7 @@ def do_stage(stage: str, pool: AdapterPool, folders: list[Path], output: Path, i
     elif stage == "groups":
         pool.groups()
     elif stage == "invert":
-        config = InversionConfig(images_per_class=2, iterations=iterations)
+        config = InversionConfig(images_per_class=2, iterations=iterations, stop_at=1.0, keep_ratio=1.0)
         LoraInverter(pool, config).run(output, progress=False)
     else:
         data = SurrogateDataset.from_pretrained(output)

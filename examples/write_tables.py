@@ -24,15 +24,24 @@ HOME = ("cifar_fs", "mini_imagenet", "vgg_flower", "omniglot_small")
 RIVALS = ("frozen", "undiluted", "group-sum", "nearest-group", "ties", "dare", "knots", "magnitude", "arrow")
 #: folder of the results of one pool's benchmark, and the methods shown beside frozen, random and average
 POOLS = {
-    "mixed-100": ("undiluted", "undiluted-16", "group-sum", "nearest-group", "real-data", "ensemble"),
-    "cifar-100": ("average-rank-16", "undiluted-64", "judged", "last-step", "real-data", "ensemble"),
+    "mixed-100": (
+        "undiluted",
+        "undiluted-16",
+        "judged",
+        "last-step",
+        "real-data",
+        "group-sum",
+        "nearest-group",
+        "ensemble",
+    ),
+    "cifar-100": ("average-rank-16", "judged", "last-step", "real-data", "ensemble"),
     "second-backbone": (
         "undiluted",
         "undiluted-16",
-        "undiluted-64",
+        "judged-16",
+        "last-step-16",
         "judged",
         "last-step",
-        "last-step-64",
         "real-data",
         "group-sum",
         "nearest-group",

@@ -124,6 +124,7 @@ def distillation(world: World) -> Iterator[list[Case]]:
     episodes = max(1, world.batch // (WAYS * (1 + queries)))
     config = DistillationConfig(
         steps=10**6,
+        rank=baselines.RANK,
         held_out=0.0,
         relational_weight=0.0,
         kl_weight=1.0,

@@ -19,8 +19,8 @@ PRINCIPAL_STARTS = ("pissa", "olora", "corda")
 class DistillationConfig(RecipeConfig):
     """How the meta-LoRA learns (stage 2 of LoRA Recycle, and ensemble-relational distillation)."""
 
-    steps: int = field(300, "optimiser steps; 0 leaves the initialisation, a merge of the pool in seconds")
-    rank: int = field(16, "rank of the meta-LoRA, on all linear layers")
+    steps: int = field(200, "optimiser steps; 0 leaves the initialisation, a merge of the pool in seconds")
+    rank: int = field(64, "rank of the meta-LoRA, on all linear layers")
     peft_type: str = field(
         "LORA", "type of the meta-adapter; all but LORA, DORA and SHIRA need an init that is no average", PEFT_TYPES
     )
@@ -35,7 +35,7 @@ class DistillationConfig(RecipeConfig):
         0,
         "layers before it keep the initialisation; what enters it is computed once and kept on disk",
     )
-    lr: float = field(1e-3, "peak step size of Adam")
+    lr: float = field(5e-4, "peak step size of Adam")
     gradient_accumulation_steps: int = field(1, "batches whose gradients are averaged before the optimiser steps")
     max_grad_norm: float = field(0.0, "gradients of a larger norm are scaled down to it; 0 clips none")
     spike_factor: float = field(
@@ -51,7 +51,7 @@ class DistillationConfig(RecipeConfig):
         ("cosine", "cyclic"),
     )
     relational_weight: float = field(1.0, "weight of the relational loss: similarities pulled to the teachers' mean")
-    relational_batch: int = field(160, "surrogate images of one relational batch, shared out equally to the groups")
+    relational_batch: int = field(128, "surrogate images of one relational batch, shared out equally to the groups")
     similarity_scale: float = field(15.0, "factor on cosine similarities before the softmax")
     groups: str = field(
         "auto",

@@ -15,17 +15,17 @@ PRIORS = ("tv", "patch_entropy", "batch_norm")
 class InversionConfig(RecipeConfig):
     """How the surrogate images of each adapter are made (stage 1 of LoRA Recycle)."""
 
-    images_per_class: int = field(8, "surrogate images of each class")
-    max_classes: int | None = field(20, "classes of one adapter that are inverted, drawn at random where it has more")
+    images_per_class: int = field(6, "surrogate images of each class")
+    max_classes: int | None = field(10, "classes of one adapter that are inverted, drawn at random where it has more")
     iterations: int = field(30, "optimisation steps of each image; 0 keeps the starts, labelled by the adapter")
-    stop_at: float = field(1.0, "probability of its class at which an image is finished early; 1 stops none")
+    stop_at: float = field(0.95, "probability of its class at which an image is finished early; 1 stops none")
     lr: float = field(0.05, "step size of Adam")
     batch_size: int = field(64, "images optimised together")
     parameterization: str = field(
         "multires", "multires: sigmoid of a sum of upsampled maps; pixels: the image itself", ("multires", "pixels")
     )
     starts: dict[str, float] = field(
-        {"dead-leaves": 1.0},
+        {"dead-leaves": 0.5, "fractal": 0.25, "strokes": 0.25},
         f"starting images and their shares: {', '.join(STARTS)} (from `start_images`)",
     )
     start_images: str | None = field(None, "folder or parquet file of unlabelled images, or a surrogate folder")
@@ -40,8 +40,8 @@ class InversionConfig(RecipeConfig):
         {}, "layers after which patches are dropped, and the shares of all patches that go on, as in 3=0.5 6=0.25"
     )
     prune_start: int = field(0, "iteration from which on patches are dropped")
-    keep_ratio: float | None = field(
-        None, "share of the patches in the stored masks; what `prune` leaves by default, 1 stores none"
+    keep_ratio: float = field(
+        0.25, "share of the patches in the stored masks, of which meta-training forwards no others; 1 stores none"
     )
     seed: int = field(0, "seed of the starting images, the classes drawn and the jitter")
 
@@ -74,11 +74,4 @@ class InversionConfig(RecipeConfig):
                 0 < ratio < kept, f"prune: shares lie between 0 and 1 and fall from layer to layer, got {self.prune}"
             )
             kept = ratio
-        self.require(
-            self.keep_ratio is None or 0 < self.keep_ratio <= 1, f"keep_ratio must be in (0, 1], got {self.keep_ratio}"
-        )
-
-    @property
-    def mask_ratio(self) -> float:
-        """Share of the patches in the stored masks."""
-        return min(self.prune.values(), default=1.0) if self.keep_ratio is None else self.keep_ratio
+        self.require(0 < self.keep_ratio <= 1, f"keep_ratio must be in (0, 1], got {self.keep_ratio}")

@@ -219,8 +219,8 @@ class LoraInverter:
                 hidden, _ = self.backbone(self.backbone.normalize(part))
             logits.append(adapter.logits(self.backbone, hidden).float().cpu())
             features.append(self.backbone.pool(hidden).half().cpu())
-            if self.config.mask_ratio < 1:
-                k = num_kept(self.backbone.num_patches, self.config.mask_ratio)
+            if self.config.keep_ratio < 1:
+                k = num_kept(self.backbone.num_patches, self.config.keep_ratio)
                 scores = attention.row[:, self.backbone.num_prefix_tokens :]
                 kept.append(select_top(scores, k).to(torch.int16).cpu())
         return torch.cat(logits), torch.cat(features), torch.cat(kept) if kept else None

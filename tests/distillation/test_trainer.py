@@ -161,7 +161,7 @@ def test_a_checkpoint_of_another_recipe_or_pool_is_refused(tiny_pool, tiny_surro
     train(tiny_pool, tiny_surrogate, recipe(), tmp_path)
     before = checkpoints(tmp_path)
     for pool, config, told in (
-        (tiny_pool, recipe(lr=0.5), "lr: 0.001 there, 0.5 here"),
+        (tiny_pool, recipe(lr=0.5), "lr: 0.0005 there, 0.5 here"),
         (tiny_pool.subset([0, 1]), recipe(), "the adapters, their surrogate data or the precision differ"),
     ):
         with pytest.raises(ConfigError, match=rf"of another recipe, pool or surrogate data \({told}\).*--no-resume"):

@@ -58,3 +58,19 @@ def test_groups_are_merged_at_their_strengths(tiny_pool):
     row = {"name": "group-sum, cut 4", "factors": [1, 1 / 3], "rank": 4, "tasks": tasks}
     table = weights_table({"groups": {"photos": [], "flowers": []}, "rows": [row, row]})
     assert "| group-sum, cut to rank 4 | 1 / 0.33 | +1.0 ± 0.1 / +1.0 ± 0.1 |" in table
+
+
+def test_a_regression_gives_each_group_its_own_change_where_its_inputs_are(tiny_pool, monkeypatch):
+    monkeypatch.setattr(group_weights, "RIDGE", 1e-9)
+    pixels = torch.randint(0, 256, (4, 3, tiny_pool.backbone.image_size, tiny_pool.backbone.image_size))
+    products = group_weights.input_products(tiny_pool, {}, pixels.to(torch.uint8))
+    name, change = next((n, c) for n, c in group_weights.average_of(tiny_pool, ("adapter-0",)).items() if c.ndim == 2)
+    assert (
+        products[name].shape == (change.shape[1],) * 2 and torch.linalg.eigvalsh(products[name].double()).min() > -1e-3
+    )
+    first = torch.arange(change.shape[1]) < change.shape[1] // 2  # one group's inputs, and the other's
+    seen = [{name: first.float().diag()}, {name: (~first).float().diag()}]
+    merged = group_weights.Regressed([{name: change}, {name: -change}], (1, 1), seen).changes(tiny_pool)
+    torch.testing.assert_close(merged[name], torch.where(first, change, -change), rtol=1e-4, atol=1e-6)
+    mean = group_weights.Regressed([{name: change}, {name: -change}], (3, 1), [seen[0]] * 2).changes(tiny_pool)
+    torch.testing.assert_close(mean[name][:, first], change[:, first] / 2, rtol=1e-4, atol=1e-6)

@@ -114,7 +114,7 @@ def test_the_commands_of_a_recipe_build_the_settings_that_it_states(recipe, monk
         assert Path(args.recipe).samefile(recipe)
         verbs[args.verb] = build_config(args, CONFIGS[args.verb])
     assert set(verbs) == set(SECTIONS)
-    assert verbs["invert"].mask_ratio == 0.25 and verbs["distill"].steps == 500 and verbs["tune-pool"].tasks == 20
+    assert verbs["invert"].keep_ratio == 0.25 and verbs["distill"].steps == 500 and verbs["tune-pool"].tasks == 20
 
 
 def test_every_example_is_listed_and_has_its_command_on_top():

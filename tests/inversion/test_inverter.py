@@ -35,7 +35,8 @@ def shards_by_adapter(surrogate):
 
 @pytest.mark.parametrize("parameterization", ["multires", "pixels"])
 def test_loss_falls_and_accuracy_rises(tiny_pool, parameterization):
-    common = {"images_per_class": 4, "jitter": 0, "starts": {"noise": 1.0}, "parameterization": parameterization}
+    common = {"images_per_class": 4, "jitter": 0, "stop_at": 1.0, "starts": {"noise": 1.0}}
+    common["parameterization"] = parameterization
     before = LoraInverter(tiny_pool, InversionConfig(iterations=1, lr=1e-9, **common)).invert(0)
     inverter = LoraInverter(tiny_pool, InversionConfig(iterations=25, lr=0.1, **common))
     after = inverter.invert(0)
