@@ -196,7 +196,7 @@ def main() -> None:
     home = [row for row in judged if row["data"].split("/")[0] in HOME]
     real = [row for row in rows_of(BENCHMARKS / "real-data" / "results.json") if row["method"] == "real-data"]
     frozen = rows_of(*(RESULTS / f"frozen_{name}.json" for name in FROZEN_SETS))
-    starts = ("frozen", "average", "undiluted", "undiluted-16", "distilled", "group-sum", "nearest-group")
+    starts = ("frozen", "average", "undiluted", "undiluted-64", "distilled", "group-sum", "nearest-group")
     tables = {
         "results": evaluation_table(home, ("frozen", "average", "meta-lora")),
         "test": evaluation_table(judged + real, (*METHODS, "real-data")),
