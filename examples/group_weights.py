@@ -2,13 +2,15 @@
 
     lora-recycle invert demo --output runs/surrogate                                              # 10 minutes
     python examples/group_weights.py --data DATA --surrogate runs/surrogate \
-        --json docs/results/group_weights.json                                                    # 3 minutes
+        --json docs/results/group_weights.json                                                    # 15 minutes
 
 Each line of `STRENGTHS` is a factor for the average of each group of the embedded pool (`AdapterPool.groups`):
 cifar_fs and mini_imagenet together (`photos`), vgg_flower (`flowers`), omniglot_small (`characters`); `cut` first cuts
 the two small groups' averages to that rank. `REGRESSIONS` merge by images instead: each linear layer is to give what
 every group's own layer gives on the images of that group (RegMean, arXiv 2212.09849), whose factor is its weight. The
-images are the surrogates of its adapters, or 8 of each class that they were tuned on. 5-way, 600 episodes, on the
+images are the surrogates of its adapters, or 8 of each class that they were tuned on. `DISTILLED` are distilled from
+the surrogates, with the defaults of `lora-recycle distill` but for where they start (in bfloat16 under
+`accelerate launch --mixed_precision bf16`). 5-way, 600 episodes, on the
 validation splits of cifar_fs, mini_imagenet and vgg_flower and on the 33 characters that no adapter saw, at most 40
 images a class. DATA holds `<set>/<split>.parquet`.
 """
@@ -20,8 +22,9 @@ from pathlib import Path
 import torch
 from choose_recipe import judge, validation_sets
 
-from lora_recycle import AdapterPool, SurrogateDataset
+from lora_recycle import AdapterPool, DistillationConfig, MetaLoraTrainer, SurrogateDataset
 from lora_recycle.composition.base import Changes, Merge, add_scaled, dense_changes
+from lora_recycle.distillation.adapter_types import adapted_layers
 from lora_recycle.distillation.student import linear_layers
 from lora_recycle.embedded import pool_path
 from lora_recycle.evaluation.episodes import sample_episodes
@@ -51,6 +54,8 @@ REGRESSIONS = {
     "regression on training images": ((1, 1, 1), "training"),
     "regression on training images, photos x 4": ((4, 1, 1), "training"),
 }
+#: Merges from which 200 steps of distillation start; the last step is kept.
+DISTILLED = ("undiluted", "group-sum")
 #: Of RegMean: what is left of the products of two different inputs, and a ridge as a share of the mean square.
 KEPT, RIDGE = 0.9, 1e-3
 
@@ -140,6 +145,15 @@ def cut(changes: Changes, rank: int) -> Changes:
     return found
 
 
+def distilled(pool: AdapterPool, surrogate: SurrogateDataset, start: Merge) -> Merge:
+    """What distillation makes of a merge."""
+    trainer = MetaLoraTrainer(pool, surrogate, DistillationConfig(init="average", held_out=0.0))
+    trainer.student.start_from_average(AdapterPool(pool.backbone, [start.merge(pool)]))
+    layers = adapted_layers(trainer.train(progress=False).backbone.model)
+    change = {f"{n}.weight": m.get_delta_weight("default").detach().float() for n, m in layers.items()}
+    return Weighted([change], (1,), None)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
@@ -156,6 +170,7 @@ def main() -> None:
         products = [input_products(pool, *pair) for pair in zip(averages, pixels, strict=True)]
         lines = {name: weights for name, (weights, images) in REGRESSIONS.items() if images == whose}
         merges |= {name: Regressed(averages, weights, products) for name, weights in lines.items()}
+    merges |= {f"{name}, distilled": distilled(pool, surrogate, merges[name]) for name in DISTILLED}
     sets = validation_sets(args.data, size, resample, each=40)
     episodes = {(d.name, k): sample_episodes(d.labels, 5, k, 15, 600, seed=1) for d in sets for k in (1, 5)}
     found = {}
@@ -169,7 +184,7 @@ def main() -> None:
         tasks = {
             key: {base: confidence(values[key] - found[base][key]) for base in ("frozen", "average")} for key in values
         }
-        factors, rank = STRENGTHS.get(name) or (REGRESSIONS[name][0], None)
+        factors, rank = STRENGTHS.get(name.removesuffix(", distilled")) or (REGRESSIONS[name][0], None)
         rows.append({"name": name, "factors": factors, "rank": rank, "tasks": tasks})
     atomic_write(args.json, json.dumps({"groups": GROUPS, "rows": rows}, indent=1).encode())
 

@@ -59,8 +59,8 @@ def group_weights(found: dict) -> str:
     sets = list(dict.fromkeys(task.rpartition(" ")[0] for task in tasks))
     rows = []
     for row in found["rows"][1:]:
-        cut = f", cut to rank {row['rank']}" if row["rank"] else ""
-        cells = [row["name"].partition(",")[0] + cut, " / ".join(f"{factor:.2g}" for factor in row["factors"])]
+        kind = f", cut to rank {row['rank']}" if row["rank"] else ", distilled" * row["name"].endswith("distilled")
+        cells = [row["name"].partition(",")[0] + kind, " / ".join(f"{factor:.2g}" for factor in row["factors"])]
         for name in sets:
             gains = [row["tasks"][f"{name} {shots}"]["frozen"] for shots in (1, 5)]
             cells.append(" / ".join(f"{mean:+.1f} ± {half:.1f}" for mean, half in gains))

@@ -38,7 +38,6 @@ POOLS = {
     "second-backbone": (
         "undiluted",
         "undiluted-16",
-        "judged-16",
         "last-step-16",
         "judged",
         "last-step",

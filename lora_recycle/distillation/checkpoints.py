@@ -30,7 +30,7 @@ class OptimizerState(Protocol):
 
 
 #: numbers of `Judgements`, one for each
-_JUDGED = ("steps", "figures", "margins")
+_JUDGED = ("steps", "figures", "margins", "rises")
 
 
 class Checkpoints:

@@ -73,8 +73,8 @@ class DistillationConfig(RecipeConfig):
     held_out: float = field(
         0.2,
         "share of each group's adapters that teach nothing, at least one of four, at most 16 in all: by the error on "
-        "their classes the student is judged, and the best is kept, which may be the start (says little if a recipe "
-        "learns by episodes); 0: the last step is kept",
+        "their classes the student is judged, and the best that makes it larger in no group is kept, which may be the "
+        "start (says little if a recipe learns by episodes); 0: the last step is kept",
     )
     judge_every: int = field(25, "steps between two judgements; the start and the last step are judged in any case")
     patience: int = field(0, "judgements in a row without a better one after which training ends; 0: all steps")

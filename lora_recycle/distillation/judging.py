@@ -107,36 +107,50 @@ class Judgements:
 
     Attributes:
         adapters: names of those held out; empty where nothing is judged.
+        groups: of like adapters, the number of each one's.
         steps: how many steps were done at each judgement; the first is 0, the start.
         figures: mean error of each over all episodes, per cent.
         margins: half the 95% interval of its paired difference to the start: 1.96 standard errors over the episodes.
+        rises: by how much the error of the group that fares worst is above its own at the start; negative: all fell.
         start: (E,) the start's error in each episode.
         weights: the student's trainable weights at the best, in main memory.
     """
 
     adapters: list[str] = dataclasses.field(default_factory=list)
+    groups: list[int] = dataclasses.field(default_factory=list)
     steps: list[int] = dataclasses.field(default_factory=list)
     figures: list[float] = dataclasses.field(default_factory=list)
     margins: list[float] = dataclasses.field(default_factory=list)
+    rises: list[float] = dataclasses.field(default_factory=list)
     start: torch.Tensor | None = None
     weights: list[torch.Tensor] = dataclasses.field(default_factory=list)
 
     def add(self, step: int, errors: torch.Tensor, parameters: list[torch.nn.Parameter]) -> None:
-        """Take note of a judgement, `errors` (E,) by episode, and of the weights if it is the best."""
+        """Take note of a judgement, `errors` (E,) by episode, as many of each adapter, and of the weights if it is the
+        best."""
         self.start = errors.cpu() if self.start is None else self.start
+        change, groups = errors.cpu() - self.start, torch.tensor(self.groups)
+        of_adapters = change.view(len(self.adapters), -1).mean(1)
         self.steps.append(step)
         self.figures.append(errors.mean().item())
-        self.margins.append(1.96 * (errors.cpu() - self.start).std().item() / math.sqrt(len(errors)))
+        self.margins.append(1.96 * change.std().item() / math.sqrt(len(errors)))
+        self.rises.append(torch.stack([of_adapters[groups == g].mean() for g in groups.unique()]).max().item())
         if self._best == len(self.steps) - 1:
             self.weights = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
 
     @property
     def _best(self) -> int:
-        """The lowest of those that are surely below the start, of equal ones the first; else the start.
+        """The lowest of those that are surely below the start, and in no group above it, of equal ones the first; else
+        the start.
 
-        Of many judgements some are below it by chance.
+        Of many judgements some are below it by chance; and of the groups of a mixed pool small ones gain most easily
+        at the expense of the largest, of which most adapters are.
         """
-        surely = [i for i, figure in enumerate(self.figures) if self.figures[0] - figure > self.margins[i]]
+        surely = [
+            i
+            for i, figure in enumerate(self.figures)
+            if self.figures[0] - figure > self.margins[i] and self.rises[i] <= 0
+        ]
         return min(surely, key=self.figures.__getitem__, default=0)
 
     @property
@@ -160,7 +174,7 @@ class Judgements:
         """For the sidecar, JSON; None where nothing was judged."""
         if not self.steps:
             return None
-        names = ("adapters", "steps", "figures", "margins")
+        names = ("adapters", "groups", "steps", "figures", "margins", "rises")
         return {"who": self.who} | {name: list(getattr(self, name)) for name in names} | {"best_step": self.best_step}
 
     @property
@@ -178,9 +192,10 @@ class Judgements:
         first, best, last = self.figures[0], self.figures[self._best], self.figures[-1]
         where = f"on the classes of {self.who}"
         if self.best_step == 0:
+            group = ", in no group of them a larger one," if len(set(self.groups)) > 1 else ""
             return (
-                f"The start is kept: in {self.steps[-1]} steps the student made no surely smaller error {where} "
-                f"({first:.1f}% at the start, {last:.1f}% at the end)."
+                f"The start is kept: in {self.steps[-1]} steps the student made no surely smaller error{group} "
+                f"{where} ({first:.1f}% at the start, {last:.1f}% at the end)."
             )
         return (
             f"Step {self.best_step} of {self.steps[-1]} is kept: it makes the smallest error {where} "

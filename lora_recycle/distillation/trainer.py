@@ -244,7 +244,8 @@ class MetaLoraTrainer:
         # dropout of the backbone's own would only add noise, and make a resumed run another one
         self._parallel = ParallelStudent(self.student.eval(), state, config.lr)
         self._judging = Judge(held_out, self.make_batch, config.metric, config.seed) if held_out else None
-        self.judged = Judgements([self.pool.infos[i].name for i in held_out])
+        group_of = {i: number for number, members in enumerate(alike) for i in members}
+        self.judged = Judgements([self.pool.infos[i].name for i in held_out], [group_of[i] for i in held_out])
         self._guard = SpikeGuard(config.spike_factor, state.device)
         start = 0 if output_dir is None else self._resume(output_dir)
         batches, end = config.gradient_accumulation_steps, config.steps * config.gradient_accumulation_steps

@@ -240,7 +240,7 @@ def test_too_few_adapters_to_judge_by_are_told(tiny_pool, tiny_surrogate, caplog
 
 
 def test_only_what_is_surely_better_than_the_start_takes_its_place():
-    judged, parameter = Judgements(["a"]), torch.nn.Parameter(torch.zeros(1))
+    judged, parameter = Judgements(["a"], [0]), torch.nn.Parameter(torch.zeros(1))
     start = torch.tensor([40.0, 60.0, 20.0, 80.0])
     noise = torch.tensor([-30.0, 20.0, 15.0, -10.0])
     for step, errors in enumerate([start, start + noise, start - 5, start - 5, start - 4, start * float("nan")]):
@@ -249,6 +249,21 @@ def test_only_what_is_surely_better_than_the_start_takes_its_place():
         if step == 1:  # lower, but by chance
             assert judged.figures[1] < judged.figures[0] and judged.best_step == 0 and judged.margins[1] > 20
     assert judged.best_step == 2 and judged.in_vain == 3 and judged.weights[0].item() == 2  # of equal ones the first
+
+
+def test_what_is_better_in_sum_and_worse_in_a_group_does_not_take_the_place_of_the_start():
+    judged, parameter = Judgements(["a", "b", "c"], [0, 1, 1]), torch.nn.Parameter(torch.zeros(1))
+    start = torch.tensor([40.0, 60.0, 20.0, 80.0, 50.0, 50.0])
+    for change in ([0.0] * 6, [1.0, 1.0, -9.0, -9.0, -9.0, -9.0], [-3.0, -3.0, -6.0, -6.0, 1.0, 1.0], [-2.0] * 6):
+        judged.add(len(judged.steps), start + torch.tensor(change), [parameter])
+    assert judged.figures[1] == min(judged.figures) and judged.rises == [0.0, 1.0, -2.5, -2.0]
+    assert judged.best_step == 2 and judged.to_dict()["rises"] == judged.rises  # one adapter may lose
+    only_worse = Judgements(["a", "b"], [0, 1])
+    for change in ([0.0] * 4, [1.0, 1.0, -9.0, -9.0]):
+        only_worse.add(len(only_worse.steps), start[:4] + torch.tensor(change), [parameter])
+    assert (
+        only_worse.best_step == 0 and "no surely smaller error, in no group of them a larger" in only_worse.verdict()
+    )
 
 
 def test_a_judge_says_the_same_of_the_same_weights(tiny_pool, tiny_surrogate, monkeypatch):
