@@ -10,9 +10,9 @@ the two small groups' averages to that rank. `REGRESSIONS` merge by images inste
 every group's own layer gives on the images of that group (RegMean, arXiv 2212.09849), whose factor is its weight. The
 images are the surrogates of its adapters, or 8 of each class that they were tuned on. `DISTILLED` are distilled from
 the surrogates, with the defaults of `lora-recycle distill` but for where they start (in bfloat16 under
-`accelerate launch --mixed_precision bf16`). 5-way, 600 episodes, on the
-validation splits of cifar_fs, mini_imagenet and vgg_flower and on the 33 characters that no adapter saw, at most 40
-images a class. DATA holds `<set>/<split>.parquet`.
+`accelerate launch --mixed_precision bf16`). 5-way, 600 episodes, on the validation splits of cifar_fs, mini_imagenet
+and vgg_flower and on the 33 characters that no adapter saw, at most 40 images a class. DATA holds
+`<set>/<split>.parquet`.
 """
 
 import argparse
