@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+import choose_recipe
 import torch
 from accelerate.state import AcceleratorState
 from choose_recipe import judge
@@ -34,14 +35,7 @@ from lora_recycle.surrogate import SurrogateDataset
 
 
 ADAPTERS = [f"cifar_fs-{i:02d}" for i in (5, 8, 9, 10, 11, 12)]
-BASE_INVERT = {
-    "images_per_class": 2,
-    "max_classes": 10,
-    "iterations": 30,
-    "starts": {"dead-leaves": 1},
-    "stop_at": 1.0,
-    "keep_ratio": 1.0,
-}
+BASE_INVERT = {**choose_recipe.BASE_INVERT, "max_classes": 10, "iterations": 30}
 BASE_DISTILL = {"rank": 16, "lr": 1e-3, "steps": 60, "relational_batch": 60}
 PLAIN = {"parameterization": "pixels", "lr": 0.25, "starts": {"noise": 1}, "flip": True}
 #: whose images some variants start from: made by the base recipe, in time that no line counts

@@ -17,6 +17,7 @@ and vgg_flower and on the 33 characters that no adapter saw, at most 40 images a
 
 import argparse
 import json
+import tempfile
 from pathlib import Path
 
 import torch
@@ -115,10 +116,9 @@ def input_products(pool: AdapterPool, average: Changes, pixels: torch.Tensor) ->
 
 def images_of_groups(whose: str, surrogate: SurrogateDataset, data: Path, size: int, resample: int) -> list:
     """uint8 (N, 3, S, S) for each of GROUPS."""
-    found = []
+    found, shards = [], [surrogate.shard(i) for i in range(surrogate.num_shards)]
     for names in GROUPS.values():
         if whose == "surrogate":
-            shards = [surrogate.shard(i) for i in range(surrogate.num_shards)]
             found.append(torch.cat([s.pixels for s in shards if s.adapter["name"].startswith(names)]))
         else:
             paths = [data / name / "train.parquet" for name in names]
@@ -145,11 +145,11 @@ def cut(changes: Changes, rank: int) -> Changes:
     return found
 
 
-def distilled(pool: AdapterPool, surrogate: SurrogateDataset, start: Merge) -> Merge:
-    """What distillation makes of a merge."""
+def distilled(pool: AdapterPool, surrogate: SurrogateDataset, start: Merge, work: str) -> Merge:
+    """What distillation makes of a merge. What the teachers say lies in `work`, for the next merge too."""
     trainer = MetaLoraTrainer(pool, surrogate, DistillationConfig(init="average", held_out=0.0))
     trainer.student.start_from_average(AdapterPool(pool.backbone, [start.merge(pool)]))
-    layers = adapted_layers(trainer.train(progress=False).backbone.model)
+    layers = adapted_layers(trainer.train(work, progress=False, resume=False).backbone.model)
     change = {f"{n}.weight": m.get_delta_weight("default").detach().float() for n, m in layers.items()}
     return Weighted([change], (1,), None)
 
@@ -170,7 +170,8 @@ def main() -> None:
         products = [input_products(pool, *pair) for pair in zip(averages, pixels, strict=True)]
         lines = {name: weights for name, (weights, images) in REGRESSIONS.items() if images == whose}
         merges |= {name: Regressed(averages, weights, products) for name, weights in lines.items()}
-    merges |= {f"{name}, distilled": distilled(pool, surrogate, merges[name]) for name in DISTILLED}
+    with tempfile.TemporaryDirectory() as work:
+        merges |= {f"{name}, distilled": distilled(pool, surrogate, merges[name], work) for name in DISTILLED}
     sets = validation_sets(args.data, size, resample, each=40)
     episodes = {(d.name, k): sample_episodes(d.labels, 5, k, 15, 600, seed=1) for d in sets for k in (1, 5)}
     found = {}
