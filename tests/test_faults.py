@@ -95,7 +95,7 @@ def test_the_last_two_checkpoints_are_kept_and_hold_all_that_training_is(pool, u
     count = len(undisturbed[1][0])
     expected = {f"{i}.{name}" for i in range(count) for name in ("value", "exp_avg", "exp_avg_sq", "step")}
     best = {f"best.{i}" for i in range(count)}
-    assert tensors.keys() == expected | best | {"rng.cpu", "judged.start"} and tensors["0.step"] == 6
+    assert tensors.keys() == expected | best | {"rng.cpu", "judged.first"} and tensors["0.step"] == 6
     assert header["step"] == 6 and header["learning_rates"] == [learning_rate(DISTILLATION, 5)]
     assert {name: len(values) for name, values in header["history"].items()} == {"relational": 6}
     assert header["judged"]["steps"] == [0, 3, 6] and len(header["judged"]["figures"]) == 3

@@ -6,7 +6,7 @@ from .class_statistics import ClassStatistics
 from .controls import RandomAverage, shuffled_heads
 from .dare import Dare
 from .ensemble import Ensemble
-from .groups import GroupSum, NearestGroup, Undiluted, separability
+from .groups import GroupSum, NearestGroup, Restored, Undiluted, separability
 from .knots import Knots
 from .magnitude import MagnitudePruning
 from .ties import Ties
@@ -25,6 +25,7 @@ def tuning_free_methods(seed: int = 0) -> dict[str, Composition]:
         "ties": Ties(),
         "knots": Knots(),
         "undiluted": Undiluted(),
+        "restored": Restored(),
         "group-sum": GroupSum(),
         "nearest-group": NearestGroup(),
         "class-statistics": ClassStatistics(),
@@ -45,6 +46,7 @@ __all__ = [
     "NearestGroup",
     "RandomAverage",
     "Selection",
+    "Restored",
     "Ties",
     "Undiluted",
     "Uniform",

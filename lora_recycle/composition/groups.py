@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import torch
@@ -23,10 +23,20 @@ class Undiluted(Merge):
     """
 
     def changes(self, pool: AdapterPool) -> Changes:
-        total, scale = Changes(), pool.dilution() / len(pool)
-        for adapter in pool:
-            add_scaled(total, dense_changes(adapter, pool.backbone.device), scale)
-        return total
+        largest = max(map(len, pool.groups()))
+        return _weighted(pool, lambda size: 1 / largest)
+
+
+class Restored(Merge):
+    """The exact average, in which the largest group of adapters has its full strength again and the others stay.
+
+    The largest group (or those as large) gains what averaging took from it, and the others disturb it as little as in
+    the average. With one group it is the average.
+    """
+
+    def changes(self, pool: AdapterPool) -> Changes:
+        largest = max(map(len, pool.groups()))
+        return _weighted(pool, lambda size: 1 / size if size == largest else 1 / len(pool))
 
 
 class GroupSum(Merge):
@@ -37,11 +47,16 @@ class GroupSum(Merge):
     """
 
     def changes(self, pool: AdapterPool) -> Changes:
-        total: Changes = {}
-        for group in pool.groups():
-            for i in group:
-                add_scaled(total, dense_changes(pool[i], pool.backbone.device), 1 / len(group))
-        return total
+        return _weighted(pool, lambda size: 1 / size)
+
+
+def _weighted(pool: AdapterPool, weight: Callable[[int], float]) -> Changes:
+    """The sum of all changes, each times the `weight` that an adapter has in a group of that size."""
+    total: Changes = {}
+    for group in pool.groups():
+        for i in group:
+            add_scaled(total, dense_changes(pool[i], pool.backbone.device), weight(len(group)))
+    return total
 
 
 class NearestGroup(Selection):

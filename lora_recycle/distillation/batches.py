@@ -28,6 +28,7 @@ class Batch:
         count: U, the images of all processes.
         parts: for each relational block, then for support and query of each episode, its rows of the U images.
         teachers: float16 (b, D) for each relational block.
+        weights: of each relational block in the loss, in sum 1.
         logits: float32 (queries, ways) for each episode, None for an interpolated one.
     """
 
@@ -38,6 +39,7 @@ class Batch:
     teachers: list[torch.Tensor]
     episodes: list[SurrogateEpisode]
     logits: list[torch.Tensor | None]
+    weights: list[float]
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         """The batch with `change` done to its tensors: moved, pinned."""
@@ -74,6 +76,8 @@ class BatchMaker:
     ):
         self.config, self.images, self.groups, self.sampler = config, images, groups, sampler
         self.patch_size, self.tokens, self.process, self.num_processes = patch_size, tokens, process, num_processes
+        sizes = [len(group.images) if config.balance == "images" else 1 for group in groups]
+        self._weights = [size / sum(sizes) for size in sizes]
 
     def __call__(self, step: int) -> Batch:
         config = self.config
@@ -93,7 +97,7 @@ class BatchMaker:
         inputs, kept = self.own_inputs(unique)
         parts = list(rows.split([len(part) for part in index]))
         logits = [self._logits(episode) for episode in episodes]
-        return Batch(inputs, kept, len(unique), parts, teachers, episodes, logits)
+        return Batch(inputs, kept, len(unique), parts, teachers, episodes, logits, self._weights)
 
     def own_inputs(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`inputs` and `kept` of a `Batch`: this process's share of images (U,)."""

@@ -13,7 +13,7 @@ import torch
 from ..configuration import differences
 from ..errors import ConfigError, DataError
 from ..storage import atomic_write, load_sealed, save_sealed
-from .judging import Judgements
+from .judging import SERIES, Judgements
 
 
 #: Checkpoints that are kept: where the newest is damaged, the one before serves.
@@ -27,10 +27,6 @@ class OptimizerState(Protocol):
 
     state: Any  # torch's and a plain dictionary differ in how they are typed
     param_groups: list[dict[str, Any]]
-
-
-#: numbers of `Judgements`, one for each
-_JUDGED = ("steps", "figures", "margins", "rises")
 
 
 class Checkpoints:
@@ -73,9 +69,9 @@ class Checkpoints:
         header["learning_rates"] = [group["lr"] for group in optimizer.param_groups]
         if judged is not None:
             tensors |= {f"best.{i}": weight for i, weight in enumerate(judged.weights)}
-            header["judged"] = {name: getattr(judged, name) for name in _JUDGED}
-            if judged.start is not None:
-                tensors["judged.start"] = judged.start
+            header["judged"] = {name: getattr(judged, name) for name in SERIES}
+            if judged.first is not None:
+                tensors["judged.first"] = judged.first
         save_sealed(self.folder / f"checkpoint-{step:08d}.safetensors", tensors, header)
         atomic_write(self.folder / LOG_FILE, json.dumps(history).encode())
         for path in self.files()[KEEP:]:
@@ -107,9 +103,9 @@ class Checkpoints:
                 other.unlink(missing_ok=True)
             _restore(tensors, header, parameters, optimizer)
             if judged is not None:
-                for name in _JUDGED:
+                for name in SERIES:
                     setattr(judged, name, header["judged"][name])
-                judged.start = tensors.get("judged.start")
+                judged.first = tensors.get("judged.first")
                 judged.weights = [tensors[f"best.{i}"] for i in range(len(parameters))] if judged.steps else []
             return header["step"], header["history"]
         for path, reason in damaged.items():

@@ -9,7 +9,7 @@ from ..configuration import RecipeConfig, field, require_choices
 
 #: What the meta-adapter can be, which starts are a mean of the pool, and which types can have those.
 PEFT_TYPES = ("LORA", "DORA", "LOHA", "LOKR", "OFT", "IA3", "SHIRA")
-AVERAGES = ("undiluted", "average")
+AVERAGES = ("restored", "undiluted", "group-sum", "average")
 STARTS_FROM_AVERAGE = ("LORA", "DORA", "SHIRA")
 #: Starts of a LoRA at principal directions of the backbone's weights; what is saved has twice the rank.
 PRINCIPAL_STARTS = ("pissa", "olora", "corda")
@@ -25,11 +25,17 @@ class DistillationConfig(RecipeConfig):
         "LORA", "type of the meta-adapter; all but LORA, DORA and SHIRA need an init that is no average", PEFT_TYPES
     )
     init: str = field(
-        "undiluted",
-        "undiluted: the exact mean of the pool, cut to the rank, scaled so that the largest group of like adapters "
-        "has its full strength; average: the mean as it is; zero; or, for LORA, the part of the backbone's weights "
-        "that learns: pissa, olora, corda (by activations of the surrogate images), stored at twice the rank",
+        "restored",
+        "average: the exact mean of the pool, cut to the rank; restored: the same, with the largest group of like "
+        "adapters at its full strength; undiluted: the mean, all of it scaled until that is so; group-sum: all groups "
+        "at full strength; zero; or, for LORA, the part of the backbone's weights that learns: pissa, olora, corda (by "
+        "activations of the surrogate images), stored at twice the rank",
         (*AVERAGES, "zero", *PRINCIPAL_STARTS),
+    )
+    share: float = field(
+        0.25,
+        "what of the learnt change is kept, beside init for the rest, where init is an average: a LORA begins to learn "
+        "where every group of like adapters has its full strength; 1: at init, and all is kept",
     )
     first_layer: int = field(
         0,
@@ -59,6 +65,11 @@ class DistillationConfig(RecipeConfig):
         "one: a single group of all",
         ("auto", "one"),
     )
+    balance: str = field(
+        "images",
+        "what counts the same in the relational loss: each surrogate image, or each group of adapters",
+        ("images", "groups"),
+    )
     max_teachers: int = field(
         32, "most adapters that teach a group, spread evenly over it: they bound the forwards of an image"
     )
@@ -74,13 +85,18 @@ class DistillationConfig(RecipeConfig):
         0.2,
         "share of each group's adapters that teach nothing, at least one of four, at most 16 in all: by the error on "
         "their classes the student is judged, and the best that makes it larger in no group is kept, which may be the "
-        "start (says little if a recipe learns by episodes); 0: the last step is kept",
+        "average (says little if a recipe learns by episodes); 0: the last step is kept",
     )
-    judge_every: int = field(25, "steps between two judgements; the start and the last step are judged in any case")
+    judge_every: int = field(50, "steps between two judgements; the start and the last step are judged in any case")
     patience: int = field(0, "judgements in a row without a better one after which training ends; 0: all steps")
     use_masks: bool = field(True, "forward only the kept tokens where the surrogate data holds them")
     checkpoint_every: int = field(50, "steps between checkpoints")
     seed: int = field(0, "seed of the batches and of the initial weights")
+
+    @property
+    def blends(self) -> bool:
+        """Whether `share` applies: to steps of a LoRA from an average."""
+        return self.share < 1 and self.steps > 0 and self.peft_type == "LORA" and self.init in AVERAGES
 
     def check(self) -> None:
         require_choices(self)
@@ -98,6 +114,7 @@ class DistillationConfig(RecipeConfig):
             self.init not in PRINCIPAL_STARTS or self.peft_type == "LORA",
             f"init {self.init} is for peft_type LORA, got {self.peft_type}",
         )
+        self.require(0 < self.share <= 1, f"share must be in (0, 1], got {self.share}")
         self.require(self.ways >= 2, f"ways must be at least 2, got {self.ways}")
         self.require(self.relational_batch >= 4, f"relational_batch must be at least 4, got {self.relational_batch}")
         self.require(self.lr > 0 and self.temperature > 0, "lr and temperature must be positive")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -19,6 +19,7 @@ from ..evaluation.episodes import EpisodeSet, sample_episodes
 from ..evaluation.protocol import prototype_accuracy
 from ..heartbeat import beat
 from .images import SurrogateImages
+from .student import Blend
 from .teachers import spread
 
 
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from .batches import BatchMaker
 
 
+#: Stands for the pool's average where others are judged against it.
+AVERAGE = Blend(0.0, 0.0)
+#: What is noted of each judgement in `Judgements`.
+SERIES = ("steps", "blends", "figures", "rises")
 #: A smaller group of like adapters teaches as a whole.
 SMALLEST_GROUP = 4
 #: Adapters that students are judged by, at most; classes of each, images of each class, and episodes on them.
@@ -47,6 +52,10 @@ def hold_out(groups: list[list[int]], images: SurrogateImages, share: float) -> 
         most = min(max(1, round(share * len(group))), max(1, MOST_ADAPTERS // len(large)))
         found += spread(torch.tensor(usable), most).tolist()
     return sorted(found)
+
+
+#: From this process's share of a batch, as `Batch` has it, and how many images the batch has, to features (B, D).
+Embed: TypeAlias = Callable[[torch.Tensor, torch.Tensor | None, int], torch.Tensor]
 
 
 class Judge:
@@ -74,13 +83,8 @@ class Judge:
             self._episodes.append(drawn)
 
     @torch.no_grad()
-    def __call__(self, embed: Callable[[torch.Tensor, torch.Tensor | None, int], torch.Tensor]) -> torch.Tensor:
-        """Per cent of queries that go to the wrong class centre, by episode: float32 (E,).
-
-        Args:
-            embed: this process's share of a batch, as `Batch` has it, and how many images the batch has, to their
-                features (B, D).
-        """
+    def __call__(self, embed: Embed) -> torch.Tensor:
+        """Per cent of queries that go to the wrong class centre, by episode: float32 (E,)."""
         features = []
         for index in torch.cat(self._images).split(_BATCH):
             beat("judging")
@@ -108,50 +112,52 @@ class Judgements:
     Attributes:
         adapters: names of those held out; empty where nothing is judged.
         groups: of like adapters, the number of each one's.
-        steps: how many steps were done at each judgement; the first is 0, the start.
-        figures: mean error of each over all episodes, per cent.
-        margins: half the 95% interval of its paired difference to the start: 1.96 standard errors over the episodes.
-        rises: by how much the error of the group that fares worst is above its own at the start; negative: all fell.
-        start: (E,) the start's error in each episode.
+        steps: how many steps were done at each judgement; the first is of the start.
+        blends: what was judged, `[learnt, init]` of [`Blend`]; `[0, 0]` is the pool's average.
+        figures: mean error of each, per cent.
+        rises: by how much the error is surely above the first: the lower end of the paired 95% interval over the
+            episodes, of all of them or of the group that fares worst. At most 0: it may be no worse.
+        first: (E,) the first's error in each episode.
         weights: the student's trainable weights at the best, in main memory.
     """
 
     adapters: list[str] = dataclasses.field(default_factory=list)
     groups: list[int] = dataclasses.field(default_factory=list)
     steps: list[int] = dataclasses.field(default_factory=list)
+    blends: list[list[float]] = dataclasses.field(default_factory=list)
     figures: list[float] = dataclasses.field(default_factory=list)
-    margins: list[float] = dataclasses.field(default_factory=list)
     rises: list[float] = dataclasses.field(default_factory=list)
-    start: torch.Tensor | None = None
+    first: torch.Tensor | None = None
     weights: list[torch.Tensor] = dataclasses.field(default_factory=list)
 
-    def add(self, step: int, errors: torch.Tensor, parameters: list[torch.nn.Parameter]) -> None:
+    def add(self, step: int, blend: Blend, errors: torch.Tensor, parameters: list[torch.nn.Parameter]) -> None:
         """Take note of a judgement, `errors` (E,) by episode, as many of each adapter, and of the weights if it is the
         best."""
-        self.start = errors.cpu() if self.start is None else self.start
-        change, groups = errors.cpu() - self.start, torch.tensor(self.groups)
-        of_adapters = change.view(len(self.adapters), -1).mean(1)
+        errors = errors.cpu()
+        self.first = errors if self.first is None else self.first
+        change, groups = (
+            errors - self.first,
+            torch.tensor(self.groups).repeat_interleave(len(errors) // len(self.groups)),
+        )
         self.steps.append(step)
+        self.blends.append([*blend])  # a list, as JSON gives it back
         self.figures.append(errors.mean().item())
-        self.margins.append(1.96 * change.std().item() / math.sqrt(len(errors)))
-        self.rises.append(torch.stack([of_adapters[groups == g].mean() for g in groups.unique()]).max().item())
+        parts = [change, *(change[groups == g] for g in groups.unique())]
+        self.rises.append(max((part.mean() - 1.96 * part.std() / math.sqrt(len(part))).item() for part in parts))
         if self._best == len(self.steps) - 1:
             self.weights = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
 
     @property
     def _best(self) -> int:
-        """The lowest of those that are surely below the start, and in no group above it, of equal ones the first; else
-        the start.
+        """Of what was learnt the lowest that is not surely above the first, in sum or in a group; else of the starts.
 
-        Of many judgements some are below it by chance; and of the groups of a mixed pool small ones gain most easily
-        at the expense of the largest, of which most adapters are.
+        Of the groups of a mixed pool small ones gain most easily at the expense of the largest, of which most adapters
+        are. The figure is a guard and no more: what is better on real images by a point moves it by a few tenths, as
+        chance does, so to ask for an improvement would throw away most of what there is.
         """
-        surely = [
-            i
-            for i, figure in enumerate(self.figures)
-            if self.figures[0] - figure > self.margins[i] and self.rises[i] <= 0
-        ]
-        return min(surely, key=self.figures.__getitem__, default=0)
+        sound = [i for i, rise in enumerate(self.rises) if rise <= 0]
+        learnt = [i for i in sound if self.steps[i] > 0]
+        return min(learnt or sound, key=self.figures.__getitem__, default=0)
 
     @property
     def best_step(self) -> int | None:
@@ -160,22 +166,25 @@ class Judgements:
 
     @property
     def in_vain(self) -> int:
-        """How many judgements there were since the best."""
-        return len(self.steps) - 1 - self._best if self.steps else 0
+        """How many judgements there were after later steps than the best."""
+        return sum(step > self.steps[self._best] for step in self.steps)
 
     @torch.no_grad()
-    def put_on_best(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Set the student's trainable weights to those of the best judgement, bit for bit."""
-        if self.steps:
-            for parameter, weight in zip(parameters, self.weights, strict=True):
-                parameter.copy_(weight)
+    def put_on_best(self, parameters: list[torch.nn.Parameter]) -> Blend | None:
+        """Set the student's trainable weights to those of the best judgement, bit for bit. Returns what was judged of
+        them then, None where nothing was judged."""
+        if not self.steps:
+            return None
+        for parameter, weight in zip(parameters, self.weights, strict=True):
+            parameter.copy_(weight)
+        return Blend(*self.blends[self._best])
 
     def to_dict(self) -> dict[str, Any] | None:
         """For the sidecar, JSON; None where nothing was judged."""
         if not self.steps:
             return None
-        names = ("adapters", "groups", "steps", "figures", "margins", "rises")
-        return {"who": self.who} | {name: list(getattr(self, name)) for name in names} | {"best_step": self.best_step}
+        told = {name: list(getattr(self, name)) for name in ("adapters", "groups", *SERIES)}
+        return {"who": self.who} | told | {"best_step": self.best_step, "best_blend": self.blends[self._best]}
 
     @property
     def who(self) -> str:
@@ -190,14 +199,15 @@ class Judgements:
                 "alike, with 2 images of a class. Add adapters, or set `held_out` to 0."
             )
         first, best, last = self.figures[0], self.figures[self._best], self.figures[-1]
-        where = f"on the classes of {self.who}"
-        if self.best_step == 0:
-            group = ", in no group of them a larger one," if len(set(self.groups)) > 1 else ""
+        where, start = f"on the classes of {self.who}", "start" if any(self.blends[0]) else "average"
+        if self._best == 0:
+            group = ", in sum or in a group of them," if len(set(self.groups)) > 1 else ""
             return (
-                f"The start is kept: in {self.steps[-1]} steps the student made no surely smaller error{group} "
-                f"{where} ({first:.1f}% at the start, {last:.1f}% at the end)."
+                f"The {start} is kept: what was learnt in {self.steps[-1]} steps makes a surely larger error{group} {where} "
+                f"({first:.1f}% with the {start}, {last:.1f}% at the end)."
             )
+        kept = f"Step {self.best_step} of {self.steps[-1]}" if self.best_step else "The start"
         return (
-            f"Step {self.best_step} of {self.steps[-1]} is kept: it makes the smallest error {where} "
-            f"({best:.1f}%, {first:.1f}% at the start, {last:.1f}% at the end)."
+            f"{kept} is kept: of what is not surely worse than the {start} it makes the smallest error {where} "
+            f"({best:.1f}%, {first:.1f}% with the {start}, {last:.1f}% at the end)."
         )

@@ -20,10 +20,11 @@ def weighted_losses(config: DistillationConfig, features: torch.Tensor, batch: B
     """
     parts, losses = [features[rows] for rows in batch.parts], {}
     if batch.teachers:
-        values = [
-            relational_divergence(parts.pop(0), teacher.float(), config.similarity_scale) for teacher in batch.teachers
-        ]
-        losses["relational"] = config.relational_weight * torch.stack(values).mean()
+        value = torch.zeros((), device=features.device)
+        for teacher, weight in zip(batch.teachers, batch.weights, strict=True):
+            divergence = relational_divergence(parts.pop(0), teacher.float(), config.similarity_scale)
+            value = value + weight * divergence
+        losses["relational"] = config.relational_weight * value
     for episode, logits in zip(batch.episodes, batch.logits, strict=True):
         name = "kl" if logits is not None else "interpolation"
         weight = config.kl_weight if name == "kl" else config.interpolation_weight

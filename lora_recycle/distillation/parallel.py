@@ -9,6 +9,7 @@ losses that compare images with each other, which no split of the loss itself wo
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,7 +19,7 @@ from accelerate.utils import parse_flag_from_env
 from torch import nn
 
 from .checkpoints import OptimizerState
-from .student import Student
+from .student import Blend, Student
 
 
 if TYPE_CHECKING:
@@ -84,6 +85,10 @@ class ParallelStudent:
         if limit:
             nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         return _whole(norm)
+
+    def blended(self, blend: Blend) -> AbstractContextManager[None]:
+        """As [`Student.blended`]."""
+        return cast(Student, getattr(self.model, "module", self.model)).blended(blend)
 
     def reshard(self) -> None:
         """After forwards without a backward, whose end it is otherwise: parameters are shared out again."""

@@ -6,18 +6,22 @@ import contextlib
 import copy
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.shira import ShiraLayer
 from torch import nn
 
 from ..backbones import Backbone
+from ..composition.base import Merge
+from ..composition.groups import GroupSum, Restored, Undiluted
 from ..embedded import backbone_name
 from ..errors import ConfigError
-from ..pool import AdapterPool
+from ..pool import AdapterPool, truncate
 from ..surrogate import SurrogateDataset
+from ..weight_changes import Factors
 from ..wrapping import wrap
 from .adapter_types import (
     adapted_layers,
@@ -40,6 +44,21 @@ def linear_layers(backbone: Backbone) -> list[str]:
     prefix = backbone.family.layers + "."
     modules = backbone.model.named_modules()
     return sorted(name for name, m in modules if name.startswith(prefix) and isinstance(m, nn.Linear))
+
+
+#: What a pool is merged to before a student starts from it; the average itself needs no merge.
+_MERGES: dict[str, Merge] = {"restored": Restored(), "undiluted": Undiluted(), "group-sum": GroupSum()}
+
+
+class Blend(NamedTuple):
+    """A change of weights: `learnt` times the student's own, plus `init` times that of its initialisation."""
+
+    learnt: float
+    init: float
+
+
+#: The student as it is.
+OWN = Blend(1.0, 0.0)
 
 
 class Student(nn.Module):
@@ -72,6 +91,9 @@ class Student(nn.Module):
             raise ConfigError(f"first_layer must be in [0, {len(backbone.layers)}), got {first_layer}")
         config = adapter_config(peft_type, rank, linear_layers(backbone), backbone, seed)
         self.rank = getattr(config, "r", rank)
+        #: its initialisation, where it began to learn elsewhere: B and A by layer
+        self._init: Factors = {}
+        self._blend = OWN
         #: squares of the average's singular values, the largest of all layers together, the second largest, ...
         self.average_spectrum: torch.Tensor | None = None
         config.base_model_name_or_path = base_name
@@ -81,7 +103,7 @@ class Student(nn.Module):
             self.peft_model: PeftModel = wrap(self.backbone.model, config)
         self.backbone.layers[:first_layer].requires_grad_(False)
         self._layers = adapted_layers(self.backbone.model)
-        self._plain = list(self._layers.values()) if peft_type == "LORA" else []
+        self._plain = self._layers if peft_type == "LORA" else {}
 
     def forward(self, inputs: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
         """Features (B, D) of images (B, 3, H, W), of their kept patches alone (B, k, 3, p, p), or of the tokens that
@@ -99,26 +121,67 @@ class Student(nn.Module):
     @contextlib.contextmanager
     def _plain_layers(self) -> Iterator[None]:
         """PEFT's layers without their checks and their product with a scale of 1, a tenth of a small model's step."""
-        for layer in self._plain:
-            layer.forward = functools.partial(_plain_forward, layer)
+        for name, layer in self._plain.items():
+            forward = functools.partial(_plain_forward, layer)
+            if self._blend != OWN:
+                forward = functools.partial(_blended_forward, layer, self._blend, self._init[name])
+            layer.forward = forward
         try:
             yield
         finally:
-            for layer in self._plain:
+            for layer in self._plain.values():
                 del layer.forward
 
-    def start_from_average(self, pool: AdapterPool, scale: float = 1.0) -> None:
-        """Set the adapter to the exact mean of the pool's weight changes, cut to the rank, times `scale`; for SHiRA,
-        to those of its entries that are largest. Layers that no adapter of the pool changes stay as they are."""
+    def start_from_average(self, pool: AdapterPool) -> None:
+        """Set the adapter to the exact mean of the pool's weight changes, cut to the rank; for SHiRA, to those of its
+        entries that are largest. Layers that no adapter of the pool changes stay as they are."""
         sparse = any(isinstance(layer, ShiraLayer) for layer in self._layers.values())
         spectra = []
         for name, (b, a) in pool.whole_averages():
             spectra.append(b.square().sum(0) * a.square().sum(1))
             if not sparse:
                 b, a = b[:, : self.rank], a[: self.rank]
-            (start_shira if sparse else start_lora)(self._layers[name], b * scale, a)
+            (start_shira if sparse else start_lora)(self._layers[name], b, a)
         if spectra and not sparse:
             self.average_spectrum = torch.nn.utils.rnn.pad_sequence(spectra).sum(1)
+
+    def begin_at_group_sum(self, pool: AdapterPool) -> None:
+        """Let a LoRA begin to learn at the sum of the averages of the pool's groups, cut to the rank, in the layers that
+        learn. What it was set to before is its initialisation, with which `blended` and `blend` mix what it learns.
+
+        In a pool of one group, where that sum is the average, it begins at its initialisation.
+        """
+        self._init = {name: _own(layer, copied=True) for name, layer in self._layers.items()}
+        if len(pool.groups()) > 1:
+            for name, (b, a) in _merged(pool, GroupSum()).whole_averages():
+                if _own(self._layers[name])[1].requires_grad:
+                    start_lora(self._layers[name], b[:, : self.rank], a[: self.rank])
+
+    @contextlib.contextmanager
+    def blended(self, blend: Blend) -> Iterator[None]:
+        """A forward meanwhile is that of a blend, not cut to the rank."""
+        device = self.backbone.device
+        self._init = {name: (b.to(device), a.to(device)) for name, (b, a) in self._init.items()}
+        self._blend = blend
+        try:
+            yield
+        finally:
+            self._blend = OWN
+
+    @torch.no_grad()
+    def blend(self, blend: Blend) -> None:
+        """Set the LoRA to a blend, cut to the rank (Eckart-Young): to its initialisation, or to itself, as it is."""
+        if blend == OWN:
+            return
+        for name, layer in self._layers.items():
+            b, a = _own(layer)
+            if not a.requires_grad:  # is at its initialisation
+                continue
+            b0, a0 = (factor.to(a.device) for factor in self._init[name])
+            if blend.learnt:
+                both = torch.cat([b * blend.learnt, b0 * blend.init], 1), torch.cat([a, a0])
+                b0, a0 = truncate(*both, self.rank)
+            start_lora(layer, b0, a0)
 
     def average_share(self, rank: int) -> float:
         """What a LoRA of a rank holds of the average that this one started from: the share of the squared norm of its
@@ -144,7 +207,10 @@ def start_student(config: DistillationConfig, pool: AdapterPool, surrogate: Surr
     base = backbone_name(pool.backbone.name)
     student = Student(pool.backbone, rank, base, config.seed, config.first_layer, config.peft_type)
     if config.init in AVERAGES:
-        student.start_from_average(pool, pool.dilution() if config.init == "undiluted" else 1.0)
+        merge = _MERGES.get(config.init) if len(pool.groups()) > 1 else None
+        student.start_from_average(pool if merge is None else _merged(pool, merge))
+        if config.blends:
+            student.begin_at_group_sum(pool)
     elif config.init in PRINCIPAL_STARTS:
         shown = None
         if config.init == "corda" and surrogate is not None:
@@ -160,3 +226,22 @@ def _plain_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     if not torch.is_autocast_enabled(x.device.type):  # which would make it bfloat16 again: a sixth of a step on a CPU
         x = x.to(a.weight.dtype)
     return (result + layer.lora_B["default"](a(x))).to(result.dtype)
+
+
+def _blended_forward(layer: Any, blend: Blend, init: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor) -> Any:
+    """W x + learnt B A x + init B' A' x, with B' A' the initialisation."""
+    result = layer.base_layer(x)
+    for factor, (b, a) in zip(blend, (_own(layer), init), strict=True):
+        if factor:
+            result = result + (F.linear(F.linear(x.to(a.dtype), a), b) * factor).to(result.dtype)
+    return result
+
+
+def _own(layer: Any, copied: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """B and A of a LoRA's layer."""
+    b, a = layer.lora_B["default"].weight, layer.lora_A["default"].weight
+    return (b.detach().clone(), a.detach().clone()) if copied else (b, a)
+
+
+def _merged(pool: AdapterPool, merge: Merge) -> AdapterPool:
+    return AdapterPool(pool.backbone, [merge.merge(pool)])

@@ -23,15 +23,15 @@ from ..surrogate import SurrogateDataset
 from .batches import Batch, BatchMaker, Prefetcher
 from .callbacks import ProgressBar, TrainerCallback
 from .checkpoints import Checkpoints
-from .config import DistillationConfig
+from .config import AVERAGES, DistillationConfig
 from .episodes import make_sampler
 from .images import leave_out, match_shards
-from .judging import Judge, Judgements, hold_out
+from .judging import AVERAGE, Embed, Judge, Judgements, hold_out
 from .losses import weighted_losses
 from .parallel import ParallelStudent, gather_features
 from .schedule import learning_rate
 from .spikes import SpikeGuard, longest_tail, refuse_too_many
-from .student import Student, start_student
+from .student import OWN, Blend, Student, start_student
 from .teachers import FEWEST, teach_all
 from .tokens import tokens_entering
 
@@ -119,7 +119,7 @@ class MetaLoraTrainer:
         self._seconds[name] += time.perf_counter() - started
 
     def train(self, output_dir: str | Path | None = None, *, progress: bool = True, resume: bool = True) -> Student:
-        """Run all steps and return the student as it was judged best by held-out adapters, which may be the start.
+        """Run all steps and return what was judged best by held-out adapters, which may be the average.
 
         With `output_dir`, checkpoints lie there, and a run that was killed goes on as if nothing had been; Ctrl-C and
         SIGTERM end it after a step that is saved. With `resume=False` the checkpoints there are deleted first.
@@ -158,7 +158,7 @@ class MetaLoraTrainer:
                 self._parallel.update_student()
                 if self._interrupted:
                     interruption.deliver()
-                self.judged.put_on_best(self.student.trainable())
+                self._keep_the_best()
             finally:
                 interruption.release()
                 self.close()
@@ -343,16 +343,48 @@ class MetaLoraTrainer:
         return gather_features(features, count, self.accelerator)
 
     def _judge(self, step: int) -> None:
-        """How good the student is after `step` steps; where it is the best so far its weights are kept."""
+        """How good the student is after `step` steps, as it would be kept; of the best so far the weights are kept."""
         if self._judging is None:
             return
         self._read_losses()
+        config = self.config
+        learnt = Blend(config.share, 1 - config.share) if config.blends else OWN
         with self._timed("judging"):
-            errors = self._judging(self._embed).to(self.accelerator.device)
-            self._parallel.reshard()
-            self._parallel.update_student()
-            self.judged.add(step, broadcast(errors), self.student.trainable())
+            if step == 0 and self._has_average:
+                self._note(step, AVERAGE, self._embed_average)
+            self._note(step, Blend(0.0, 1.0) if config.blends and step == 0 else learnt, self._embed)
         self._tell("on_judge", step, self.judged.figures[-1])
+
+    @property
+    def _has_average(self) -> bool:
+        """Whether the pool's average is not itself the start; tokens of `first_layer` are of the start alone."""
+        scaled = self.config.init in AVERAGES and self.config.init != "average"
+        return scaled and self.config.first_layer == 0 and len(self.pool.groups()) > 1
+
+    def _note(self, step: int, blend: Blend, embed: Embed) -> None:
+        self._parallel.update_student()
+        with self._parallel.blended(blend):
+            errors = self._judging(embed).to(self.accelerator.device)
+        self._parallel.reshard()
+        self.judged.add(step, blend, broadcast(errors), self.student.trainable())
+
+    def _embed_average(self, inputs: torch.Tensor, kept: torch.Tensor | None, count: int) -> torch.Tensor:
+        """As `_embed`, of the backbone with the pool's exact average folded in."""
+        with self.pool.folded() as backbone, self.accelerator.autocast():
+            kept = None if kept is None else kept.to(backbone.device)
+            features = backbone.features(backbone.normalize(inputs.to(backbone.device)), kept).float()
+        waiting()
+        return gather_features(features, count, self.accelerator)
+
+    def _keep_the_best(self) -> None:
+        """Set the student to what was judged best; unjudged, to the last step, blended as the recipe has it."""
+        best = self.judged.put_on_best(self.student.trainable())
+        if best == AVERAGE:
+            self.student.start_from_average(self.pool)
+        elif best is not None:
+            self.student.blend(best)
+        elif self.config.blends:
+            self.student.blend(Blend(self.config.share, 1 - self.config.share))
 
     def _checkpoints(self, output_dir: str | Path) -> Checkpoints:
         identity = {

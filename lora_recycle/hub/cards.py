@@ -62,7 +62,8 @@ def meta_lora_card(
     """
     sources, results = settings.get("sources") or [], settings.get("results") or []
     distillation, inversion = settings.get("distillation"), settings.get("inversion")
-    kept = (settings.get("judged") or {}).get("best_step")  # None: the last step
+    judged = settings.get("judged") or {}
+    kept, blend = judged.get("best_step"), judged.get("best_blend") or [1.0, 0.0]  # None: the last step
     fields, license_note = inherited_license([source.get("license") for source in sources])
     header = ModelCardData(
         library_name="peft",
@@ -85,7 +86,7 @@ def meta_lora_card(
         base=base_model,
         base_revision=base_revision,
         version=(settings.get("versions") or {}).get("lora_recycle", "(unknown version)"),
-        origin=_origin(distillation, inversion, kept) if distillation else None,
+        origin=_origin(distillation, inversion, kept, blend) if distillation else None,
         trained=bool(distillation and distillation["steps"] and inversion and kept != 0),
         classes=settings.get("num_classes"),
         usage=usage_lines(name),
@@ -142,24 +143,32 @@ def _surrogate_usage(name: str) -> str:
     )
 
 
-def _origin(distillation: dict[str, Any], inversion: dict[str, Any] | None, kept: int | None) -> str:
+def _origin(
+    distillation: dict[str, Any], inversion: dict[str, Any] | None, kept: int | None, blend: list[float]
+) -> str:
     average = "the average of their weight changes, cut to its rank"
     starts = {"average": average, "undiluted": f"{average} and scaled to the full strength of their largest group"}
-    starts["zero"] = "zero"
+    starts["restored"] = f"{average}, in which the largest group of them has its full strength"
+    starts |= {"group-sum": "the sum of the averages of their groups, cut to its rank", "zero": "zero"}
     init = distillation["init"]
     start = f"It started from {starts.get(init, f'directions of the weights by {init}')}"
     if not distillation["steps"] or not inversion:
         return f"{start}, and was not trained."
+    learnt, rest = blend
     if kept == 0:
+        stayed = "stayed there" if learnt or rest else "went back to that average as it is"
         return (
-            f"{start}, and stayed there: {distillation['steps']} steps on surrogate images made it not surely better "
+            f"{start}, and {stayed}: {distillation['steps']} steps on surrogate images made it not surely better "
             "at the classes of adapters that were kept from teaching."
         )
     steps = f"{kept} of {distillation['steps']}" if kept else distillation["steps"]
     images = ", ".join(name for name, share in inversion["starts"].items() if share > 0)
+    blended = ""
+    if learnt < 1:
+        blended = f" {learnt:.0%} of its change is what it learned, {rest:.0%} where it started from."
     return (
         f"{start}, and learned in {steps} steps from surrogate images, which were optimised with the "
-        f"adapters and their heads out of these starting images: {images}."
+        f"adapters and their heads out of these starting images: {images}.{blended}"
     )
 
 

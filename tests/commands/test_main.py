@@ -188,7 +188,7 @@ def test_bash_completes_verbs_flags_and_choices(tmp_path, capsys):
     assert done.stdout.splitlines() == [
         "invert",
         "--images-per-class",
-        "undiluted average zero pissa olora corda",
+        "restored undiluted group-sum average zero pissa olora corda",
         "inspect invert",
     ]
 

@@ -9,7 +9,17 @@ from helpers_tiny import copied_state, planted_adapter, same_weights, tiny_backb
 from peft import LoraConfig, get_peft_model
 from peft.utils import merge_utils
 
-from lora_recycle.composition import Dare, Ensemble, GroupSum, Knots, MagnitudePruning, Ties, Undiluted, Uniform
+from lora_recycle.composition import (
+    Dare,
+    Ensemble,
+    GroupSum,
+    Knots,
+    MagnitudePruning,
+    Restored,
+    Ties,
+    Undiluted,
+    Uniform,
+)
 from lora_recycle.composition.base import dense_changes
 from lora_recycle.composition.knots import shared_bases
 from lora_recycle.composition.magnitude import keep_largest
@@ -141,7 +151,18 @@ def test_undiluted_is_the_sum_over_the_size_of_the_largest_group(planted, monkey
     torch.testing.assert_close(Undiluted().changes(pool)[f"{Q0}.weight"], torch.full((32, 32), 13 / 3))
 
 
-@pytest.mark.parametrize("method", [Ties(), Dare(), MagnitudePruning(), Knots(), GroupSum(), Undiluted()])
+def test_restored_is_the_average_with_the_largest_group_at_its_full_strength(planted, monkeypatch):
+    pool = planted(*(i * torch.ones(32, 32) for i in (1.0, 2.0, 10.0, 20.0)))
+    for groups, expected in (
+        ([[0, 1, 2], [3]], 13 / 3 + 20 / 4),
+        ([[0, 1], [2, 3]], 3 / 2 + 30 / 2),
+        ([[0, 1, 2, 3]], 33 / 4),
+    ):
+        monkeypatch.setattr(pool, "groups", lambda groups=groups: groups)
+        torch.testing.assert_close(Restored().changes(pool)[f"{Q0}.weight"], torch.full((32, 32), expected))
+
+
+@pytest.mark.parametrize("method", [Ties(), Dare(), MagnitudePruning(), Knots(), GroupSum(), Undiluted(), Restored()])
 def test_a_merge_is_an_adapter_that_can_be_folded_and_taken_out(mixed, method):
     before, changes = copied_state(mixed.backbone), method.changes(mixed)
     assert set(changes) == {f"{Q0}.weight", f"{FC1}.weight", "layers.0.layernorm_before.bias"}

@@ -12,6 +12,7 @@ from lora_recycle.distillation.config import DistillationConfig
 from lora_recycle.distillation.images import SurrogateImages
 from lora_recycle.distillation.judging import MOST_ADAPTERS, Judge, Judgements, hold_out
 from lora_recycle.distillation.schedule import learning_rate
+from lora_recycle.distillation.student import OWN, Blend
 from lora_recycle.distillation.trainer import MetaLoraTrainer
 from lora_recycle.errors import ConfigError
 from lora_recycle.modeling.saving import save_meta_lora, wrap_student
@@ -21,7 +22,7 @@ from lora_recycle.prototypes import centre_logits
 
 def recipe(**changes):
     small = {"steps": 12, "rank": 4, "relational_batch": 16, "judge_every": 2, "ways": 3, "queries": 3, "episodes": 2}
-    small |= {"groups": "one"}
+    small |= {"groups": "one", "init": "average", "share": 1.0}
     return DistillationConfig(**{**small, **changes})
 
 
@@ -48,8 +49,8 @@ def best_within(monkeypatch):
     """Step 2 makes the smallest error, whatever the weights: which step truly does differs between processors."""
     add = Judgements.add
 
-    def told(self, step, errors, parameters):
-        add(self, step, torch.full_like(errors, 30.0 + abs(step - 2)), parameters)
+    def told(self, step, blend, errors, parameters):
+        add(self, step, blend, torch.full_like(errors, 30.0 + abs(step - 2)), parameters)
 
     monkeypatch.setattr(Judgements, "add", told)
 
@@ -148,7 +149,7 @@ def test_where_no_step_is_better_the_start_is_given_back_bit_for_bit(tiny_pool, 
     assert len(trainer.history["relational"]) == 12 and trainer.judged.figures[-1] > trainer.judged.figures[0] + 5
     assert equal(weights(trainer), weights(start))
     assert (
-        "The start is kept: in 12 steps the student made no surely smaller error on the classes of 1 adapter"
+        "The start is kept: what was learnt in 12 steps makes a surely larger error on the classes of 1 adapter"
         in caplog.text
     )
     for name, made in (("trained", trainer), ("start", start)):
@@ -171,7 +172,9 @@ def test_the_command_says_what_is_kept(tiny_pool_path, tiny_surrogate, tmp_path,
     command = ["distill", str(tiny_pool_path), "--surrogate", str(tiny_surrogate.folder), *settings, "--output"]
     assert main([*command, str(tmp_path / "a"), "--init", "zero", "--lr", "0.03"]) == 0
     captured = capsys.readouterr()
-    assert "Step 2 of 4 is kept: it makes the smallest error on the classes of 1 adapter" in captured.err
+    assert (
+        "Step 2 of 4 is kept: of what is not surely worse than the start it makes the smallest error" in captured.err
+    )
     assert "is kept" not in captured.out and "judged=" in captured.err  # the progress bar
 
 
@@ -239,30 +242,34 @@ def test_too_few_adapters_to_judge_by_are_told(tiny_pool, tiny_surrogate, caplog
     assert trainer.judged.steps == [] and "Nothing was judged, and the last step is kept: judging takes" in caplog.text
 
 
-def test_only_what_is_surely_better_than_the_start_takes_its_place():
-    judged, parameter = Judgements(["a"], [0]), torch.nn.Parameter(torch.zeros(1))
-    start = torch.tensor([40.0, 60.0, 20.0, 80.0])
-    noise = torch.tensor([-30.0, 20.0, 15.0, -10.0])
-    for step, errors in enumerate([start, start + noise, start - 5, start - 5, start - 4, start * float("nan")]):
+def judgements(groups, *errors):
+    """Judgements of a student whose only weight is the number of the judgement."""
+    judged, parameter = (
+        Judgements([f"adapter {i}" for i in range(len(groups))], groups),
+        torch.nn.Parameter(torch.zeros(1)),
+    )
+    for step, values in enumerate(errors):
         parameter.data.fill_(step)
-        judged.add(step, errors, [parameter])
-        if step == 1:  # lower, but by chance
-            assert judged.figures[1] < judged.figures[0] and judged.best_step == 0 and judged.margins[1] > 20
-    assert judged.best_step == 2 and judged.in_vain == 3 and judged.weights[0].item() == 2  # of equal ones the first
+        judged.add(step, OWN, values, [parameter])
+    return judged
 
 
-def test_what_is_better_in_sum_and_worse_in_a_group_does_not_take_the_place_of_the_start():
-    judged, parameter = Judgements(["a", "b", "c"], [0, 1, 1]), torch.nn.Parameter(torch.zeros(1))
+def test_the_smallest_error_is_kept_and_of_equal_ones_the_first():
+    start = torch.tensor([40.0, 60.0, 20.0, 80.0])
+    judged = judgements([0], start, start + 1, start - 5, start - 5, start - 4, start * float("nan"))
+    assert judged.best_step == 2 and judged.in_vain == 3 and judged.weights[0].item() == 2
+
+
+def test_what_is_better_in_sum_and_surely_worse_in_a_group_is_not_kept():
     start = torch.tensor([40.0, 60.0, 20.0, 80.0, 50.0, 50.0])
-    for change in ([0.0] * 6, [1.0, 1.0, -9.0, -9.0, -9.0, -9.0], [-3.0, -3.0, -6.0, -6.0, 1.0, 1.0], [-2.0] * 6):
-        judged.add(len(judged.steps), start + torch.tensor(change), [parameter])
-    assert judged.figures[1] == min(judged.figures) and judged.rises == [0.0, 1.0, -2.5, -2.0]
-    assert judged.best_step == 2 and judged.to_dict()["rises"] == judged.rises  # one adapter may lose
-    only_worse = Judgements(["a", "b"], [0, 1])
-    for change in ([0.0] * 4, [1.0, 1.0, -9.0, -9.0]):
-        only_worse.add(len(only_worse.steps), start[:4] + torch.tensor(change), [parameter])
+    changes = ([0.0] * 6, [1.0, 1.0, -9.0, -9.0, -9.0, -9.0], [-4.0, 5.0, -6.0, -6.0, 1.0, 1.0], [-1.0] * 6)
+    judged = judgements([0, 1, 1], *(start + torch.tensor(change) for change in changes))
+    assert judged.figures[1] == min(judged.figures) and judged.rises[1] == 1.0
+    assert judged.best_step == 2 and judged.rises[2] < 0  # its first group rose by half a point, but not surely
+    assert judged.to_dict()["rises"] == judged.rises
+    only_worse = judgements([0, 1], *(start[:4] + torch.tensor(change[:4]) for change in changes[:2]))
     assert (
-        only_worse.best_step == 0 and "no surely smaller error, in no group of them a larger" in only_worse.verdict()
+        only_worse.best_step == 0 and "a surely larger error, in sum or in a group of them, on" in only_worse.verdict()
     )
 
 

@@ -64,14 +64,23 @@ def test_the_start_is_the_average_where_the_rank_suffices(tiny_pool, members, ra
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("init", ["average", "undiluted"])
-def test_a_smaller_rank_starts_at_the_cut_average_undiluted_or_not(tiny_pool, init, monkeypatch):
+@pytest.mark.parametrize("init", ["average", "undiluted", "restored", "group-sum"])
+def test_a_smaller_rank_starts_at_the_cut_average_whatever_its_scale(tiny_pool, init, monkeypatch):
     monkeypatch.setattr(tiny_pool, "groups", lambda: [[0, 2, 3], [1]])
-    scale = {"average": 1.0, "undiluted": 4 / 3}[init]
+    scales = {"average": (1 / 4, 1 / 4), "undiluted": (1 / 3, 1 / 3), "restored": (1 / 3, 1 / 4)}
+    own, other = (scales | {"group-sum": (1 / 3, 1)})[init]
     student, _ = train(tiny_pool, None, recipe(steps=0, rank=2, init=init))
-    for name, (b, a) in tiny_pool.average(2).items():
+    for name in tiny_pool.average(2):
+        whole = torch.zeros(())
+        for i, adapter in enumerate(tiny_pool):
+            b, a = adapter.factors.get(name, (torch.zeros(1, 1), torch.zeros(1, 1)))
+            whole = whole + (other if i == 1 else own) * b @ a
+        u, s, vh = torch.linalg.svd(whole, full_matrices=False)
         module = student.backbone.model.get_submodule(name)
-        torch.testing.assert_close(module.get_delta_weight("default"), scale * b @ a, rtol=1e-3, atol=1e-5)
+        cut = (u[:, :2] * s[:2]) @ vh[:2]
+        torch.testing.assert_close(module.get_delta_weight("default"), cut, rtol=1e-3, atol=1e-5)
+    if init != "average":
+        return
     norms = [sum((b @ a).square().sum() for b, a in tiny_pool.average(rank).values()) for rank in (2, 5, None)]
     assert student.average_share(2) == pytest.approx(float(norms[0] / norms[2]), rel=1e-4)
     assert student.average_share(5) == pytest.approx(float(norms[1] / norms[2]), rel=1e-4)
@@ -307,7 +316,7 @@ def test_batches_read_ahead_are_the_batches_of_their_steps():
     def make(step):
         made.append(step)
         threads.add(threading.current_thread())
-        return Batch(torch.full((2,), step), None, 2, [], [], [], [])
+        return Batch(torch.full((2,), step), None, 2, [], [], [], [], [])
 
     prefetcher = Prefetcher(make, end=6)
     assert [prefetcher.get(step).inputs[0].item() for step in (2, 3, 4)] == [2, 3, 4]
@@ -325,8 +334,9 @@ def test_an_error_while_reading_ahead_reaches_the_caller():
 
 
 def test_single_steps_are_the_steps_of_a_run(tiny_pool, tiny_surrogate):
-    whole, run = train(tiny_pool, tiny_surrogate, recipe(steps=3, **ALL_LOSSES))
-    trainer = MetaLoraTrainer(tiny_pool, tiny_surrogate, recipe(steps=3, **ALL_LOSSES))
+    config = recipe(steps=3, share=1.0, held_out=0.0, **ALL_LOSSES)
+    whole, run = train(tiny_pool, tiny_surrogate, config)
+    trainer = MetaLoraTrainer(tiny_pool, tiny_surrogate, config)
     assert trainer.host_share == 0
     trainer.prepare(progress=False)
     values = [{name: loss.item() for name, loss in trainer.step(i).items()} for i in range(3)]

@@ -1,0 +1,198 @@
+"""What is learnt begins at the groups' sum and is kept in part, beside the initialisation, if it is not judged worse."""
+
+import json
+
+import pytest
+import torch
+
+from lora_recycle.composition import GroupSum
+from lora_recycle.distillation import trainer as trainer_module
+from lora_recycle.distillation.config import DistillationConfig
+from lora_recycle.distillation.judging import AVERAGE, Judgements
+from lora_recycle.distillation.schedule import learning_rate
+from lora_recycle.distillation.student import OWN, Blend
+from lora_recycle.distillation.trainer import MetaLoraTrainer
+from lora_recycle.errors import ConfigError
+from lora_recycle.hub.cards import meta_lora_card
+from lora_recycle.modeling.saving import save_meta_lora, wrap_student
+
+
+PIXELS = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+GROUPS = [[0, 2, 3], [1]]
+#: What is kept of the learnt by default.
+KEPT = Blend(0.25, 0.75)
+
+
+@pytest.fixture(autouse=True)
+def two_groups(tiny_pool, monkeypatch):
+    monkeypatch.setattr(tiny_pool, "groups", lambda: GROUPS)
+
+
+def recipe(**changes):
+    small = {"steps": 4, "rank": 32, "relational_batch": 16, "judge_every": 2, "groups": "one", "lr": 1e-2}
+    return DistillationConfig(**{**small, **changes})
+
+
+def trained(pool, surrogate, folder=None, **changes):
+    trainer = MetaLoraTrainer(pool, surrogate, recipe(**changes))
+    trainer.train(folder, progress=False)
+    return trainer
+
+
+def deltas(student):
+    return {name: layer.get_delta_weight("default").detach().clone() for name, layer in student._layers.items()}
+
+
+def start(pool, init):
+    return deltas(MetaLoraTrainer(pool, None, recipe(steps=0, init=init)).student)
+
+
+def assert_equal(one, other, **tolerances):
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], **{"rtol": 1e-3, "atol": 1e-5, **tolerances})
+
+
+@pytest.fixture
+def errors(monkeypatch):
+    """What each judgement gets to hear, by step and blend, whatever the weights."""
+    told, add = {}, Judgements.add
+
+    def listed(self, step, blend, values, parameters):
+        add(self, step, blend, torch.full_like(values, told.get((step, blend), 50.0)), parameters)
+
+    monkeypatch.setattr(Judgements, "add", listed)
+    return told
+
+
+def test_it_begins_at_the_sum_of_the_groups_averages(tiny_pool, tiny_surrogate):
+    student = MetaLoraTrainer(tiny_pool, tiny_surrogate, recipe()).student
+    changes = GroupSum().changes(tiny_pool)
+    expected = {name: changes.get(f"{name}.weight", torch.zeros_like(d)) for name, d in deltas(student).items()}
+    assert_equal(deltas(student), expected)
+    plain = MetaLoraTrainer(tiny_pool, tiny_surrogate, recipe(share=1.0)).student
+    assert_equal(deltas(plain), start(tiny_pool, "restored"), rtol=0, atol=0)
+    assert max((deltas(student)[name] - deltas(plain)[name]).abs().max() for name in expected) > 0.01
+
+
+def test_a_share_of_what_was_learnt_is_kept_beside_the_initialisation(tiny_pool, tiny_surrogate):
+    learnt = deltas(trained(tiny_pool, tiny_surrogate, share=0.999999, held_out=0.0).student)
+    init = start(tiny_pool, "restored")
+    part = deltas(trained(tiny_pool, tiny_surrogate, share=0.3, held_out=0.0).student)
+    assert_equal(part, {name: 0.3 * learnt[name] + 0.7 * init[name] for name in init}, atol=1e-4)
+    assert max((learnt[name] - init[name]).abs().max() for name in init) > 0.01
+
+
+@torch.no_grad()
+def test_what_is_judged_is_what_is_kept(tiny_pool, tiny_surrogate):
+    with torch.enable_grad():
+        student = trained(tiny_pool, tiny_surrogate, held_out=0.0, share=0.5).student
+    student.begin_at_group_sum(tiny_pool)
+    for blend in (Blend(0.3, 0.7), Blend(0.0, 1.0), OWN):
+        with student.blended(blend):
+            judged = student(PIXELS)
+        own = [p.clone() for p in student.trainable()]
+        student.blend(blend)
+        torch.testing.assert_close(student(PIXELS), judged, rtol=1e-4, atol=1e-4)
+        for parameter, value in zip(student.trainable(), own, strict=True):
+            parameter.copy_(value)
+
+
+def test_the_first_that_is_judged_is_the_pools_average(tiny_pool, tiny_surrogate):
+    judged = trained(tiny_pool, tiny_surrogate).judged
+    assert judged.steps == [0, 0, 2, 4]
+    assert judged.blends == [[*AVERAGE], [0.0, 1.0], [*KEPT], [*KEPT]]
+    average = trained(tiny_pool, tiny_surrogate, init="average").judged
+    assert average.steps == [0, 2, 4] and average.blends[0] == [0.0, 1.0]
+    assert judged.figures[0] == pytest.approx(average.figures[0], abs=0.2)  # the same network, once folded, once worn
+
+
+@pytest.mark.parametrize(
+    ("told", "kept"),
+    [
+        ({(0, AVERAGE): 40.0}, "average"),
+        ({(0, Blend(0.0, 1.0)): 40.0, (2, KEPT): 60.0, (4, KEPT): 60.0}, "restored"),
+    ],
+)
+def test_where_steps_make_it_worse_the_better_start_is_given_back(
+    tiny_pool, tiny_surrogate, errors, tmp_path, caplog, told, kept
+):
+    errors.update(told)
+    trainer = trained(tiny_pool, tiny_surrogate)
+    assert_equal(deltas(trainer.student), start(tiny_pool, kept), rtol=0, atol=0)
+    assert trainer.judged.best_step == 0
+    assert {
+        "average": "The average is kept: what was learnt in 4 steps",
+        "restored": "The start is kept: of what is not surely worse than the average",
+    }[kept] in caplog.text
+    save_meta_lora(wrap_student(trainer), tmp_path)
+    card = " ".join((tmp_path / "README.md").read_text().split())
+    assert {"average": "and went back to that average as it is: 4 steps", "restored": "and stayed there"}[kept] in card
+    settings = json.loads((tmp_path / "meta_lora_config.json").read_text())
+    assert settings["judged"]["best_blend"] == {"average": [0, 0], "restored": [0, 1]}[kept]
+
+
+def test_the_best_step_is_kept_in_part(tiny_pool, tiny_surrogate, errors, tmp_path):
+    errors[2, KEPT] = 40.0
+    trainer = trained(tiny_pool, tiny_surrogate)
+    assert trainer.judged.best_step == 2 and "Step 2 of 4 is kept" in trainer.judged.verdict()
+    unjudged = MetaLoraTrainer(tiny_pool, tiny_surrogate, recipe())
+    unjudged.prepare(progress=False)
+    for number in range(2):
+        unjudged.step(number)
+    unjudged.close()
+    unjudged.student.blend(KEPT)
+    assert_equal(deltas(trainer.student), deltas(unjudged.student), rtol=0, atol=0)
+    card = meta_lora_card("x", "y", None, 32, wrap_student(trainer).settings)
+    assert "25% of its change is what it learned, 75% where it started from" in " ".join(card.split())
+
+
+@pytest.mark.parametrize("killed_at", [1, 3])
+def test_a_killed_run_keeps_the_same(tiny_pool, tiny_surrogate, tmp_path, monkeypatch, errors, killed_at):
+    errors[2, KEPT] = 40.0
+    whole = trained(tiny_pool, tiny_surrogate, checkpoint_every=1)
+
+    def kill(config, step):
+        if step == killed_at:
+            raise KeyboardInterrupt
+        return learning_rate(config, step)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer_module, "learning_rate", kill)
+        with pytest.raises(KeyboardInterrupt):
+            trained(tiny_pool, tiny_surrogate, tmp_path, checkpoint_every=1)
+    resumed = trained(tiny_pool, tiny_surrogate, tmp_path, checkpoint_every=1)
+    assert resumed.judged.to_dict() == whole.judged.to_dict()
+    assert_equal(deltas(resumed.student), deltas(whole.student), rtol=0, atol=0)
+
+
+def test_layers_that_do_not_learn_keep_the_initialisation(tiny_pool, tiny_surrogate):
+    trainer = trained(tiny_pool, tiny_surrogate, first_layer=1)
+    assert trainer.judged.blends[0] == [0.0, 1.0]  # the stored tokens are of the initialisation's first layer
+    before, after = start(tiny_pool, "restored"), deltas(trainer.student)
+    early = [name for name in before if "layers.0." in name]
+    assert early and all(torch.equal(before[name], after[name]) for name in early)
+
+
+@pytest.mark.parametrize("settings", [{"init": "zero"}, {"peft_type": "DORA"}, {"init": "pissa"}, {"share": 1.0}])
+def test_others_learn_from_their_start_and_keep_it_all(tiny_pool, tiny_surrogate, settings):
+    assert not recipe(**settings).blends
+    judged = trained(tiny_pool, tiny_surrogate, **{"rank": 4, **settings}).judged
+    assert judged.blends[-1] == [*OWN]
+
+
+def test_in_the_loss_each_image_counts_the_same_or_each_group(tiny_pool, tiny_surrogate, monkeypatch):
+    monkeypatch.setattr(tiny_pool, "groups", lambda: [[0, 1, 2], [3]])
+    weights = {}
+    for balance in ("images", "groups"):
+        trainer = MetaLoraTrainer(tiny_pool, tiny_surrogate, recipe(groups="auto", balance=balance))
+        trainer.prepare(progress=False)
+        weights[balance] = trainer.make_batch(0).weights
+        trainer.close()
+    assert weights == {"images": [0.75, 0.25], "groups": [0.5, 0.5]}
+
+
+@pytest.mark.parametrize("share", [0.0, 1.5])
+def test_a_share_that_is_none(share):
+    with pytest.raises(ConfigError, match=r"share must be in \(0, 1\], got"):
+        recipe(share=share)
