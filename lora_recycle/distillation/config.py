@@ -28,14 +28,14 @@ class DistillationConfig(RecipeConfig):
         "restored",
         "average: the exact mean of the pool, cut to the rank; restored: the same, with the largest group of like "
         "adapters at its full strength; undiluted: the mean, all of it scaled until that is so; group-sum: all groups "
-        "at full strength; zero; or, for LORA, the part of the backbone's weights that learns: pissa, olora, corda (by "
-        "activations of the surrogate images), stored at twice the rank",
+        "at their full strength; zero; or, for LORA, the part of the backbone's weights that learns: pissa, olora, "
+        "corda (by activations of the surrogate images), stored at twice the rank",
         (*AVERAGES, "zero", *PRINCIPAL_STARTS),
     )
     share: float = field(
         0.25,
-        "what of the learnt change is kept, beside init for the rest, where init is an average: a LORA begins to learn "
-        "where every group of like adapters has its full strength; 1: at init, and all is kept",
+        "what of the learnt change is kept, beside init for the rest, where init is an average: a LORA then begins to "
+        "learn where every group of like adapters has its full strength; 1: it begins at init, and all is kept",
     )
     first_layer: int = field(
         0,

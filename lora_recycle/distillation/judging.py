@@ -135,10 +135,8 @@ class Judgements:
         best."""
         errors = errors.cpu()
         self.first = errors if self.first is None else self.first
-        change, groups = (
-            errors - self.first,
-            torch.tensor(self.groups).repeat_interleave(len(errors) // len(self.groups)),
-        )
+        change = errors - self.first
+        groups = torch.tensor(self.groups).repeat_interleave(len(errors) // len(self.groups))
         self.steps.append(step)
         self.blends.append([*blend])  # a list, as JSON gives it back
         self.figures.append(errors.mean().item())
@@ -203,8 +201,8 @@ class Judgements:
         if self._best == 0:
             group = ", in sum or in a group of them," if len(set(self.groups)) > 1 else ""
             return (
-                f"The {start} is kept: what was learnt in {self.steps[-1]} steps makes a surely larger error{group} {where} "
-                f"({first:.1f}% with the {start}, {last:.1f}% at the end)."
+                f"The {start} is kept: what was learnt in {self.steps[-1]} steps makes a surely larger error{group} "
+                f"{where} ({first:.1f}% with the {start}, {last:.1f}% at the end)."
             )
         kept = f"Step {self.best_step} of {self.steps[-1]}" if self.best_step else "The start"
         return (

@@ -146,8 +146,10 @@ class Student(nn.Module):
             self.average_spectrum = torch.nn.utils.rnn.pad_sequence(spectra).sum(1)
 
     def begin_at_group_sum(self, pool: AdapterPool) -> None:
-        """Let a LoRA begin to learn at the sum of the averages of the pool's groups, cut to the rank, in the layers that
-        learn. What it was set to before is its initialisation, with which `blended` and `blend` mix what it learns.
+        """Let a LoRA begin to learn at the sum of the averages of the pool's groups, cut to the rank.
+
+        What it was set to before is its initialisation, with which `blended` and `blend` mix what it learns, and stays
+        in layers that do not learn.
 
         In a pool of one group, where that sum is the average, it begins at its initialisation.
         """

@@ -26,7 +26,7 @@ from .checkpoints import Checkpoints
 from .config import AVERAGES, DistillationConfig
 from .episodes import make_sampler
 from .images import leave_out, match_shards
-from .judging import AVERAGE, Embed, Judge, Judgements, hold_out
+from .judging import AVERAGE, Judge, Judgements, hold_out
 from .losses import weighted_losses
 from .parallel import ParallelStudent, gather_features
 from .schedule import learning_rate
@@ -347,12 +347,16 @@ class MetaLoraTrainer:
         if self._judging is None:
             return
         self._read_losses()
-        config = self.config
+        config, judge = self.config, self._judging
         learnt = Blend(config.share, 1 - config.share) if config.blends else OWN
         with self._timed("judging"):
             if step == 0 and self._has_average:
-                self._note(step, AVERAGE, self._embed_average)
-            self._note(step, Blend(0.0, 1.0) if config.blends and step == 0 else learnt, self._embed)
+                self._note(step, AVERAGE, judge(self._embed_average))
+            blend = Blend(0.0, 1.0) if config.blends and step == 0 else learnt
+            with self._parallel.blended(blend):
+                errors = judge(self._embed)
+            self._parallel.reshard()
+            self._note(step, blend, errors)
         self._tell("on_judge", step, self.judged.figures[-1])
 
     @property
@@ -361,12 +365,9 @@ class MetaLoraTrainer:
         scaled = self.config.init in AVERAGES and self.config.init != "average"
         return scaled and self.config.first_layer == 0 and len(self.pool.groups()) > 1
 
-    def _note(self, step: int, blend: Blend, embed: Embed) -> None:
+    def _note(self, step: int, blend: Blend, errors: torch.Tensor) -> None:
         self._parallel.update_student()
-        with self._parallel.blended(blend):
-            errors = self._judging(embed).to(self.accelerator.device)
-        self._parallel.reshard()
-        self.judged.add(step, blend, broadcast(errors), self.student.trainable())
+        self.judged.add(step, blend, broadcast(errors.to(self.accelerator.device)), self.student.trainable())
 
     def _embed_average(self, inputs: torch.Tensor, kept: torch.Tensor | None, count: int) -> torch.Tensor:
         """As `_embed`, of the backbone with the pool's exact average folded in."""

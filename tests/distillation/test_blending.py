@@ -1,4 +1,4 @@
-"""What is learnt begins at the groups' sum and is kept in part, beside the initialisation, if it is not judged worse."""
+"""Learning begins at the groups' sum, and a share is kept beside the initialisation, if it is not judged worse."""
 
 import json
 

@@ -12,7 +12,7 @@ from lora_recycle.distillation.config import DistillationConfig
 from lora_recycle.distillation.images import SurrogateImages
 from lora_recycle.distillation.judging import MOST_ADAPTERS, Judge, Judgements, hold_out
 from lora_recycle.distillation.schedule import learning_rate
-from lora_recycle.distillation.student import OWN, Blend
+from lora_recycle.distillation.student import OWN
 from lora_recycle.distillation.trainer import MetaLoraTrainer
 from lora_recycle.errors import ConfigError
 from lora_recycle.modeling.saving import save_meta_lora, wrap_student
