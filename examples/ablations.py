@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from ablation_plots import draw
-from choose_recipe import BASE_INVERT
+from choose_recipe import BASE_INVERT, FROM_INIT
 
 from lora_recycle import AdapterPool, DistillationConfig, InversionConfig, LoraInverter, MetaLoraTrainer
 from lora_recycle.backbones import extract_features
@@ -37,7 +37,7 @@ from lora_recycle.tuning import TuningConfig, tune_pool
 
 HOME = ("cifar_fs", "mini_imagenet", "vgg_flower", "omniglot_small")
 EIGHT = tuple(f"cifar_fs-{i:02d}" for i in range(5, 13))
-BASE_DISTILL = {"rank": 16, "lr": 1e-3, "steps": 60, "relational_batch": 64}
+BASE_DISTILL = {"rank": 16, "lr": 1e-3, "steps": 60, "relational_batch": 64, "init": "undiluted", **FROM_INIT}
 EPISODIC = {"relational_weight": 0, "queries": 1}
 
 

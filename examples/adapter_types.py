@@ -14,7 +14,7 @@ import json
 import time
 from pathlib import Path
 
-from choose_recipe import judge, validation_sets
+from choose_recipe import FROM_INIT, judge, validation_sets
 
 from lora_recycle import (
     AdapterPool,
@@ -65,7 +65,7 @@ def main() -> None:
     inverted = {entry["adapter"]["sha256"] for entry in surrogate.manifest["shards"]}
     pool = AdapterPool.from_pretrained([p for p in find_adapters(args.pool) if pull_adapter(p).sha256 in inverted])
     backbone = pool.backbone
-    shared = {"rank": 16, "lr": 1e-3, "steps": args.steps, "relational_batch": args.relational_batch}
+    shared = {"rank": 16, "lr": 1e-3, "steps": args.steps, "relational_batch": args.relational_batch, **FROM_INIT}
     sets = validation_sets(args.data, backbone.image_size, int(backbone.processor.resample), each=15)
     episodes = {(d.name, k): sample_episodes(d.labels, 5, k, 10, 300, seed=1) for d in sets for k in (1, 5)}
     rows, frozen = [], None

@@ -37,7 +37,9 @@ BASE_INVERT = {
     "stop_at": 1.0,
     "keep_ratio": 1.0,
 }
-BASE_DISTILL = {"rank": 16, "lr": 1e-3, "steps": 60, "relational_batch": 64, "init": "average"}
+#: Learning as the recorded studies have it: from `init`, all of it kept, in a loss in which groups count the same.
+FROM_INIT = {"share": 1.0, "balance": "groups"}
+BASE_DISTILL = {"rank": 16, "lr": 1e-3, "steps": 60, "relational_batch": 64, "init": "average", **FROM_INIT}
 NATURAL = "tiny_imagenet_32/train.parquet"
 MIX = {"dead-leaves": 0.5, "fractal": 0.25, "strokes": 0.25}
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from choose_recipe import judge, validation_sets
+from choose_recipe import FROM_INIT, judge, validation_sets
 from scipy.stats import spearmanr
 
 from lora_recycle import AdapterPool, DistillationConfig, MetaLoraTrainer
@@ -34,7 +34,7 @@ from lora_recycle.surrogate import SurrogateDataset
 
 
 TEMPERATURE = 0.1
-BASE = {"rank": 16, "steps": 60, "relational_batch": 64, "lr": 5e-4}
+BASE = {"rank": 16, "steps": 60, "relational_batch": 64, "lr": 5e-4, "init": "undiluted", **FROM_INIT}
 EPISODES = {"relational_weight": 0, "kl_weight": 1, "interpolation_weight": 1, "queries": 3}
 
 #: name: settings of distillation that differ from the base

@@ -36,7 +36,7 @@ from lora_recycle.surrogate import SurrogateDataset
 
 ADAPTERS = [f"cifar_fs-{i:02d}" for i in (5, 8, 9, 10, 11, 12)]
 BASE_INVERT = {**choose_recipe.BASE_INVERT, "max_classes": 10, "iterations": 30}
-BASE_DISTILL = {"rank": 16, "lr": 1e-3, "steps": 60, "relational_batch": 60}
+BASE_DISTILL = {"rank": 16, "lr": 1e-3, "steps": 60, "relational_batch": 60, **choose_recipe.FROM_INIT}
 PLAIN = {"parameterization": "pixels", "lr": 0.25, "starts": {"noise": 1}, "flip": True}
 #: whose images some variants start from: made by the base recipe, in time that no line counts
 OTHERS = [f"cifar_fs-{i:02d}" for i in (0, 1, 2)]

@@ -9,9 +9,9 @@ cifar_fs and mini_imagenet together (`photos`), vgg_flower (`flowers`), omniglot
 the two small groups' averages to that rank. `REGRESSIONS` merge by images instead: each linear layer is to give what
 every group's own layer gives on the images of that group (RegMean, arXiv 2212.09849), whose factor is its weight. The
 images are the surrogates of its adapters, or 8 of each class that they were tuned on. `DISTILLED` are distilled from
-the surrogates, with the defaults of `lora-recycle distill` but for where they start (in bfloat16 under
-`accelerate launch --mixed_precision bf16`). 5-way, 600 episodes, on the validation splits of cifar_fs, mini_imagenet
-and vgg_flower and on the 33 characters that no adapter saw, at most 40 images a class. DATA holds
+the surrogates, unjudged and else with the defaults of `lora-recycle distill` but for the settings named (in bfloat16
+under `accelerate launch --mixed_precision bf16`). 5-way, 600 episodes, on the validation splits of cifar_fs,
+mini_imagenet and vgg_flower and on the 33 characters that no adapter saw, at most 40 images a class. DATA holds
 `<set>/<split>.parquet`.
 """
 
@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from choose_recipe import judge, validation_sets
+from choose_recipe import FROM_INIT, judge, validation_sets
 
 from lora_recycle import AdapterPool, DistillationConfig, MetaLoraTrainer, SurrogateDataset
 from lora_recycle.composition.base import Changes, Merge, add_scaled, dense_changes
@@ -40,6 +40,7 @@ GROUPS = {"photos": ("cifar_fs", "mini_imagenet"), "flowers": ("vgg_flower",), "
 STRENGTHS = {
     "frozen": ((0, 0, 0), None),
     "average": ((0.6, 0.2, 0.2), None),
+    "restored": ((1, 0.2, 0.2), None),
     "undiluted": ((1, 1 / 3, 1 / 3), None),
     "between": ((1, 0.5, 0.5), None),
     "group-sum": ((1, 1, 1), None),
@@ -55,8 +56,12 @@ REGRESSIONS = {
     "regression on training images": ((1, 1, 1), "training"),
     "regression on training images, photos x 4": ((4, 1, 1), "training"),
 }
-#: Merges from which 200 steps of distillation start; the last step is kept.
-DISTILLED = ("undiluted", "group-sum")
+#: name: settings of distillation other than the defaults; the last step is kept
+DISTILLED = {
+    "undiluted, distilled": {"init": "undiluted", **FROM_INIT},
+    "group-sum, distilled": {"init": "group-sum", "share": 1.0},
+    "a quarter of that, restored": {},
+}
 #: Of RegMean: what is left of the products of two different inputs, and a ridge as a share of the mean square.
 KEPT, RIDGE = 0.9, 1e-3
 
@@ -145,10 +150,9 @@ def cut(changes: Changes, rank: int) -> Changes:
     return found
 
 
-def distilled(pool: AdapterPool, surrogate: SurrogateDataset, start: Merge, work: str) -> Merge:
-    """What distillation makes of a merge. What the teachers say lies in `work`, for the next merge too."""
-    trainer = MetaLoraTrainer(pool, surrogate, DistillationConfig(init="average", held_out=0.0))
-    trainer.student.start_from_average(AdapterPool(pool.backbone, [start.merge(pool)]))
+def distilled(pool: AdapterPool, surrogate: SurrogateDataset, settings: dict, work: str) -> Merge:
+    """What distillation makes of the pool. What the teachers say lies in `work`, for the next recipe too."""
+    trainer = MetaLoraTrainer(pool, surrogate, DistillationConfig(held_out=0.0, **settings))
     layers = adapted_layers(trainer.train(work, progress=False, resume=False).backbone.model)
     change = {f"{n}.weight": m.get_delta_weight("default").detach().float() for n, m in layers.items()}
     return Weighted([change], (1,), None)
@@ -171,7 +175,7 @@ def main() -> None:
         lines = {name: weights for name, (weights, images) in REGRESSIONS.items() if images == whose}
         merges |= {name: Regressed(averages, weights, products) for name, weights in lines.items()}
     with tempfile.TemporaryDirectory() as work:
-        merges |= {f"{name}, distilled": distilled(pool, surrogate, merges[name], work) for name in DISTILLED}
+        merges |= {name: distilled(pool, surrogate, settings, work) for name, settings in DISTILLED.items()}
     sets = validation_sets(args.data, size, resample, each=40)
     episodes = {(d.name, k): sample_episodes(d.labels, 5, k, 15, 600, seed=1) for d in sets for k in (1, 5)}
     found = {}
@@ -185,7 +189,7 @@ def main() -> None:
         tasks = {
             key: {base: confidence(values[key] - found[base][key]) for base in ("frozen", "average")} for key in values
         }
-        factors, rank = STRENGTHS.get(name.removesuffix(", distilled")) or (REGRESSIONS[name][0], None)
+        factors, rank = STRENGTHS.get(name) or (REGRESSIONS.get(name, (None,))[0], None)
         rows.append({"name": name, "factors": factors, "rank": rank, "tasks": tasks})
     atomic_write(args.json, json.dumps({"groups": GROUPS, "rows": rows}, indent=1).encode())
 

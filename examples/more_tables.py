@@ -1,5 +1,5 @@
 """Tables of the documentation, from what small_files.py, adapter_types.py, fscil.py, rejection.py, choose_adapters.py,
-group_weights.py, choose_without_images.py, second_backbone.py and ablations.py wrote."""
+group_weights.py, shares.py, choose_without_images.py, second_backbone.py and ablations.py wrote."""
 
 import json
 from pathlib import Path
@@ -14,6 +14,7 @@ def more_tables(results: Path) -> dict[str, str]:
         "rejection": rejection,
         "choose_adapters": choose_adapters,
         "group_weights": group_weights,
+        "shares": shares,
         "figures": figures,
         "second_backbone": second_backbone,
     }
@@ -59,13 +60,25 @@ def group_weights(found: dict) -> str:
     sets = list(dict.fromkeys(task.rpartition(" ")[0] for task in tasks))
     rows = []
     for row in found["rows"][1:]:
-        kind = f", cut to rank {row['rank']}" if row["rank"] else ", distilled" * row["name"].endswith("distilled")
-        cells = [row["name"].partition(",")[0] + kind, " / ".join(f"{factor:.2g}" for factor in row["factors"])]
+        name = f"{row['name'].partition(',')[0]}, cut to rank {row['rank']}" if row["rank"] else row["name"]
+        cells = [name, " / ".join(f"{factor:.2g}" for factor in row["factors"] or ())]
         for name in sets:
             gains = [row["tasks"][f"{name} {shots}"]["frozen"] for shots in (1, 5)]
             cells.append(" / ".join(f"{mean:+.1f} ± {half:.1f}" for mean, half in gains))
         rows.append(cells)
     return markdown(["merge", " / ".join(found["groups"]), *sets], rows)
+
+
+def shares(found: dict) -> str:
+    rows = []
+    for row in found["rows"]:
+        sets = list(dict.fromkeys(task.rpartition(" ")[0] for task in row["gains"]))
+        cells = [row["pool"], row["blend"]]
+        for name in sets:
+            gains = [row["gains"][f"{name} {shots}"] for shots in (1, 5)]
+            cells.append(" / ".join(f"{mean:+.2f} ± {half:.2f}" for mean, half in gains))
+        rows.append(cells)
+    return markdown(["pool", "blend", *sets], rows)
 
 
 def figures(found: dict) -> str:

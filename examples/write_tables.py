@@ -21,31 +21,13 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
 BENCHMARKS = ROOT / "docs" / "benchmarks"
 HOME = ("cifar_fs", "mini_imagenet", "vgg_flower", "omniglot_small")
-RIVALS = ("frozen", "undiluted", "group-sum", "nearest-group", "ties", "dare", "knots", "magnitude", "arrow")
+GROUPED = ("restored", "undiluted", "group-sum", "nearest-group")
+RIVALS = ("frozen", *GROUPED, "ties", "dare", "knots", "magnitude", "arrow")
 #: folder of the results of one pool's benchmark, and the methods shown beside frozen, random and average
 POOLS = {
-    "mixed-100": (
-        "undiluted",
-        "undiluted-16",
-        "judged",
-        "last-step",
-        "real-data",
-        "group-sum",
-        "nearest-group",
-        "ensemble",
-    ),
+    "mixed-100": (*GROUPED, "judged", "learnt", "last-step", "real-data", "ensemble"),
     "cifar-100": ("average-rank-16", "judged", "last-step", "real-data", "ensemble"),
-    "second-backbone": (
-        "undiluted",
-        "undiluted-16",
-        "last-step-16",
-        "judged",
-        "last-step",
-        "real-data",
-        "group-sum",
-        "nearest-group",
-        "ensemble",
-    ),
+    "second-backbone": (*GROUPED, "judged", "learnt", "last-step", "real-data", "ensemble"),
 }
 METHODS = ("frozen", "frozen-centred", "random", "average", "meta-lora", "ensemble")
 IN_DOMAIN = ("frozen", "random", "average", "meta-lora", "magnitude", "dare", "ties", "knots", "arrow", "ensemble")
@@ -195,7 +177,7 @@ def main() -> None:
     home = [row for row in judged if row["data"].split("/")[0] in HOME]
     real = [row for row in rows_of(BENCHMARKS / "real-data" / "results.json") if row["method"] == "real-data"]
     frozen = rows_of(*(RESULTS / f"frozen_{name}.json" for name in FROZEN_SETS))
-    starts = ("frozen", "average", "undiluted", "undiluted-64", "distilled", "group-sum", "nearest-group")
+    starts = ("frozen", "average", *GROUPED, "meta-lora", "learnt")
     tables = {
         "results": evaluation_table(home, ("frozen", "average", "meta-lora")),
         "test": evaluation_table(judged + real, (*METHODS, "real-data")),
