@@ -40,7 +40,7 @@ examples:
   lora-recycle distill pool --surrogate surrogate --output meta_lora --report-to tensorboard
   accelerate launch --num_processes 4 -m lora_recycle distill pool --surrogate surrogate --output meta_lora
   lora-recycle distill pool --output average --init average --steps 0      the exact average, no training
-  lora-recycle distill pool --output merged --steps 0                       the same, not diluted by a mixed pool
+  lora-recycle distill pool --output merged --steps 0          the same, with the largest domain at full strength
 
 A killed run goes on where it was when the command is run again, with --resume or without.
 """

@@ -40,8 +40,8 @@ examples:
 
 methods: frozen (class centres on the bare backbone) and meta-lora, always; frozen-centred, frozen-euclidean. With a
 pool, none of them tuned: average (of all weight changes), average-rank-16, ensemble (all adapters, one forward each),
-random (a control), magnitude, dare, ties, knots (merges), undiluted, group-sum, nearest-group (groups of like
-adapters), class-statistics (the adapter whose classes the support set is most like; needs heads), arrow (routes
+random (a control), magnitude, dare, ties, knots (merges), restored, undiluted, group-sum, nearest-group (groups of
+like adapters), class-statistics (the adapter whose classes the support set is most like; needs heads), arrow (routes
 tokens to adapters). docs/methods.md says which to use when.
 
 heads, each on frozen and on meta-lora: cosine_centres, euclidean_centres, lda, logistic_regression,
