@@ -19,6 +19,8 @@ DISTILL += ["--ways", "3", "--queries", "3", "--episodes", "2", "--kl-weight", "
 DISTILL += ["--gradient-accumulation-steps", "2", "--max-grad-norm", "0.5", "--held-out", "0"]
 #: From here the best of the judged steps is neither the first nor the last.
 BEST_WITHIN = ["--held-out", "0.2", "--groups", "one", "--judge-every", "2", "--init", "zero", "--lr", "0.03"]
+#: The pool's average is judged, and blends of what is learnt.
+PART = ["--held-out", "0.2", "--groups", "one", "--judge-every", "2"]
 
 
 def environment(**changes):
@@ -69,6 +71,9 @@ def forked(tmp_path_factory, tiny_pool_path, tiny_surrogate):
         "best one": (1, {}, None),
         "best two": (2, {}, None),
         "best fsdp": (2, {"ACCELERATE_USE_FSDP": "true"}, None),
+        "part one": (1, {}, None),
+        "part two": (2, {}, None),
+        "part fsdp": (2, {"ACCELERATE_USE_FSDP": "true"}, None),
         "bf16 one": (1, {"ACCELERATE_MIXED_PRECISION": "bf16"}, None),
         "bf16": (2, {"ACCELERATE_MIXED_PRECISION": "bf16"}, None),
         "raise": (2, {}, ("raise", 1)),
@@ -76,7 +81,7 @@ def forked(tmp_path_factory, tiny_pool_path, tiny_surrogate):
     }
     scenarios = []
     for name, (processes, changes, fault) in kinds.items():
-        more = BEST_WITHIN if name.startswith("best") else ()
+        more = {"best": BEST_WITHIN, "part": PART}.get(name.partition(" ")[0], ())
         command = distill(tiny_pool_path, surrogate, work / name, *more)
         scenarios.append({"processes": processes, "environment": changes, "commands": [command], "fault": fault})
     resumed = [distill(tiny_pool_path, surrogate, work / "fsdp")]
@@ -131,9 +136,9 @@ def test_one_two_and_four_processes_make_the_same_meta_lora(
 
 def assert_judged_alike(folder, other):
     one, two = judged_in(folder), judged_in(other)
-    for name in ("figures", "margins"):
+    for name in ("figures", "rises"):
         assert one[name] == pytest.approx(two.pop(name), abs=0.5)  # per cent of 60 episodes
-    assert {key: one[key] for key in two} == two and two["steps"] == [0, 2, 4, 6] and len(two["adapters"]) == 1
+    assert {key: one[key] for key in two} == two and two["steps"][-4:] == [0, 2, 4, 6] and len(two["adapters"]) == 1
 
 
 def test_processes_keep_the_same_best(forked):
@@ -143,6 +148,15 @@ def test_processes_keep_the_same_best(forked):
         assert furthest(meta_lora(forked[name][2]), meta_lora(forked["best one"][2])) < 5e-6
         best = judged_in(forked[name][2])["best_step"]
         assert 0 < best < 6 and forked[name][1].count(f"Step {best} of 6 is kept") == 1
+
+
+def test_processes_judge_the_same_blends_and_keep_the_same(forked):
+    for name in ("part two", "part fsdp"):
+        assert forked[name][0] == 0, forked[name][1]
+        assert_judged_alike(forked[name][2], forked["part one"][2])
+        assert furthest(meta_lora(forked[name][2]), meta_lora(forked["part one"][2])) < 5e-6
+    judged = judged_in(forked["part one"][2])
+    assert judged["blends"] == [[0, 0], [0, 1]] + 3 * [[0.25, 0.75]]
 
 
 def test_a_sharded_student_learns_the_same_and_resumes(forked):
