@@ -85,7 +85,7 @@ class Checkpoints:
         Without a checkpoint nothing is set, and the step is 0. Damaged ones that are newer are told and deleted.
 
         Raises:
-            ConfigError: it is of another recipe, pool or surrogate data.
+            ConfigError: it is of another recipe, pool or surrogate data, or of an earlier version.
             DataError: there are some, but all of them are damaged.
         """
         damaged: dict[Path, Exception] = {}
@@ -101,6 +101,8 @@ class Checkpoints:
             for other, reason in damaged.items():
                 logger.warning("%s is damaged (%s); going on from %s.", other, reason, path.name)
                 other.unlink(missing_ok=True)
+            if judged is not None and not {*SERIES} <= header.get("judged", {}).keys():
+                raise ConfigError(f"{path} is a checkpoint of an earlier version of lora_recycle. {_start_again()}")
             _restore(tensors, header, parameters, optimizer)
             if judged is not None:
                 for name in SERIES:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 #: Stands for the pool's average where others are judged against it.
 AVERAGE = Blend(0.0, 0.0)
 #: What is noted of each judgement in `Judgements`.
-SERIES = ("steps", "blends", "figures", "rises")
+SERIES = ("steps", "blends", "figures", "margins", "rises")
 #: A smaller group of like adapters teaches as a whole.
 SMALLEST_GROUP = 4
 #: Adapters that students are judged by, at most; classes of each, images of each class, and episodes on them.
@@ -115,6 +115,7 @@ class Judgements:
         steps: how many steps were done at each judgement; the first is of the start.
         blends: what was judged, `[learnt, init]` of [`Blend`]; `[0, 0]` is the pool's average.
         figures: mean error of each, per cent.
+        margins: half the 95% interval of its paired difference to the first: 1.96 standard errors over the episodes.
         rises: by how much the error is surely above the first: the lower end of the paired 95% interval over the
             episodes, of all of them or of the group that fares worst. At most 0: it may be no worse.
         first: (E,) the first's error in each episode.
@@ -126,6 +127,7 @@ class Judgements:
     steps: list[int] = dataclasses.field(default_factory=list)
     blends: list[list[float]] = dataclasses.field(default_factory=list)
     figures: list[float] = dataclasses.field(default_factory=list)
+    margins: list[float] = dataclasses.field(default_factory=list)
     rises: list[float] = dataclasses.field(default_factory=list)
     first: torch.Tensor | None = None
     weights: list[torch.Tensor] = dataclasses.field(default_factory=list)
@@ -141,7 +143,9 @@ class Judgements:
         self.blends.append([*blend])  # a list, as JSON gives it back
         self.figures.append(errors.mean().item())
         parts = [change, *(change[groups == g] for g in groups.unique())]
-        self.rises.append(max((part.mean() - 1.96 * part.std() / math.sqrt(len(part))).item() for part in parts))
+        margins = [1.96 * part.std().item() / math.sqrt(len(part)) for part in parts]
+        self.margins.append(margins[0])
+        self.rises.append(max(part.mean().item() - margin for part, margin in zip(parts, margins, strict=True)))
         if self._best == len(self.steps) - 1:
             self.weights = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
 
@@ -150,12 +154,21 @@ class Judgements:
         """Of what was learnt the lowest that is not surely above the first, in sum or in a group; else of the starts.
 
         Of the groups of a mixed pool small ones gain most easily at the expense of the largest, of which most adapters
-        are. The figure is a guard and no more: what is better on real images by a point moves it by a few tenths, as
-        chance does, so to ask for an improvement would throw away most of what there is.
+        are. There the figure, which begins with the average, is a guard and no more: what is better on real images by
+        a point moves it by a few tenths, as chance does, so to ask for an improvement would throw away most of what
+        there is. Where the start itself is the first, as in a pool of one group, there is less to be gained, and what
+        is learnt must be surely below it.
         """
         sound = [i for i, rise in enumerate(self.rises) if rise <= 0]
         learnt = [i for i in sound if self.steps[i] > 0]
-        return min(learnt or sound, key=self.figures.__getitem__, default=0)
+        if not self._against_average:
+            learnt = [i for i in learnt if self.figures[0] - self.figures[i] > self.margins[i]]
+        starts = [i for i in sound if self.steps[i] == 0]
+        return min(learnt or starts, key=self.figures.__getitem__, default=0)
+
+    @property
+    def _against_average(self) -> bool:
+        return bool(self.blends) and self.blends[0] == [*AVERAGE]
 
     @property
     def best_step(self) -> int | None:
@@ -197,15 +210,17 @@ class Judgements:
                 "alike, with 2 images of a class. Add adapters, or set `held_out` to 0."
             )
         first, best, last = self.figures[0], self.figures[self._best], self.figures[-1]
-        where, start = f"on the classes of {self.who}", "start" if any(self.blends[0]) else "average"
+        where, start = f"on the classes of {self.who}", "average" if self._against_average else "start"
         if self._best == 0:
             group = ", in sum or in a group of them," if len(set(self.groups)) > 1 else ""
+            makes = f"a surely larger error{group}" if self._against_average else "no surely smaller error"
             return (
-                f"The {start} is kept: what was learnt in {self.steps[-1]} steps makes a surely larger error{group} "
-                f"{where} ({first:.1f}% with the {start}, {last:.1f}% at the end)."
+                f"The {start} is kept: what was learnt in {self.steps[-1]} steps makes {makes} {where} "
+                f"({first:.1f}% with the {start}, {last:.1f}% at the end)."
             )
         kept = f"Step {self.best_step} of {self.steps[-1]}" if self.best_step else "The start"
+        worse = f"not surely worse than the {start}" if self._against_average else f"surely better than the {start}"
         return (
-            f"{kept} is kept: of what is not surely worse than the {start} it makes the smallest error {where} "
-            f"({best:.1f}%, {first:.1f}% with the {start}, {last:.1f}% at the end)."
+            f"{kept} is kept: of what is {worse} it makes the smallest error {where} ({best:.1f}%, {first:.1f}% with "
+            f"the {start}, {last:.1f}% at the end)."
         )

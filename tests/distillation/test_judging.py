@@ -10,7 +10,7 @@ from lora_recycle.distillation import trainer as trainer_module
 from lora_recycle.distillation.callbacks import TrainerCallback
 from lora_recycle.distillation.config import DistillationConfig
 from lora_recycle.distillation.images import SurrogateImages
-from lora_recycle.distillation.judging import MOST_ADAPTERS, Judge, Judgements, hold_out
+from lora_recycle.distillation.judging import AVERAGE, MOST_ADAPTERS, Judge, Judgements, hold_out
 from lora_recycle.distillation.schedule import learning_rate
 from lora_recycle.distillation.student import OWN
 from lora_recycle.distillation.trainer import MetaLoraTrainer
@@ -149,7 +149,7 @@ def test_where_no_step_is_better_the_start_is_given_back_bit_for_bit(tiny_pool, 
     assert len(trainer.history["relational"]) == 12 and trainer.judged.figures[-1] > trainer.judged.figures[0] + 5
     assert equal(weights(trainer), weights(start))
     assert (
-        "The start is kept: what was learnt in 12 steps makes a surely larger error on the classes of 1 adapter"
+        "The start is kept: what was learnt in 12 steps makes no surely smaller error on the classes of 1 adapter"
         in caplog.text
     )
     for name, made in (("trained", trainer), ("start", start)):
@@ -172,9 +172,7 @@ def test_the_command_says_what_is_kept(tiny_pool_path, tiny_surrogate, tmp_path,
     command = ["distill", str(tiny_pool_path), "--surrogate", str(tiny_surrogate.folder), *settings, "--output"]
     assert main([*command, str(tmp_path / "a"), "--init", "zero", "--lr", "0.03"]) == 0
     captured = capsys.readouterr()
-    assert (
-        "Step 2 of 4 is kept: of what is not surely worse than the start it makes the smallest error" in captured.err
-    )
+    assert "Step 2 of 4 is kept: of what is surely better than the start it makes the smallest error" in captured.err
     assert "is kept" not in captured.out and "judged=" in captured.err  # the progress bar
 
 
@@ -242,35 +240,44 @@ def test_too_few_adapters_to_judge_by_are_told(tiny_pool, tiny_surrogate, caplog
     assert trainer.judged.steps == [] and "Nothing was judged, and the last step is kept: judging takes" in caplog.text
 
 
-def judgements(groups, *errors):
+def judgements(first, groups, *errors):
     """Judgements of a student whose only weight is the number of the judgement."""
-    judged, parameter = (
-        Judgements([f"adapter {i}" for i in range(len(groups))], groups),
-        torch.nn.Parameter(torch.zeros(1)),
-    )
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    judged = Judgements([f"adapter {i}" for i in range(len(groups))], groups)
     for step, values in enumerate(errors):
         parameter.data.fill_(step)
-        judged.add(step, OWN, values, [parameter])
+        judged.add(step, OWN if step else first, values, [parameter])
     return judged
 
 
-def test_the_smallest_error_is_kept_and_of_equal_ones_the_first():
-    start = torch.tensor([40.0, 60.0, 20.0, 80.0])
-    judged = judgements([0], start, start + 1, start - 5, start - 5, start - 4, start * float("nan"))
+START = torch.tensor([40.0, 60.0, 20.0, 80.0])
+NOISE = torch.tensor([-30.0, 20.0, 15.0, -10.0])  # lower, but by chance
+
+
+def test_what_is_surely_better_than_the_start_takes_its_place_and_of_equal_ones_the_first():
+    chance = judgements(OWN, [0], START, START + NOISE)
+    assert chance.figures[1] < chance.figures[0] and chance.best_step == 0 and chance.margins[1] > 20
+    judged = judgements(OWN, [0], START, START + NOISE, START - 5, START - 5, START - 4, START * float("nan"))
     assert judged.best_step == 2 and judged.in_vain == 3 and judged.weights[0].item() == 2
 
 
+def test_what_is_not_surely_worse_than_the_average_takes_its_place():
+    for noise in (NOISE, -NOISE):
+        assert judgements(AVERAGE, [0], START, START + noise).best_step == 1
+    judged = judgements(AVERAGE, [0], START, START + 1, START * float("nan"))
+    assert judged.best_step == 0 and "makes a surely larger error on the classes" in judged.verdict()
+
+
 def test_what_is_better_in_sum_and_surely_worse_in_a_group_is_not_kept():
-    start = torch.tensor([40.0, 60.0, 20.0, 80.0, 50.0, 50.0])
+    start = torch.cat([START, torch.tensor([50.0, 50.0])])
     changes = ([0.0] * 6, [1.0, 1.0, -9.0, -9.0, -9.0, -9.0], [-4.0, 5.0, -6.0, -6.0, 1.0, 1.0], [-1.0] * 6)
-    judged = judgements([0, 1, 1], *(start + torch.tensor(change) for change in changes))
-    assert judged.figures[1] == min(judged.figures) and judged.rises[1] == 1.0
-    assert judged.best_step == 2 and judged.rises[2] < 0  # its first group rose by half a point, but not surely
-    assert judged.to_dict()["rises"] == judged.rises
-    only_worse = judgements([0, 1], *(start[:4] + torch.tensor(change[:4]) for change in changes[:2]))
-    assert (
-        only_worse.best_step == 0 and "a surely larger error, in sum or in a group of them, on" in only_worse.verdict()
-    )
+    for first, kept in ((AVERAGE, 2), (OWN, 3)):  # the first group of 2 rose by half a point, but not surely
+        judged = judgements(first, [0, 1, 1], *(start + torch.tensor(change) for change in changes))
+        assert judged.figures[1] == min(judged.figures) and judged.rises[1] == 1.0
+        assert judged.best_step == kept and judged.rises[2] < 0 and judged.to_dict()["rises"] == judged.rises
+        only_worse = judgements(first, [0, 1], *(start[:4] + torch.tensor(change[:4]) for change in changes[:2]))
+        assert only_worse.best_step == 0
+    assert "makes no surely smaller error" in only_worse.verdict()
 
 
 def test_a_judge_says_the_same_of_the_same_weights(tiny_pool, tiny_surrogate, monkeypatch):
