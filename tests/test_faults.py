@@ -12,11 +12,11 @@ from lora_recycle.distillation import trainer as trainer_module
 from lora_recycle.distillation.config import DistillationConfig
 from lora_recycle.distillation.schedule import learning_rate
 from lora_recycle.distillation.trainer import MetaLoraTrainer
-from lora_recycle.errors import DataError, StorageError
+from lora_recycle.errors import ConfigError, DataError, StorageError
 from lora_recycle.inversion.config import InversionConfig
 from lora_recycle.inversion.inverter import LoraInverter
 from lora_recycle.locks import only_run_in
-from lora_recycle.storage import load_sealed
+from lora_recycle.storage import load_sealed, save_sealed
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +100,16 @@ def test_the_last_two_checkpoints_are_kept_and_hold_all_that_training_is(pool, u
     assert {name: len(values) for name, values in header["history"].items()} == {"relational": 6}
     assert header["judged"]["steps"] == [0, 3, 6] and len(header["judged"]["figures"]) == 3
     assert header["identity"]["config"] == DISTILLATION.to_dict()
+
+
+def test_a_checkpoint_of_an_earlier_version_is_told(pool, undisturbed, tmp_path):
+    distil(pool, undisturbed[0], tmp_path)
+    for path in tmp_path.glob("checkpoint-*.safetensors"):
+        tensors, header = load_sealed(path)
+        del header["judged"]["rises"]
+        save_sealed(path, tensors, header)
+    with pytest.raises(ConfigError, match=r"checkpoint-00000008.*of an earlier version of lora_recycle.*--no-resume"):
+        distil(pool, undisturbed[0], tmp_path)
 
 
 def test_the_generators_go_on_where_they_were(pool, undisturbed, tmp_path):
