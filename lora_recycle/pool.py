@@ -239,15 +239,6 @@ class AdapterPool:
         """Adapters that belong together by the similarity of their weight changes, see [`average_linkage_groups`]."""
         return average_linkage_groups(self.similarity(), max_groups)
 
-    def dilution(self) -> float:
-        """By what the average of the pool is smaller than that of its largest group alone: its size over theirs, >= 1.
-
-        In an average each group's own mean change is multiplied by the group's share of the pool. Multiplied by this
-        number, the largest group's comes back to its full strength, and the others' in proportion. 1 where the pool
-        is one group.
-        """
-        return len(self) / max(len(group) for group in self.groups())
-
     def randomized(self, seed: int = 0) -> AdapterPool:
         """A control: every weight change replaced by a random one of the same rank and Frobenius norm."""
         generator, members = torch.Generator().manual_seed(seed), []
