@@ -25,9 +25,9 @@ GROUPED = ("restored", "undiluted", "group-sum", "nearest-group")
 RIVALS = ("frozen", *GROUPED, "ties", "dare", "knots", "magnitude", "arrow")
 #: folder of the results of one pool's benchmark, and the methods shown beside frozen, random and average
 POOLS = {
-    "mixed-100": (*GROUPED, "judged", "learnt", "last-step", "real-data", "ensemble"),
+    "mixed-100": (*GROUPED, "undiluted-16", "judged", "learnt", "last-step", "real-data", "ensemble"),
     "cifar-100": ("average-rank-16", "judged", "last-step", "real-data", "ensemble"),
-    "second-backbone": (*GROUPED, "judged", "learnt", "last-step", "real-data", "ensemble"),
+    "second-backbone": (*GROUPED, "undiluted-16", "judged", "learnt", "last-step", "real-data", "ensemble"),
 }
 METHODS = ("frozen", "frozen-centred", "random", "average", "meta-lora", "ensemble")
 IN_DOMAIN = ("frozen", "random", "average", "meta-lora", "magnitude", "dare", "ties", "knots", "arrow", "ensemble")
