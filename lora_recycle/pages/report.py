@@ -67,10 +67,7 @@ def write_report(
     """
     _check(surrogate_images, surrogate_labels, kept_tokens)
     note = "Made from the adapters alone."
-    figures = [curve(name, values) for name, values in curves.items()]
-    if judged:
-        name = f"error on the classes of {judged['who']}, per cent"
-        figures.append(curve(name, judged["figures"], judged["steps"], judged["best_step"]))
+    figures = [curve(name, values) for name, values in curves.items()] + ([_judged_curve(judged)] if judged else [])
     sections = [
         ("Accuracy on real images", _accuracy(rows)),
         ("Training curves", charts(figures)),
@@ -116,6 +113,17 @@ def write_training_report(
         usage=usage_lines(str(meta_lora)),
         judged=settings.get("judged"),
     )
+
+
+def _judged_curve(judged: Mapping[str, Any]) -> str:
+    """The figures of the student over the steps; that of the pool's average, which is none of them, in the caption."""
+    name = f"error on the classes of {judged['who']}, per cent"
+    figures, steps, kept = judged["figures"], judged["steps"], judged["best_step"]
+    if judged["blends"][0] == [0, 0]:
+        average_kept = judged["best_blend"] == [0, 0]
+        name += f" ({figures[0]:.1f} with the pool's average{', which is kept' if average_kept else ''})"
+        figures, steps, kept = figures[1:], steps[1:], None if average_kept else kept
+    return curve(name, figures, steps, kept)
 
 
 def _check(images: torch.Tensor, labels: Sequence[str], kept: torch.Tensor | None) -> None:

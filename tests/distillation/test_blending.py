@@ -15,6 +15,7 @@ from lora_recycle.distillation.trainer import MetaLoraTrainer
 from lora_recycle.errors import ConfigError
 from lora_recycle.hub.cards import meta_lora_card
 from lora_recycle.modeling.saving import save_meta_lora, wrap_student
+from lora_recycle.pages.report import write_training_report
 
 
 PIXELS = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -107,29 +108,33 @@ def test_the_first_that_is_judged_is_the_pools_average(tiny_pool, tiny_surrogate
     assert judged.figures[0] == pytest.approx(average.figures[0], abs=0.2)  # the same network, once folded, once worn
 
 
-@pytest.mark.parametrize(
-    ("told", "kept"),
-    [
-        ({(0, AVERAGE): 40.0}, "average"),
-        ({(0, Blend(0.0, 1.0)): 40.0, (2, KEPT): 60.0, (4, KEPT): 60.0}, "restored"),
-    ],
-)
-def test_where_steps_make_it_worse_the_better_start_is_given_back(
-    tiny_pool, tiny_surrogate, errors, tmp_path, caplog, told, kept
-):
-    errors.update(told)
-    trainer = trained(tiny_pool, tiny_surrogate)
-    assert_equal(deltas(trainer.student), start(tiny_pool, kept), rtol=0, atol=0)
+def after_steps_that_make_it_worse(pool, surrogate, folder):
+    """The student, and what the card and the report say of it."""
+    trainer = trained(pool, surrogate)
     assert trainer.judged.best_step == 0
-    assert {
-        "average": "The average is kept: what was learnt in 4 steps",
-        "restored": "The start is kept: of what is not surely worse than the average",
-    }[kept] in caplog.text
-    save_meta_lora(wrap_student(trainer), tmp_path)
-    card = " ".join((tmp_path / "README.md").read_text().split())
-    assert {"average": "and went back to that average as it is: 4 steps", "restored": "and stayed there"}[kept] in card
-    settings = json.loads((tmp_path / "meta_lora_config.json").read_text())
-    assert settings["judged"]["best_blend"] == {"average": [0, 0], "restored": [0, 1]}[kept]
+    save_meta_lora(wrap_student(trainer), folder)
+    settings = json.loads((folder / "meta_lora_config.json").read_text())
+    assert settings["judged"] == trainer.judged.to_dict()
+    page = write_training_report(folder / "report.html", trainer, settings, "x").read_text()
+    return trainer.student, " ".join((folder / "README.md").read_text().split()), page
+
+
+def test_where_steps_are_worse_the_average_is_given_back(tiny_pool, tiny_surrogate, errors, tmp_path, caplog):
+    errors[0, AVERAGE] = 40.0
+    student, card, page = after_steps_that_make_it_worse(tiny_pool, tiny_surrogate, tmp_path)
+    assert_equal(deltas(student), start(tiny_pool, "average"), rtol=0, atol=0)
+    assert "The average is kept: what was learnt in 4 steps makes a surely larger error" in caplog.text
+    assert "and went back to that average as it is: 4 steps" in card
+    assert "(40.0 with the pool&#x27;s average, which is kept): 50 to 50 in 4 steps<" in page
+
+
+def test_or_the_start_where_that_errs_less(tiny_pool, tiny_surrogate, errors, tmp_path, caplog):
+    errors.update({(0, Blend(0.0, 1.0)): 40.0, (2, KEPT): 60.0, (4, KEPT): 60.0})
+    student, card, page = after_steps_that_make_it_worse(tiny_pool, tiny_surrogate, tmp_path)
+    assert_equal(deltas(student), start(tiny_pool, "restored"), rtol=0, atol=0)
+    assert "The start is kept: of what is not surely worse than the average" in caplog.text
+    assert "and stayed there: 4 steps" in card
+    assert "(50.0 with the pool&#x27;s average): 40 to 60 in 4 steps; the circle, step 0, is kept<" in page
 
 
 def test_the_best_step_is_kept_in_part(tiny_pool, tiny_surrogate, errors, tmp_path):
