@@ -47,7 +47,7 @@ def adapter_config(peft_type: str, rank: int, targets: list[str], backbone: Back
 def start_lora(layer: LoraLayer, b: torch.Tensor, a: torch.Tensor) -> None:
     """Set a LoRA, or a DoRA that then says the same, to the change B A. Rows of A beyond its rank stay random, free to
     learn, where B is 0."""
-    lora_a, lora_b = _matrices(layer)
+    lora_a, lora_b = matrices(layer)
     lora_b.zero_()
     lora_a[: len(a)].copy_(a)
     lora_b[:, : b.shape[1]].copy_(b)
@@ -76,7 +76,7 @@ def start_from_principal(layer: LoraLayer, b: torch.Tensor, a: torch.Tensor) -> 
     both: the first half of its rank learns, the second is -B A for good.
     """
     rank = len(a)
-    lora_a, lora_b = _matrices(layer)
+    lora_a, lora_b = matrices(layer)
     with torch.no_grad():
         lora_a.copy_(torch.cat([a, a]))
         lora_b.copy_(torch.cat([b, -b], 1))
@@ -103,10 +103,10 @@ def principal_factors(
         preprocess_corda(backbone.model, config, _shown(backbone, images))
     wearing = wrap(backbone.model, config).get_base_model()
     layers = {name: module for name, module in wearing.named_modules() if isinstance(module, LoraLayer)}
-    return {name: (b.detach(), a.detach()) for name, (a, b) in ((name, _matrices(m)) for name, m in layers.items())}
+    return {name: (b.detach(), a.detach()) for name, (a, b) in ((name, matrices(m)) for name, m in layers.items())}
 
 
-def _matrices(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
+def matrices(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
     """A, (r, in), and B, (out, r)."""
     a, b = layer.lora_A["default"], layer.lora_B["default"]
     return a.get_parameter("weight"), b.get_parameter("weight")

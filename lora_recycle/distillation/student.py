@@ -26,6 +26,7 @@ from ..wrapping import wrap
 from .adapter_types import (
     adapted_layers,
     adapter_config,
+    matrices,
     principal_factors,
     start_from_principal,
     start_lora,
@@ -153,10 +154,12 @@ class Student(nn.Module):
 
         In a pool of one group, where that sum is the average, it begins at its initialisation.
         """
-        self._init = {name: _own(layer, copied=True) for name, layer in self._layers.items()}
+        for name, layer in self._layers.items():
+            own_a, own_b = matrices(layer)
+            self._init[name] = (own_b.detach().clone(), own_a.detach().clone())
         if len(pool.groups()) > 1:
             for name, (b, a) in _merged(pool, GroupSum()).whole_averages():
-                if _own(self._layers[name])[1].requires_grad:
+                if matrices(self._layers[name])[0].requires_grad:
                     start_lora(self._layers[name], b[:, : self.rank], a[: self.rank])
 
     @contextlib.contextmanager
@@ -176,7 +179,7 @@ class Student(nn.Module):
         if blend == OWN:
             return
         for name, layer in self._layers.items():
-            b, a = _own(layer)
+            a, b = matrices(layer)
             if not a.requires_grad:  # is at its initialisation
                 continue
             b0, a0 = (factor.to(a.device) for factor in self._init[name])
@@ -232,17 +235,11 @@ def _plain_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
 
 def _blended_forward(layer: Any, blend: Blend, init: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor) -> Any:
     """W x + learnt B A x + init B' A' x, with B' A' the initialisation."""
-    result = layer.base_layer(x)
-    for factor, (b, a) in zip(blend, (_own(layer), init), strict=True):
+    result, (own_a, own_b) = layer.base_layer(x), matrices(layer)
+    for factor, (b, a) in zip(blend, ((own_b, own_a), init), strict=True):
         if factor:
             result = result + (F.linear(F.linear(x.to(a.dtype), a), b) * factor).to(result.dtype)
     return result
-
-
-def _own(layer: Any, copied: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """B and A of a LoRA's layer."""
-    b, a = layer.lora_B["default"].weight, layer.lora_A["default"].weight
-    return (b.detach().clone(), a.detach().clone()) if copied else (b, a)
 
 
 def _merged(pool: AdapterPool, merge: Merge) -> AdapterPool:

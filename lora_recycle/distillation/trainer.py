@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import tempfile
 import time
@@ -13,6 +14,7 @@ from typing import TypeVar, cast
 import torch
 from accelerate.utils import broadcast
 
+from ..backbones import Backbone
 from ..errors import ConfigError, DataError
 from ..heartbeat import Heartbeat, beat, waiting
 from ..interruption import Interruption
@@ -332,13 +334,16 @@ class MetaLoraTrainer:
         beat("backward")
         return weighted_losses(self.config, features, batch)
 
-    def _embed(self, inputs: torch.Tensor, kept: torch.Tensor | None, count: int) -> torch.Tensor:
-        """Features (count, D), float32, of the images of which this process forwards its share."""
-        backbone, device = self.student.backbone, self.accelerator.device
-        inputs, kept = inputs.to(device), None if kept is None else kept.to(device)
+    def _embed(
+        self, inputs: torch.Tensor, kept: torch.Tensor | None, count: int, other: Backbone | None = None
+    ) -> torch.Tensor:
+        """Features (count, D), float32, of the images of which this process forwards its share, from the student or
+        from an `other` network."""
+        backbone, forward = (self.student.backbone, self._parallel.model) if other is None else (other, other.features)
+        inputs, kept = inputs.to(backbone.device), None if kept is None else kept.to(backbone.device)
         inputs = backbone.normalize(inputs) if inputs.dtype == torch.uint8 else inputs.to(backbone.dtype)
         with self.accelerator.autocast():
-            features = self._parallel.model(inputs, kept).float()
+            features = forward(inputs, kept).float()
         waiting()
         return gather_features(features, count, self.accelerator)
 
@@ -347,17 +352,22 @@ class MetaLoraTrainer:
         if self._judging is None:
             return
         self._read_losses()
-        config, judge = self.config, self._judging
-        learnt = Blend(config.share, 1 - config.share) if config.blends else OWN
         with self._timed("judging"):
+            self._parallel.update_student()
             if step == 0 and self._has_average:
-                self._note(step, AVERAGE, judge(self._embed_average))
-            blend = Blend(0.0, 1.0) if config.blends and step == 0 else learnt
+                with self.pool.folded() as average:
+                    self._note(step, AVERAGE, self._judging(functools.partial(self._embed, other=average)))
+            blend = Blend(0.0, 1.0) if self.config.blends and step == 0 else self._to_keep
             with self._parallel.blended(blend):
-                errors = judge(self._embed)
+                errors = self._judging(self._embed)
             self._parallel.reshard()
             self._note(step, blend, errors)
         self._tell("on_judge", step, self.judged.figures[-1])
+
+    @property
+    def _to_keep(self) -> Blend:
+        """What the recipe keeps of a student that has learnt."""
+        return Blend(self.config.share, 1 - self.config.share) if self.config.blends else OWN
 
     @property
     def _has_average(self) -> bool:
@@ -366,26 +376,15 @@ class MetaLoraTrainer:
         return scaled and self.config.first_layer == 0 and len(self.pool.groups()) > 1
 
     def _note(self, step: int, blend: Blend, errors: torch.Tensor) -> None:
-        self._parallel.update_student()
         self.judged.add(step, blend, broadcast(errors.to(self.accelerator.device)), self.student.trainable())
-
-    def _embed_average(self, inputs: torch.Tensor, kept: torch.Tensor | None, count: int) -> torch.Tensor:
-        """As `_embed`, of the backbone with the pool's exact average folded in."""
-        with self.pool.folded() as backbone, self.accelerator.autocast():
-            kept = None if kept is None else kept.to(backbone.device)
-            features = backbone.features(backbone.normalize(inputs.to(backbone.device)), kept).float()
-        waiting()
-        return gather_features(features, count, self.accelerator)
 
     def _keep_the_best(self) -> None:
         """Set the student to what was judged best; unjudged, to the last step, blended as the recipe has it."""
         best = self.judged.put_on_best(self.student.trainable())
         if best == AVERAGE:
             self.student.start_from_average(self.pool)
-        elif best is not None:
-            self.student.blend(best)
-        elif self.config.blends:
-            self.student.blend(Blend(self.config.share, 1 - self.config.share))
+        else:
+            self.student.blend(self._to_keep if best is None else best)
 
     def _checkpoints(self, output_dir: str | Path) -> Checkpoints:
         identity = {

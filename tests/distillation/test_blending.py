@@ -6,10 +6,8 @@ import pytest
 import torch
 
 from lora_recycle.composition import GroupSum
-from lora_recycle.distillation import trainer as trainer_module
 from lora_recycle.distillation.config import DistillationConfig
 from lora_recycle.distillation.judging import AVERAGE, Judgements
-from lora_recycle.distillation.schedule import learning_rate
 from lora_recycle.distillation.student import OWN, Blend
 from lora_recycle.distillation.trainer import MetaLoraTrainer
 from lora_recycle.errors import ConfigError
@@ -153,19 +151,12 @@ def test_the_best_step_is_kept_in_part(tiny_pool, tiny_surrogate, errors, tmp_pa
 
 
 @pytest.mark.parametrize("killed_at", [1, 3])
-def test_a_killed_run_keeps_the_same(tiny_pool, tiny_surrogate, tmp_path, monkeypatch, errors, killed_at):
+def test_a_killed_run_keeps_the_same(tiny_pool, tiny_surrogate, tmp_path, killing, errors, killed_at):
     errors[2, KEPT] = 40.0
     whole = trained(tiny_pool, tiny_surrogate, checkpoint_every=1)
 
-    def kill(config, step):
-        if step == killed_at:
-            raise KeyboardInterrupt
-        return learning_rate(config, step)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(trainer_module, "learning_rate", kill)
-        with pytest.raises(KeyboardInterrupt):
-            trained(tiny_pool, tiny_surrogate, tmp_path, checkpoint_every=1)
+    with killing(killed_at):
+        trained(tiny_pool, tiny_surrogate, tmp_path, checkpoint_every=1)
     resumed = trained(tiny_pool, tiny_surrogate, tmp_path, checkpoint_every=1)
     assert resumed.judged.to_dict() == whole.judged.to_dict()
     assert_equal(deltas(resumed.student), deltas(whole.student), rtol=0, atol=0)

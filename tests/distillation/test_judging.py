@@ -6,12 +6,10 @@ import pytest
 import torch
 from helpers_tiny import ListedShard
 
-from lora_recycle.distillation import trainer as trainer_module
 from lora_recycle.distillation.callbacks import TrainerCallback
 from lora_recycle.distillation.config import DistillationConfig
 from lora_recycle.distillation.images import SurrogateImages
 from lora_recycle.distillation.judging import AVERAGE, MOST_ADAPTERS, Judge, Judgements, hold_out
-from lora_recycle.distillation.schedule import learning_rate
 from lora_recycle.distillation.student import OWN
 from lora_recycle.distillation.trainer import MetaLoraTrainer
 from lora_recycle.errors import ConfigError
@@ -191,23 +189,14 @@ def test_patience_counts_from_the_best(tiny_pool, tiny_surrogate, best_within):
 
 
 @pytest.mark.parametrize("killed_at", [1, 3, 9])
-def test_a_killed_run_keeps_the_best_of_before(
-    tiny_pool, tiny_surrogate, tmp_path, monkeypatch, best_within, killed_at
-):
+def test_a_killed_run_keeps_the_best_of_before(tiny_pool, tiny_surrogate, tmp_path, killing, best_within, killed_at):
     """Killed before the first best, right after the best, and long after it."""
     config = recipe(**LEARNING, checkpoint_every=1)
     whole = train(tiny_pool, tiny_surrogate, config, tmp_path / "whole")
     assert whole.judged.best_step == 2
 
-    def kill(config, step):
-        if step == killed_at:
-            raise KeyboardInterrupt
-        return learning_rate(config, step)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(trainer_module, "learning_rate", kill)
-        with pytest.raises(KeyboardInterrupt):
-            train(tiny_pool, tiny_surrogate, config, tmp_path / "killed")
+    with killing(killed_at):
+        train(tiny_pool, tiny_surrogate, config, tmp_path / "killed")
     resumed = train(tiny_pool, tiny_surrogate, config, tmp_path / "killed")
     assert resumed.judged.to_dict() == whole.judged.to_dict() and equal(weights(resumed), weights(whole))
     files = [{p.name: p.read_bytes() for p in (tmp_path / name).glob("*.*")} for name in ("whole", "killed")]

@@ -137,19 +137,12 @@ def test_teachers_are_left_as_they_were(tiny_pool, tiny_surrogate):
 
 
 @pytest.mark.parametrize("killed_at", [3, 4, 5])
-def test_a_killed_run_goes_on_as_if_nothing_was(tiny_pool, tiny_surrogate, tmp_path, monkeypatch, killed_at):
+def test_a_killed_run_goes_on_as_if_nothing_was(tiny_pool, tiny_surrogate, tmp_path, monkeypatch, killing, killed_at):
     config = recipe(checkpoint_every=2, **ALL_LOSSES)
     undisturbed, whole = train(tiny_pool, tiny_surrogate, config, tmp_path / "whole")
 
-    def kill(config, step):
-        if step == killed_at:
-            raise KeyboardInterrupt
-        return learning_rate(config, step)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(trainer_module, "learning_rate", kill)
-        with pytest.raises(KeyboardInterrupt):
-            train(tiny_pool, tiny_surrogate, config, tmp_path / "killed")
+    with killing(killed_at):
+        train(tiny_pool, tiny_surrogate, config, tmp_path / "killed")
     steps = []
     monkeypatch.setattr(trainer_module, "learning_rate", lambda c, s: steps.append(s) or learning_rate(c, s))
     resumed, trainer = train(tiny_pool, tiny_surrogate, config, tmp_path / "killed")
