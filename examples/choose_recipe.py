@@ -54,7 +54,6 @@ VARIANTS = {
     "mix, no inversion": ({"starts": MIX, "iterations": 0}, {}),
     "mix, patch entropy": ({"starts": MIX, "priors": {"tv": 0.1, "patch_entropy": 0.1}}, {}),
     "mix, batch norm of a CNN": ({"starts": MIX, "priors": {"tv": 0.1, "batch_norm": 0.01}}, {}),
-    "mix, hard for the average": ({"starts": MIX, "hard_weight": 5.0}, {}),
     "mix, one group": ({"starts": MIX}, {"groups": "one"}),
     "mix, episodes only (KL + interpolation)": (
         {"starts": MIX},

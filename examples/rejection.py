@@ -14,12 +14,12 @@ import json
 from pathlib import Path
 
 import torch
+from sklearn.metrics import roc_auc_score
 
 from lora_recycle import AdapterPool, MetaLoRAForFewShotClassification, SurrogateDataset, fit_head
 from lora_recycle.backbones.backbone import Backbone, extract_features
 from lora_recycle.evaluation.rejection import (
     SCORES,
-    auroc,
     expected_calibration_error,
     fit_temperature,
     known_scores,
@@ -83,7 +83,7 @@ def judge(tasks, temperatures: dict[str, float]) -> dict:
         values = []
         for task in tasks:
             scores, known = known_scores(task.logits, score, DEFAULT), len(task.labels)
-            values.append(auroc(scores[:known], scores[known:]))
+            values.append(100 * roc_auc_score([1] * known + [0] * (len(scores) - known), scores.numpy()))
         found["auroc"][score] = [round(number, 2) for number in confidence(torch.tensor(values))]
     logits = torch.cat([task.logits[: len(task.labels)] for task in tasks])
     correct = logits.argmax(1) == torch.cat([task.labels for task in tasks])

@@ -107,8 +107,8 @@ def run(args: argparse.Namespace) -> None:
         table(("loss", "first step", "last step"), rows) if rows else f"{args.output}: the initialisation, untrained"
     )
     _tell_share(trainer.student)
-    if trainer.judged.best_step:  # the trainer itself says so where the start is kept
-        note(trainer.judged.verdict())
+    if trainer.selection.best_step:  # the trainer itself says so where the start is kept
+        note(trainer.selection.verdict())
     if trainer.skipped:
         steps = ", ".join(map(str, trainer.skipped))
         note(f"{len(trainer.skipped)} of {config.steps} steps were left out, for spikes of the loss: {steps}")

@@ -94,7 +94,7 @@ class DistillationConfig(RecipeConfig):
     seed: int = field(0, "seed of the batches and of the initial weights")
 
     @property
-    def blends(self) -> bool:
+    def mixes(self) -> bool:
         """Whether `share` applies: to steps of a LoRA from an average."""
         return self.share < 1 and self.steps > 0 and self.peft_type == "LORA" and self.init in AVERAGES
 

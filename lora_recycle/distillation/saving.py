@@ -45,7 +45,7 @@ def _settings(trainer: MetaLoraTrainer) -> dict[str, Any]:
             "sha256": tensors_sha256(backbone.model.state_dict()),
         },
         "distillation": trainer.config.to_dict(),
-        "judged": trainer.judged.to_dict(),
+        "judged": trainer.selection.to_dict(),
         "inversion": copy.deepcopy(manifest.get("config")),
         "inversion_precision": manifest.get("precision"),
         "inversion_data_sha256": manifest.get("data_sha256"),

@@ -65,12 +65,6 @@ def known_scores(logits: torch.Tensor, score: str, temperature: float) -> torch.
     return (logits / temperature).softmax(1).max(1).values
 
 
-def auroc(known: torch.Tensor, strangers: torch.Tensor) -> float:
-    """Chance, in per cent, that a score of `known` (K,) is above one of `strangers` (U,); ties count half."""
-    difference = known[:, None] - strangers
-    return 100.0 * ((difference > 0).double() + 0.5 * (difference == 0)).mean().item()
-
-
 def expected_calibration_error(confidence: torch.Tensor, correct: torch.Tensor, bins: int = 15) -> float:
     """Mean gap between confidence and accuracy over bins of equal width, in per cent (arXiv 1706.04599).
 

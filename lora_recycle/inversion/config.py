@@ -15,6 +15,8 @@ PRIORS = ("tv", "patch_entropy", "batch_norm")
 class InversionConfig(RecipeConfig):
     """How the surrogate images of each adapter are made (stage 1 of LoRA Recycle)."""
 
+    retired = {"hard_weight": (0.0,), "hard_reference": None}
+
     images_per_class: int = field(6, "surrogate images of each class")
     max_classes: int | None = field(10, "classes of one adapter that are inverted, drawn at random where it has more")
     iterations: int = field(30, "optimisation steps of each image; 0 keeps the starts, labelled by the adapter")
@@ -30,10 +32,6 @@ class InversionConfig(RecipeConfig):
     )
     start_images: str | None = field(None, "folder or parquet file of unlabelled images, or a surrogate folder")
     priors: dict[str, float] = field({"tv": 0.1}, f"image priors and their weights: {', '.join(PRIORS)}")
-    hard_weight: float = field(
-        0.0, "weight of the term that makes images hard: disagreement of adapter and reference about similarities"
-    )
-    hard_reference: str = field("average", "who is not to know the images: backbone, average, or a meta-LoRA's folder")
     jitter: int = field(4, "largest random shift of an image at each step, in pixels")
     flip: bool = field(False, "mirror the batch at random steps")
     prune: dict[int, float] = field(
@@ -49,7 +47,7 @@ class InversionConfig(RecipeConfig):
         require_choices(self)
         for name in ("images_per_class", "batch_size"):
             self.require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("iterations", "jitter", "hard_weight", "prune_start"):
+        for name in ("iterations", "jitter", "prune_start"):
             self.require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
         self.require(0 < self.stop_at <= 1, f"stop_at must be in (0, 1], got {self.stop_at}")
         self.require(self.lr > 0, f"lr must be positive, got {self.lr}")

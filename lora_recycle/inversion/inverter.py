@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
 import json
@@ -51,7 +50,6 @@ class LoraInverter:
         pool.require_heads()
         self.mask_layer = _mask_layer(self.config, self.backbone)
         self.prior = build_priors(self.config.priors, self.backbone.num_prefix_tokens)
-        self.reference = _reference(pool, self.config) if self.config.hard_weight > 0 else None
         self.stock = _load_stock(self.config, self.backbone) if self.config.start_images else None
         self.accelerator = mixed_precision()
         #: mean loss of each iteration of the last adapter, for curves, and its images' iterations in all
@@ -206,7 +204,7 @@ class LoraInverter:
             labels: int64 (B,), classes of the adapter's head.
             generator: on the CPU, draws the jitter.
         """
-        parts = (self.backbone, self.pool[index], self.config, self.prior, self.reference, self.accelerator)
+        parts = (self.backbone, self.pool[index], self.config, self.prior, self.accelerator)
         return InversionBatch(Objective(*parts), starts, labels, generator)
 
     @torch.inference_mode()
@@ -231,8 +229,6 @@ class LoraInverter:
         parts: list[Any] = [self.config.to_dict(), info.sha256, self.backbone.name, self.backbone.revision]
         if info.prompt:  # the head is made of these, not of the adapter's bytes
             parts.append([info.prompt, info.labels])
-        if self.config.hard_weight and self.config.hard_reference == "average":
-            parts.append([other.sha256 for other in self.pool.infos])
         if self.accelerator.mixed_precision != "no":
             parts.append(self.accelerator.mixed_precision)
         if self.backbone.dtype != torch.float32:
@@ -243,13 +239,8 @@ class LoraInverter:
 
     @functools.cached_property
     def data_sha256(self) -> dict[str, str]:
-        """Checksums of what the settings name by its path: starting images, and another meta-LoRA as reference."""
-        found = {}
-        if self.stock is not None:
-            found["start_images"] = tensors_sha256({"pixels": self.stock})
-        if self.reference is not None and self.config.hard_reference not in ("backbone", "average"):
-            found["hard_reference"] = tensors_sha256(self.reference.model.state_dict())
-        return found
+        """Checksum of what the settings name by its path: the starting images."""
+        return {} if self.stock is None else {"start_images": tensors_sha256({"pixels": self.stock})}
 
     def _header(self) -> dict:
         return {
@@ -283,19 +274,6 @@ def _mask_layer(config: InversionConfig, backbone: Backbone) -> int:
         if layer >= layers:
             raise ConfigError(f"prune: {backbone.name} has the layers 0 to {layers - 1}, got {layer}")
     return max(config.prune, default=layers // 2)
-
-
-def _reference(pool: AdapterPool, config: InversionConfig) -> Backbone:
-    """What the hard images are to be unknown to: the bare backbone, the pool's average, or a meta-LoRA."""
-    reference = copy.deepcopy(pool.backbone)
-    if config.hard_reference == "backbone":
-        return reference
-    if config.hard_reference == "average":
-        with pool.folded() as averaged:
-            return copy.deepcopy(averaged)
-    (other,) = AdapterPool.from_pretrained([config.hard_reference], backbone=pool.backbone)
-    with pool.folded([other]) as folded:
-        return copy.deepcopy(folded)
 
 
 def _load_stock(config: InversionConfig, backbone: Backbone) -> torch.Tensor:

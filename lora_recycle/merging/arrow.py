@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from ..adapters.low_rank import svd_of_product
 from ..backbones.backbone import Backbone
 from ..errors import ConfigError
 from ..pool.pool import AdapterPool
@@ -70,6 +71,4 @@ class Arrow(Composition):
 
 def first_direction(b: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     """The first right singular vector of B A, up to its sign: (out, r), (r, in) to (in,). B A is not formed."""
-    if b.shape[1] < b.shape[0]:
-        b = torch.linalg.qr(b.float()).R
-    return torch.linalg.svd(b.float() @ a.float(), full_matrices=False).Vh[0]
+    return svd_of_product(b.float(), a.float())[2][0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Literal
 
 from ..backbones.backbone import Backbone
 from ..pool.pool import AdapterPool
@@ -22,16 +21,15 @@ class Uniform(Composition):
     unless the first adapter is an rsLoRA: the result inherits that and is scaled by the root of its rank once more.
 
     Args:
-        rank (`int` or `"exact"`, *optional*): None folds the mean into the weights, at no cost for a forward. With a
-            number or `"exact"` the weights stay, and the mean is worn as factors beside them: those of its best
-            approximation at that rank (truncated SVD), or all factors side by side, reduced to their joint rank.
-            Changes of biases and norms have no factors and are left out then.
+        rank (`int`, *optional*): None folds the mean into the weights, at no cost for a forward. With a number the
+            weights stay, and the best approximation of that rank (truncated SVD) acts as factors beside them. Changes
+            of biases and norms have no factors and are left out then.
     """
 
-    rank: int | Literal["exact"] | None = None
+    rank: int | None = None
 
     def networks(self, pool: AdapterPool) -> Iterator[AbstractContextManager[Backbone]]:
         if self.rank is None:
             yield pool.folded()
         else:
-            yield worn_factors(pool.backbone, pool.average(None if self.rank == "exact" else self.rank))
+            yield worn_factors(pool.backbone, pool.average(self.rank))

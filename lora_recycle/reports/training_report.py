@@ -60,7 +60,7 @@ def write_report(
         config (`Mapping`): settings to print.
         usage (`str`): the Python lines that use the result.
         rows (`Sequence[Mapping]`, *optional*): rows of `evaluation.results.summarise`.
-        judged (`Mapping`, *optional*): `judged` of the sidecar, `Judgements.to_dict`.
+        judged (`Mapping`, *optional*): `judged` of the sidecar, `CheckpointSelection.to_dict`.
 
     Raises:
         DataError: images, labels and masks do not match.

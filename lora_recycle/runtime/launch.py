@@ -121,6 +121,8 @@ def _leads_to_itself(name: str) -> bool:
 
 
 def _check_launch(seen: int) -> None:
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        raise ConfigError("Each process holds the whole backbone, which FSDP would share out. Leave out --use_fsdp.")
     world = os.environ.get("WORLD_SIZE")
     if world is not None:
         if int(world) != seen:

@@ -38,7 +38,7 @@ def distil(pool, surrogate, folder):
     """The weights as bytes, the losses, and what was judged."""
     trainer = MetaLoraTrainer(pool, surrogate, DISTILLATION)
     student = trainer.train(folder, progress=False)
-    return [p.detach().numpy().tobytes() for p in student.trainable()], trainer.history, trainer.judged.to_dict()
+    return [p.detach().numpy().tobytes() for p in student.trainable()], trainer.history, trainer.selection.to_dict()
 
 
 def files(folder):

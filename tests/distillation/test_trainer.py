@@ -351,8 +351,8 @@ def test_tokens_kept_on_disk_train_as_tokens_computed_anew(
     _, computed = train(tiny_pool, tiny_surrogate, config)
     for name, values in computed.history.items():
         assert stored.history[name] == pytest.approx(values, rel=5e-3)
-    assert stored.judged.steps == [0, 3, 6]
-    assert stored.judged.figures == pytest.approx(computed.judged.figures, abs=1)  # per cent of 60 episodes
+    assert stored.selection.steps == [0, 3, 6]
+    assert stored.selection.figures == pytest.approx(computed.selection.figures, abs=1)  # per cent of 60 episodes
     student, _ = train(tiny_pool, tiny_surrogate, dataclasses.replace(config, held_out=0.0))
     start, _ = train(tiny_pool, None, recipe(steps=0))
     before, after = (dict(s.backbone.layers.named_parameters()) for s in (start, student))

@@ -46,7 +46,7 @@ def test_the_average_is_what_peft_concatenates():
     x, base = torch.randn(3, 32), backbone.model.get_submodule(Q0)
     with torch.no_grad():
         expected = base(x) + x @ layer.get_delta_weight("both").T
-        for method in (Uniform(), Uniform("exact")):
+        for method in (Uniform(), Uniform(32)):
             (network,) = method.networks(pool)
             with network:
                 torch.testing.assert_close(base(x), expected, rtol=1e-4, atol=1e-4)

@@ -127,3 +127,9 @@ def test_bad_yaml(tmp_path, text, message):
 def test_a_missing_recipe(tmp_path):
     with pytest.raises(ConfigError, match="nowhere.yaml: cannot be read"):
         DistillationConfig.from_yaml(tmp_path / "nowhere.yaml")
+
+
+def test_settings_of_earlier_versions_are_read_where_they_changed_nothing():
+    assert InversionConfig.from_dict({"hard_weight": 0.0, "hard_reference": "average", "lr": 0.1}).lr == 0.1
+    with pytest.raises(ConfigError, match="old.json: hard_weight was removed, as it made results worse"):
+        InversionConfig.from_dict({"hard_weight": 5.0}, where="old.json")

@@ -17,6 +17,7 @@ from lora_recycle.runtime.launch import collective_timeout, deal, process_state
         ({"WORLD_SIZE": "2"}, "2 processes were launched, but accelerate sees 1. Start it with `accelerate launch"),
         ({"SLURM_STEP_NUM_TASKS": "4"}, r"4 tasks were started \(SLURM_STEP_NUM_TASKS\), and each would do all"),
         ({"OMPI_COMM_WORLD_SIZE": "3"}, "3 tasks were started"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "which FSDP would share out. Leave out --use_fsdp"),
         ({"LORA_RECYCLE_TIMEOUT": "soon"}, "LORA_RECYCLE_TIMEOUT must be a positive number of seconds, got 'soon'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Judging by held-out adapters: they teach nothing, and the best that was judged is what training gives back."""
+"""Held-out adapters teach nothing; training gives back what is best on their classes."""
 
 import json
 
@@ -8,9 +8,9 @@ from helpers_tiny import ListedShard
 
 from lora_recycle.distillation.callbacks import TrainerCallback
 from lora_recycle.distillation.config import DistillationConfig
-from lora_recycle.distillation.judging import AVERAGE, MOST_ADAPTERS, Judge, Judgements, hold_out
+from lora_recycle.distillation.held_out import MOST_ADAPTERS, HeldOutEpisodes, hold_out
 from lora_recycle.distillation.saving import save_meta_lora, wrap_student
-from lora_recycle.distillation.student import OWN
+from lora_recycle.distillation.selection import AVERAGE, CheckpointSelection, mix
 from lora_recycle.distillation.surrogate_images import SurrogateImages
 from lora_recycle.distillation.trainer import MetaLoraTrainer
 from lora_recycle.errors import ConfigError
@@ -45,12 +45,12 @@ def weights(trainer):
 @pytest.fixture
 def best_within(monkeypatch):
     """Step 2 makes the smallest error, whatever the weights: which step truly does differs between processors."""
-    add = Judgements.add
+    add = CheckpointSelection.add
 
-    def told(self, step, blend, errors, parameters):
-        add(self, step, blend, torch.full_like(errors, 30.0 + abs(step - 2)), parameters)
+    def scripted(self, step, candidate, errors, parameters):
+        add(self, step, candidate, torch.full_like(errors, 30.0 + abs(step - 2)), parameters)
 
-    monkeypatch.setattr(Judgements, "add", told)
+    monkeypatch.setattr(CheckpointSelection, "add", scripted)
 
 
 def equal(one, other):
@@ -87,11 +87,11 @@ def test_no_step_trains_on_an_image_of_a_held_out_adapter(tiny_pool, tiny_surrog
         trainer.make_batch(number)
     learnt = set(torch.cat(seen).tolist())
     seen.clear()
-    trainer._judge(0)
+    trainer._evaluate(0)
     judged = torch.cat(seen).tolist()
     trainer.close()
     own = trainer.make_batch.images.of_shard(0).tolist()
-    assert sorted(judged) == own and trainer.judged.adapters == [tiny_pool.infos[0].name]
+    assert sorted(judged) == own and trainer.selection.adapters == [tiny_pool.infos[0].name]
     assert not learnt & set(own) and len(learnt) == 3 * 24
     assert all(0 not in group.teachers for group in trainer.make_batch.groups)
 
@@ -104,7 +104,7 @@ def test_the_figure_is_the_error_of_class_centres_on_what_it_never_met(tiny_pool
     shard = tiny_surrogate.shard(0)
     shown = tiny_pool.backbone.normalize(shard.pixels), shard.kept_tokens.long() if use_masks else None
     features = trainer.student(*shown).float()
-    (episodes,) = trainer._judging._episodes
+    (episodes,) = trainer._candidates.held_out._episodes
     order = torch.cat([(shard.labels == c).nonzero().flatten() for c in range(4)])
     wrong, asked = 0, 0
     for episode in episodes:
@@ -113,13 +113,13 @@ def test_the_figure_is_the_error_of_class_centres_on_what_it_never_met(tiny_pool
         answers = centre_logits(features[query], features[support]).argmax(1)
         wrong += int((shard.labels[support][answers] != shard.labels[query]).sum())
         asked += len(query)
-    trainer._judge(0)
+    trainer._evaluate(0)
     trainer.close()
     assert asked == 60 * 4 * 5 and 0 < wrong < asked
-    assert trainer.judged.figures == [pytest.approx(100 * wrong / asked, abs=0.2)]
+    assert trainer.selection.figures == [pytest.approx(100 * wrong / asked, abs=0.2)]
 
 
-def test_the_best_of_several_judgements_is_given_back(tiny_pool, tiny_surrogate, best_within):
+def test_the_best_of_several_evaluations_is_given_back(tiny_pool, tiny_surrogate, best_within):
     class Copies(TrainerCallback):
         def __init__(self):
             self.seen, self.logged = {}, []
@@ -127,7 +127,7 @@ def test_the_best_of_several_judgements_is_given_back(tiny_pool, tiny_surrogate,
         def on_log(self, trainer, step, values):
             self.logged.append(step)
 
-        def on_judge(self, trainer, step, figure):
+        def on_evaluate(self, trainer, step, figure):
             assert self.logged == list(range(step))
             self.seen[step] = figure, weights(trainer)
 
@@ -135,19 +135,21 @@ def test_the_best_of_several_judgements_is_given_back(tiny_pool, tiny_surrogate,
     trainer = train(tiny_pool, tiny_surrogate, recipe(**LEARNING), callbacks=[copies])
     figures = {step: figure for step, (figure, _) in copies.seen.items()}
     best = min(figures, key=figures.get)
-    assert list(figures) == trainer.judged.steps == list(range(0, 13, 2)) and best == 2
-    assert trainer.judged.best_step == best and list(figures.values()) == trainer.judged.figures
+    assert list(figures) == trainer.selection.steps == list(range(0, 13, 2)) and best == 2
+    assert trainer.selection.best_step == best and list(figures.values()) == trainer.selection.figures
     assert equal(weights(trainer), copies.seen[best][1]) and not equal(weights(trainer), copies.seen[12][1])
-    assert f"Step {best} of 12 is kept" in trainer.judged.verdict()
+    assert f"Step {best} of 12 is kept" in trainer.selection.verdict()
 
 
 def test_where_no_step_is_better_the_start_is_given_back_bit_for_bit(tiny_pool, tiny_surrogate, tmp_path, caplog):
     trainer = train(tiny_pool, tiny_surrogate, recipe(**RUINOUS), tmp_path / "work")
     start = train(tiny_pool, None, recipe(steps=0))
-    assert len(trainer.history["relational"]) == 12 and trainer.judged.figures[-1] > trainer.judged.figures[0] + 5
+    assert (
+        len(trainer.history["relational"]) == 12 and trainer.selection.figures[-1] > trainer.selection.figures[0] + 5
+    )
     assert equal(weights(trainer), weights(start))
     assert (
-        "The start is kept: what was learnt in 12 steps makes no surely smaller error on the classes of 1 adapter"
+        "The start is kept: what was learned in 12 steps makes no surely smaller error on the classes of 1 adapter"
         in caplog.text
     )
     for name, made in (("trained", trainer), ("start", start)):
@@ -155,8 +157,8 @@ def test_where_no_step_is_better_the_start_is_given_back_bit_for_bit(tiny_pool, 
     bytes_of = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("trained", "start")]
     assert bytes_of[0] == bytes_of[1]
     settings = json.loads((tmp_path / "trained" / "meta_lora_config.json").read_text())
-    assert settings["judged"] == trainer.judged.to_dict() and settings["judged"]["best_step"] == 0
-    assert "judged" in (tmp_path / "start" / "meta_lora_config.json").read_text() and start.judged.to_dict() is None
+    assert settings["judged"] == trainer.selection.to_dict() and settings["judged"]["best_step"] == 0
+    assert "judged" in (tmp_path / "start" / "meta_lora_config.json").read_text() and start.selection.to_dict() is None
     card = (tmp_path / "trained" / "README.md").read_text()
     assert "and stayed there: 12 steps on surrogate images" in card and "made, but not learned from" in card
     page = write_training_report(tmp_path / "report.html", trainer, settings, "x").read_text()
@@ -171,20 +173,20 @@ def test_the_command_says_what_is_kept(tiny_pool_path, tiny_surrogate, tmp_path,
     assert main([*command, str(tmp_path / "a"), "--init", "zero", "--lr", "0.03"]) == 0
     captured = capsys.readouterr()
     assert "Step 2 of 4 is kept: of what is surely better than the start it makes the smallest error" in captured.err
-    assert "is kept" not in captured.out and "judged=" in captured.err  # the progress bar
+    assert "is kept" not in captured.out and "best_step=" in captured.err  # the progress bar
 
 
 def test_patience_ends_a_training_that_gets_no_better(tiny_pool, tiny_surrogate, tmp_path):
     config = recipe(**RUINOUS, patience=2, checkpoint_every=100)
     trainer = train(tiny_pool, tiny_surrogate, config, tmp_path)
-    assert trainer.judged.steps == [0, 2, 4] and len(trainer.history["relational"]) == 4
+    assert trainer.selection.steps == [0, 2, 4] and len(trainer.history["relational"]) == 4
     again = train(tiny_pool, tiny_surrogate, config, tmp_path)
-    assert again.judged.to_dict() == trainer.judged.to_dict() and len(again.history["relational"]) == 4
+    assert again.selection.to_dict() == trainer.selection.to_dict() and len(again.history["relational"]) == 4
     assert equal(weights(again), weights(trainer))
 
 
 def test_patience_counts_from_the_best(tiny_pool, tiny_surrogate, best_within):
-    judged = [train(tiny_pool, tiny_surrogate, recipe(**LEARNING, patience=p)).judged.steps for p in (3, 6)]
+    judged = [train(tiny_pool, tiny_surrogate, recipe(**LEARNING, patience=p)).selection.steps for p in (3, 6)]
     assert [steps[-1] for steps in judged] == [8, 12] and judged[0] == [0, 2, 4, 6, 8]
 
 
@@ -193,12 +195,12 @@ def test_a_killed_run_keeps_the_best_of_before(tiny_pool, tiny_surrogate, tmp_pa
     """Killed before the first best, right after the best, and long after it."""
     config = recipe(**LEARNING, checkpoint_every=1)
     whole = train(tiny_pool, tiny_surrogate, config, tmp_path / "whole")
-    assert whole.judged.best_step == 2
+    assert whole.selection.best_step == 2
 
     with killing(killed_at):
         train(tiny_pool, tiny_surrogate, config, tmp_path / "killed")
     resumed = train(tiny_pool, tiny_surrogate, config, tmp_path / "killed")
-    assert resumed.judged.to_dict() == whole.judged.to_dict() and equal(weights(resumed), weights(whole))
+    assert resumed.selection.to_dict() == whole.selection.to_dict() and equal(weights(resumed), weights(whole))
     files = [{p.name: p.read_bytes() for p in (tmp_path / name).glob("*.*")} for name in ("whole", "killed")]
     assert files[0] == files[1] and "checkpoint-00000012.safetensors" in files[0]
     finished = train(tiny_pool, tiny_surrogate, config, tmp_path / "whole")  # only loads
@@ -212,30 +214,33 @@ def test_a_training_that_a_callback_ends_is_judged_at_its_end(tiny_pool, tiny_su
 
     config = recipe(judge_every=100, steps=30)
     stopped = train(tiny_pool, tiny_surrogate, config, tmp_path, [Stop()])
-    assert stopped.judged.steps == [0, 10]
+    assert stopped.selection.steps == [0, 10]
     resumed, whole = (train(tiny_pool, tiny_surrogate, config, folder) for folder in (tmp_path, None))
-    assert resumed.judged.to_dict() == whole.judged.to_dict() and whole.judged.steps == [0, 30]
+    assert resumed.selection.to_dict() == whole.selection.to_dict() and whole.selection.steps == [0, 30]
 
 
-def test_without_judging_the_last_step_is_kept(tiny_pool, tiny_surrogate, tmp_path, caplog):
+def test_without_evaluation_the_last_step_is_kept(tiny_pool, tiny_surrogate, tmp_path, caplog):
     trainer = train(tiny_pool, tiny_surrogate, recipe(**RUINOUS, held_out=0.0))
-    assert trainer.judged.to_dict() is None and not caplog.text
+    assert trainer.selection.to_dict() is None and not caplog.text
     assert sum(len(group.images) for group in trainer.make_batch.groups) == 96
     assert not equal(weights(trainer), weights(train(tiny_pool, None, recipe(steps=0))))
 
 
-def test_too_few_adapters_to_judge_by_are_told(tiny_pool, tiny_surrogate, caplog):
+def test_too_few_adapters_to_evaluate_on_are_reported(tiny_pool, tiny_surrogate, caplog):
     trainer = train(tiny_pool.subset([0, 1, 2]), tiny_surrogate, recipe(steps=2))
-    assert trainer.judged.steps == [] and "Nothing was judged, and the last step is kept: judging takes" in caplog.text
+    assert (
+        trainer.selection.steps == []
+        and "Nothing was evaluated, so the last step is kept: an evaluation takes" in caplog.text
+    )
 
 
-def judgements(first, groups, *errors):
-    """Judgements of a student whose only weight is the number of the judgement."""
+def evaluated(first, groups, *errors):
+    """The selection of a student whose only weight is the number of the evaluation."""
     parameter = torch.nn.Parameter(torch.zeros(1))
-    judged = Judgements([f"adapter {i}" for i in range(len(groups))], groups)
+    judged = CheckpointSelection([f"adapter {i}" for i in range(len(groups))], groups)
     for step, values in enumerate(errors):
         parameter.data.fill_(step)
-        judged.add(step, OWN if step else first, values, [parameter])
+        judged.add(step, mix(1.0) if step else first, values, [parameter])
     return judged
 
 
@@ -244,40 +249,40 @@ NOISE = torch.tensor([-30.0, 20.0, 15.0, -10.0])  # lower, but by chance
 
 
 def test_what_is_surely_better_than_the_start_takes_its_place_and_of_equal_ones_the_first():
-    chance = judgements(OWN, [0], START, START + NOISE)
+    chance = evaluated(mix(1.0), [0], START, START + NOISE)
     assert chance.figures[1] < chance.figures[0] and chance.best_step == 0 and chance.margins[1] > 20
-    judged = judgements(OWN, [0], START, START + NOISE, START - 5, START - 5, START - 4, START * float("nan"))
-    assert judged.best_step == 2 and judged.in_vain == 3 and judged.weights[0].item() == 2
+    judged = evaluated(mix(1.0), [0], START, START + NOISE, START - 5, START - 5, START - 4, START * float("nan"))
+    assert judged.best_step == 2 and judged.evaluations_since_best == 3 and judged.weights[0].item() == 2
 
 
 def test_what_is_not_surely_worse_than_the_average_takes_its_place():
     for noise in (NOISE, -NOISE):
-        assert judgements(AVERAGE, [0], START, START + noise).best_step == 1
-    judged = judgements(AVERAGE, [0], START, START + 1, START * float("nan"))
+        assert evaluated(AVERAGE, [0], START, START + noise).best_step == 1
+    judged = evaluated(AVERAGE, [0], START, START + 1, START * float("nan"))
     assert judged.best_step == 0 and "makes a surely larger error on the classes" in judged.verdict()
 
 
 def test_what_is_better_in_sum_and_surely_worse_in_a_group_is_not_kept():
     start = torch.cat([START, torch.tensor([50.0, 50.0])])
     changes = ([0.0] * 6, [1.0, 1.0, -9.0, -9.0, -9.0, -9.0], [-4.0, 5.0, -6.0, -6.0, 1.0, 1.0], [-1.0] * 6)
-    for first, kept in ((AVERAGE, 2), (OWN, 3)):  # the first group of 2 rose by half a point, but not surely
-        judged = judgements(first, [0, 1, 1], *(start + torch.tensor(change) for change in changes))
+    for first, kept in ((AVERAGE, 2), (mix(1.0), 3)):  # the first group of 2 rose by half a point, but not surely
+        judged = evaluated(first, [0, 1, 1], *(start + torch.tensor(change) for change in changes))
         assert judged.figures[1] == min(judged.figures) and judged.rises[1] == 1.0
         assert judged.best_step == kept and judged.rises[2] < 0 and judged.to_dict()["rises"] == judged.rises
-        only_worse = judgements(first, [0, 1], *(start[:4] + torch.tensor(change[:4]) for change in changes[:2]))
+        only_worse = evaluated(first, [0, 1], *(start[:4] + torch.tensor(change[:4]) for change in changes[:2]))
         assert only_worse.best_step == 0
     assert "makes no surely smaller error" in only_worse.verdict()
 
 
-def test_a_judge_says_the_same_of_the_same_weights(tiny_pool, tiny_surrogate, monkeypatch):
+def test_the_same_weights_make_the_same_errors(tiny_pool, tiny_surrogate, monkeypatch):
     found = []
-    call = Judge.__call__
+    call = HeldOutEpisodes.__call__
 
-    def twice(judge, embed):
-        found.append((call(judge, embed), call(judge, embed)))
+    def twice(episodes, embed):
+        found.append((call(episodes, embed), call(episodes, embed)))
         return found[-1][0]
 
-    monkeypatch.setattr(Judge, "__call__", twice)
+    monkeypatch.setattr(HeldOutEpisodes, "__call__", twice)
     train(tiny_pool, tiny_surrogate, recipe(steps=4))
     assert len(found) == 3 and all(torch.equal(one, other) for one, other in found)
 

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from lora_recycle.distillation.config import DistillationConfig
-from lora_recycle.distillation.judging import AVERAGE, Judgements
 from lora_recycle.distillation.saving import save_meta_lora, wrap_student
-from lora_recycle.distillation.student import OWN, Blend
+from lora_recycle.distillation.selection import AVERAGE, INIT, CheckpointSelection, mix
 from lora_recycle.distillation.trainer import MetaLoraTrainer
 from lora_recycle.errors import ConfigError
 from lora_recycle.hub.cards import meta_lora_card
@@ -19,7 +18,7 @@ from lora_recycle.reports.training_report import write_training_report
 PIXELS = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 GROUPS = [[0, 2, 3], [1]]
 #: What is kept of the learnt by default.
-KEPT = Blend(0.25, 0.75)
+KEPT = mix(0.25)
 
 
 @pytest.fixture(autouse=True)
@@ -54,13 +53,13 @@ def assert_equal(one, other, **tolerances):
 
 @pytest.fixture
 def errors(monkeypatch):
-    """What each judgement gets to hear, by step and blend, whatever the weights."""
-    told, add = {}, Judgements.add
+    """The error of each evaluation, by step and candidate, whatever the weights."""
+    told, add = {}, CheckpointSelection.add
 
-    def listed(self, step, blend, values, parameters):
-        add(self, step, blend, torch.full_like(values, told.get((step, blend), 50.0)), parameters)
+    def listed(self, step, candidate, values, parameters):
+        add(self, step, candidate, torch.full_like(values, told.get((step, candidate), 50.0)), parameters)
 
-    monkeypatch.setattr(Judgements, "add", listed)
+    monkeypatch.setattr(CheckpointSelection, "add", listed)
     return told
 
 
@@ -87,32 +86,32 @@ def test_what_is_judged_is_what_is_kept(tiny_pool, tiny_surrogate):
     with torch.enable_grad():
         student = trained(tiny_pool, tiny_surrogate, held_out=0.0, share=0.5).student
     student.begin_at_group_sum(tiny_pool)
-    for blend in (Blend(0.3, 0.7), Blend(0.0, 1.0), OWN):
-        with student.blended(blend):
+    for alpha in (0.3, 0.0, 1.0):
+        with student.mixed(alpha):
             judged = student(PIXELS)
         own = [p.clone() for p in student.trainable()]
-        student.blend(blend)
+        student.mix(alpha)
         torch.testing.assert_close(student(PIXELS), judged, rtol=1e-4, atol=1e-4)
         for parameter, value in zip(student.trainable(), own, strict=True):
             parameter.copy_(value)
 
 
 def test_the_first_that_is_judged_is_the_pools_average(tiny_pool, tiny_surrogate):
-    judged = trained(tiny_pool, tiny_surrogate).judged
+    judged = trained(tiny_pool, tiny_surrogate).selection
     assert judged.steps == [0, 0, 2, 4]
-    assert judged.blends == [[*AVERAGE], [0.0, 1.0], [*KEPT], [*KEPT]]
-    average = trained(tiny_pool, tiny_surrogate, init="average").judged
-    assert average.steps == [0, 2, 4] and average.blends[0] == [0.0, 1.0]
+    assert judged.candidates == [AVERAGE, INIT, KEPT, KEPT]
+    average = trained(tiny_pool, tiny_surrogate, init="average").selection
+    assert average.steps == [0, 2, 4] and average.candidates[0] == INIT
     assert judged.figures[0] == pytest.approx(average.figures[0], abs=0.2)  # the same network, once folded, once worn
 
 
 def after_steps_that_make_it_worse(pool, surrogate, folder):
     """The student, and what the card and the report say of it."""
     trainer = trained(pool, surrogate)
-    assert trainer.judged.best_step == 0
+    assert trainer.selection.best_step == 0
     save_meta_lora(wrap_student(trainer), folder)
     settings = json.loads((folder / "meta_lora_config.json").read_text())
-    assert settings["judged"] == trainer.judged.to_dict()
+    assert settings["judged"] == trainer.selection.to_dict()
     page = write_training_report(folder / "report.html", trainer, settings, "x").read_text()
     return trainer.student, " ".join((folder / "README.md").read_text().split()), page
 
@@ -121,13 +120,13 @@ def test_where_steps_are_worse_the_average_is_given_back(tiny_pool, tiny_surroga
     errors[0, AVERAGE] = 40.0
     student, card, page = after_steps_that_make_it_worse(tiny_pool, tiny_surrogate, tmp_path)
     assert_equal(deltas(student), start(tiny_pool, "average"), rtol=0, atol=0)
-    assert "The average is kept: what was learnt in 4 steps makes a surely larger error" in caplog.text
+    assert "The average is kept: what was learned in 4 steps makes a surely larger error" in caplog.text
     assert "and went back to that average as it is: 4 steps" in card
     assert "(40.0 with the pool&#x27;s average, which is kept): 50 to 50 in 4 steps<" in page
 
 
 def test_or_the_start_where_that_errs_less(tiny_pool, tiny_surrogate, errors, tmp_path, caplog):
-    errors.update({(0, Blend(0.0, 1.0)): 40.0, (2, KEPT): 60.0, (4, KEPT): 60.0})
+    errors.update({(0, INIT): 40.0, (2, KEPT): 60.0, (4, KEPT): 60.0})
     student, card, page = after_steps_that_make_it_worse(tiny_pool, tiny_surrogate, tmp_path)
     assert_equal(deltas(student), start(tiny_pool, "restored"), rtol=0, atol=0)
     assert "The start is kept: of what is not surely worse than the average" in caplog.text
@@ -138,13 +137,13 @@ def test_or_the_start_where_that_errs_less(tiny_pool, tiny_surrogate, errors, tm
 def test_the_best_step_is_kept_in_part(tiny_pool, tiny_surrogate, errors, tmp_path):
     errors[2, KEPT] = 40.0
     trainer = trained(tiny_pool, tiny_surrogate)
-    assert trainer.judged.best_step == 2 and "Step 2 of 4 is kept" in trainer.judged.verdict()
+    assert trainer.selection.best_step == 2 and "Step 2 of 4 is kept" in trainer.selection.verdict()
     unjudged = MetaLoraTrainer(tiny_pool, tiny_surrogate, recipe())
     unjudged.prepare(progress=False)
     for number in range(2):
         unjudged.step(number)
     unjudged.close()
-    unjudged.student.blend(KEPT)
+    unjudged.student.mix(KEPT.alpha)
     assert_equal(deltas(trainer.student), deltas(unjudged.student), rtol=0, atol=0)
     card = meta_lora_card("x", "y", None, 32, wrap_student(trainer).settings)
     assert "25% of its change is what it learned, 75% where it started from" in " ".join(card.split())
@@ -158,13 +157,13 @@ def test_a_killed_run_keeps_the_same(tiny_pool, tiny_surrogate, tmp_path, killin
     with killing(killed_at):
         trained(tiny_pool, tiny_surrogate, tmp_path, checkpoint_every=1)
     resumed = trained(tiny_pool, tiny_surrogate, tmp_path, checkpoint_every=1)
-    assert resumed.judged.to_dict() == whole.judged.to_dict()
+    assert resumed.selection.to_dict() == whole.selection.to_dict()
     assert_equal(deltas(resumed.student), deltas(whole.student), rtol=0, atol=0)
 
 
 def test_layers_that_do_not_learn_keep_the_initialisation(tiny_pool, tiny_surrogate):
     trainer = trained(tiny_pool, tiny_surrogate, first_layer=1)
-    assert trainer.judged.blends[0] == [0.0, 1.0]  # the stored tokens are of the initialisation's first layer
+    assert trainer.selection.candidates[0] == INIT  # the stored tokens are of the initialisation's first layer
     before, after = start(tiny_pool, "restored"), deltas(trainer.student)
     early = [name for name in before if "layers.0." in name]
     assert early and all(torch.equal(before[name], after[name]) for name in early)
@@ -172,9 +171,9 @@ def test_layers_that_do_not_learn_keep_the_initialisation(tiny_pool, tiny_surrog
 
 @pytest.mark.parametrize("settings", [{"init": "zero"}, {"peft_type": "DORA"}, {"init": "pissa"}, {"share": 1.0}])
 def test_others_learn_from_their_start_and_keep_it_all(tiny_pool, tiny_surrogate, settings):
-    assert not recipe(**settings).blends
-    judged = trained(tiny_pool, tiny_surrogate, **{"rank": 4, **settings}).judged
-    assert judged.blends[-1] == [*OWN]
+    assert not recipe(**settings).mixes
+    judged = trained(tiny_pool, tiny_surrogate, **{"rank": 4, **settings}).selection
+    assert judged.candidates[-1] == mix(1.0)
 
 
 def test_in_the_loss_each_image_counts_the_same_or_each_group(tiny_pool, tiny_surrogate, monkeypatch):
