@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from helpers_tiny import copied_state, random_pixels, same_weights
 
 from lora_recycle.distillation import teachers as teachers_module
+from lora_recycle.distillation import preparation
 from lora_recycle.distillation import trainer as trainer_module
 from lora_recycle.distillation.batches import Batch, Prefetcher
 from lora_recycle.distillation.config import DistillationConfig
@@ -347,7 +348,7 @@ def test_tokens_kept_on_disk_train_as_tokens_computed_anew(
     _, stored = train(tiny_pool, tiny_surrogate, config, tmp_path)
     (path,) = (tmp_path / "stored").glob("tokens-*.npy")
     assert np.load(path).shape == (96, 9 if use_masks else 17, 32)
-    monkeypatch.setattr(trainer_module, "tokens_entering", lambda *_: None)
+    monkeypatch.setattr(preparation, "tokens_entering", lambda *_: None)
     _, computed = train(tiny_pool, tiny_surrogate, config)
     for name, values in computed.history.items():
         assert stored.history[name] == pytest.approx(values, rel=5e-3)
