@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from helpers_tiny import copied_state, random_pixels, same_weights
 
-from lora_recycle.distillation import teachers as teachers_module
 from lora_recycle.distillation import preparation
+from lora_recycle.distillation import teachers as teachers_module
 from lora_recycle.distillation import trainer as trainer_module
 from lora_recycle.distillation.batches import Batch, Prefetcher
 from lora_recycle.distillation.config import DistillationConfig
