@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # what `_LAZY` loads at run time
     from .distillation.saving import save_meta_lora, wrap_student
     from .distillation.trainer import MetaLoraTrainer
     from .errors import AdapterError, ConfigError, DataError, LoraRecycleError, PushError
+    from .evaluation.config import EvaluationConfig
     from .evaluation.evaluate import evaluate
     from .finetuning.config import TaskTuningConfig
     from .inversion.config import InversionConfig
@@ -35,6 +36,7 @@ _LAZY = {
     "ConfigError": "errors",
     "DataError": "errors",
     "DistillationConfig": "distillation.config",
+    "EvaluationConfig": "evaluation.config",
     "FewShotImageClassificationPipeline": "modeling.pipeline",
     "InversionConfig": "inversion.config",
     "LoraInverter": "inversion.inverter",
@@ -61,6 +63,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DistillationConfig",
+    "EvaluationConfig",
     "FewShotImageClassificationPipeline",
     "InversionConfig",
     "LoraInverter",

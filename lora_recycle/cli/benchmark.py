@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
     cells = benchmark.run((part, total), progress=not args.quiet)
     for remark in benchmark.notes:
         note(remark)
-    missing = sum(cell.verdict is None for cell in cells)
+    missing = sum(cell.result is None for cell in cells)
     if missing:
         note(f"{missing} of {len(cells)} cells are left to the other parts; the one that ends last writes the tables.")
         return

@@ -18,6 +18,7 @@ from ..distillation.config import DistillationConfig
 from ..distillation.saving import save_meta_lora, wrap_student
 from ..distillation.trainer import MetaLoraTrainer
 from ..errors import ConfigError
+from ..evaluation.config import EvaluationConfig
 from ..evaluation.evaluate import evaluate
 from ..hub.cards import usage_lines
 from ..hub.embedded import pool_path
@@ -82,7 +83,8 @@ def run_demo(
     _train(trainer, meta_lora / "work", progress)
     model = wrap_student(trainer)
     save_meta_lora(model, meta_lora)
-    results = [evaluate(images, model, pool=adapters, episodes=episodes, progress=progress) for images in sets]
+    config = EvaluationConfig(episodes=episodes)
+    results = [evaluate(images, model, config, pool=adapters, progress=progress) for images in sets]
     rows, notes = [row for r in results for row in r.rows], [text for r in results for text in r.notes]
     model.settings["results"] = rows
     save_meta_lora(model, meta_lora)

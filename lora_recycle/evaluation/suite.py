@@ -22,7 +22,7 @@ from ..modeling.meta_lora import MetaLoRAForFewShotClassification
 from ..pool.pool import AdapterPool
 from ..runtime.files import tensors_sha256
 from .cells import Cell, data_checksum, identity
-from .judge import POOLLESS, Judge
+from .engine import POOLLESS, EvaluationEngine
 from .recipe import TUNED, BenchmarkRecipe, DataSpec, PoolSpec
 
 
@@ -60,7 +60,7 @@ class Benchmark:
         self._pools: dict[tuple, AdapterPool] = {}
 
     def run(self, part: tuple[int, int] = (0, 1), progress: bool = True) -> list[Cell]:
-        """Every cell of the recipe, with its verdict where it is known now.
+        """Every cell of the recipe, with its result where it is known now.
 
         Cells that are whole on disk are taken from there. `part` is (i, n): only every n-th group of cells (one method
         on one data set) from the i-th on is computed, so that several shells can share the work.
@@ -74,41 +74,44 @@ class Benchmark:
         number = 0
         bar = tqdm(total=self._count(), desc="benchmark", unit="cell", disable=not progress)
         for data in self.recipe.data:
-            for judge, method, group in self._groups(data, loaded):
+            for engine, method, group in self._groups(data, loaded):
                 missing = [cell for cell in group if not cell.load(self.folder)]
                 if missing and number % part[1] == part[0]:
                     bar.set_postfix_str(f"{group[0].data}, {group[0].label}")
                     for cell in missing:
-                        cell.save(self.folder, judge.judge(method, cell.shots))
-                    judge.forget(method)
+                        cell.save(self.folder, engine.result(method, cell.shots))
+                    engine.forget(method)
                 cells, number = cells + group, number + 1
                 bar.update(len(group))
         bar.close()
         for cell in cells:  # another shell may have finished it meanwhile
-            if cell.verdict is None:
+            if cell.result is None:
                 cell.load(self.folder)
         return cells
 
     def _count(self) -> int:
-        pairs = [(d, p) for d in self.recipe.data for p in self.recipe.pools.values() if p.judged_on(d)]
+        pairs = [(d, p) for d in self.recipe.data for p in self.recipe.pools.values() if p.runs_on(d)]
         return sum(len(self._methods(pool)) for _, pool in pairs) * len(self.recipe.episodes.shots)
 
     def _methods(self, pool: PoolSpec) -> list[str]:
         return list(dict.fromkeys(["frozen", "average", *(pool.methods or self.recipe.episodes.methods)]))
 
-    def _groups(self, spec: DataSpec, loaded: dict[str, LoadedPool]) -> Iterator[tuple[Judge, str, list[Cell]]]:
-        """Each method on one data set: the judge, the method, and a cell for each number of shots."""
+    def _groups(
+        self, spec: DataSpec, loaded: dict[str, LoadedPool]
+    ) -> Iterator[tuple[EvaluationEngine, str, list[Cell]]]:
+        """Each method on one data set: the engine, the method, and a cell for each number of shots."""
         numbers = self.recipe.episodes
-        pools = [name for name, pool in self.recipe.pools.items() if pool.judged_on(spec)]
+        pools = [name for name, pool in self.recipe.pools.items() if pool.runs_on(spec)]
         if not pools:
-            raise ConfigError(f"{spec.path}: no pool of the recipe is judged on it.")
+            raise ConfigError(f"{spec.path}: no pool of the recipe runs on it.")
         data, episodes = self._images_and_episodes(spec, loaded[pools[0]].pool.backbone)
         data_sum = data_checksum(data)
         for first, name in [(name == pools[0], name) for name in pools]:
             own = loaded[name]
-            judge = Judge(
+            engine = EvaluationEngine(
                 data,
                 episodes,
+                own.pool.backbone,
                 own.pool,
                 own.models,
                 tuning=self.recipe.tuning,
@@ -127,9 +130,9 @@ class Benchmark:
                 sums = {"adapters": adapters, "meta_lora": own.model_sums.get(meta)}
                 label = method if first else f"{method} @ {name}"
                 yield (
-                    judge,
+                    engine,
                     method,
-                    [self._cell(judge, label, method, name, k, data_sum, own.backbone_sum, sums) for k in episodes],
+                    [self._cell(engine, label, method, name, k, data_sum, own.backbone_sum, sums) for k in episodes],
                 )
 
     def _images_and_episodes(self, spec: DataSpec, backbone: Backbone) -> tuple[LabelledImages, dict[int, EpisodeSet]]:
@@ -146,7 +149,7 @@ class Benchmark:
 
     def _cell(
         self,
-        judge: Judge,
+        engine: EvaluationEngine,
         label: str,
         method: str,
         pool: str,
@@ -162,12 +165,12 @@ class Benchmark:
             "queries": numbers.queries,
             "seed": numbers.seed,
         }
-        asked |= {"episodes": judge.count(method, shots), "method": method, **sums}
-        own = identity(data_sum, backbone_sum, judge.settings(method), asked)
-        kind = "tuned" if judge.tunes(method) else "meta-lora" if base in judge.models else "rival"
+        asked |= {"episodes": engine.count(method, shots), "method": method, **sums}
+        own = identity(data_sum, backbone_sum, engine.settings(method), asked)
+        kind = "tuned" if engine.tunes(method) else "meta-lora" if base in engine.models else "rival"
         kind = "frozen" if method == "frozen" else kind
-        transductive = judge.transductive(method)
-        return Cell(label, method, judge.data.name, pool, numbers.ways, shots, kind, transductive, own)
+        transductive = engine.transductive(method)
+        return Cell(label, method, engine.data.name, pool, numbers.ways, shots, kind, transductive, own)
 
     def _load_pool(self, name: str, spec: PoolSpec) -> LoadedPool:
         key = (spec.adapters, spec.base_model)

@@ -10,10 +10,10 @@ from .results import confidence, summarise
 
 
 def by_task(cells: Sequence[Cell]) -> dict[tuple[str, int, int], list[Cell]]:
-    """Finished cells by (data, ways, shots), in their order. Raises `DataError` where one has no verdict."""
+    """Finished cells by (data, ways, shots), in their order. Raises `DataError` where one has no result."""
     found: dict[tuple[str, int, int], list[Cell]] = {}
     for cell in cells:
-        cell.judged()
+        cell.finished()
         found.setdefault((cell.data, cell.ways, cell.shots), []).append(cell)
     return found
 
@@ -27,20 +27,20 @@ def rows_and_details(cells: Sequence[Cell]) -> tuple[list[dict[str, Any]], list[
     """
     rows, details = [], []
     for group in by_task(cells).values():
-        frozen = next(cell for cell in group if cell.kind == "frozen").judged().accuracies
+        frozen = next(cell for cell in group if cell.kind == "frozen").finished().accuracies
         for cell in group:
-            values, count = cell.judged().accuracies, len(cell.judged().accuracies)
+            values, count = cell.finished().accuracies, len(cell.finished().accuracies)
             found = summarise({"frozen": frozen[:count], cell.label: values}, cell.data, cell.ways, cell.shots)[-1]
             rows.append({**found, "tuning_free": cell.tuning_free})
             detail = {key: found[key] for key in ("method", "data", "ways", "shots")}
             detail |= {"pool": cell.pool, "kind": cell.kind, "transductive": cell.transductive}
             rivals = {"average": _average(group, cell.pool), "best_rival": best_rival(group, cell.pool)}
             for name, rival in rivals.items():
-                delta = confidence(values.double() - rival.judged().accuracies[:count].double())
+                delta = confidence(values.double() - rival.finished().accuracies[:count].double())
                 detail[f"delta_vs_{name}"], detail[f"delta_vs_{name}_ci95"] = (round(x, 3) for x in delta)
             detail["best_rival"] = rivals["best_rival"].label
-            detail["seconds_per_task"] = float(f"{cell.judged().seconds_per_task:.3g}")
-            detail["peak_memory_mb"] = float(f"{cell.judged().peak_memory_mb:.3g}")
+            detail["seconds_per_task"] = float(f"{cell.finished().seconds_per_task:.3g}")
+            detail["peak_memory_mb"] = float(f"{cell.finished().peak_memory_mb:.3g}")
             details.append(detail)
     return rows, details
 
@@ -52,7 +52,7 @@ def best_rival(group: Sequence[Cell], pool: str) -> Cell:
         for cell in group
         if cell.kind in ("frozen", "rival") and not cell.transductive and (cell.pool == pool or cell.kind == "frozen")
     ]
-    return max(candidates, key=lambda cell: cell.judged().accuracies.mean().item())
+    return max(candidates, key=lambda cell: cell.finished().accuracies.mean().item())
 
 
 def _average(group: Sequence[Cell], pool: str) -> Cell:

@@ -148,7 +148,7 @@ def test_evaluate_without_a_pool_leaves_its_methods_out(evaluate_arguments, work
 
 
 def test_evaluate_judges_other_heads_too(evaluate_arguments, run):
-    code, out, _ = run(*evaluate_arguments, "--no-pool", "--max-per-class", 4, "--head", "lda", "transductive_em")
+    code, out, _ = run(*evaluate_arguments, "--no-pool", "--max-per-class", 4, "--heads", "lda", "transductive_em")
     assert code == 0 and out.count(" + lda ") == out.count(" + transductive_em ") == 2
 
 

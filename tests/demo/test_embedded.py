@@ -18,6 +18,7 @@ from lora_recycle import (
 from lora_recycle.adapters.pull import find_adapters, pull_adapter
 from lora_recycle.demo import backbone_path, meta_lora_path, pool_path
 from lora_recycle.demo.run import load_digits_images
+from lora_recycle.evaluation.config import EvaluationConfig
 from lora_recycle.evaluation.evaluate import evaluate
 from lora_recycle.hub.embedded import ASSETS, BACKBONE_NAME
 
@@ -92,7 +93,7 @@ def test_the_embedded_meta_lora_is_a_plain_peft_adapter(digits):
 
 def test_the_embedded_meta_lora_beats_the_frozen_backbone_on_digits(digits):
     model = MetaLoRAForFewShotClassification.from_pretrained("demo")
-    rows = evaluate(digits, model, episodes=200, shots=(1, 5)).rows
+    rows = evaluate(digits, model, EvaluationConfig(episodes=200)).rows
     for row in rows:
         if row["method"] == "meta-lora":
             assert row["delta_vs_frozen"] > row["delta_ci95"]

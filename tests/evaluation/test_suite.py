@@ -9,8 +9,9 @@ from PIL import Image
 
 from lora_recycle import DistillationConfig, MetaLoRAForFewShotClassification, MetaLoraTrainer
 from lora_recycle.errors import ConfigError, DataError
+from lora_recycle.evaluation.config import EvaluationConfig
+from lora_recycle.evaluation.engine import EvaluationEngine
 from lora_recycle.evaluation.evaluate import evaluate
-from lora_recycle.evaluation.judge import Judge
 from lora_recycle.evaluation.recipe import BenchmarkRecipe
 from lora_recycle.evaluation.results import confidence
 from lora_recycle.evaluation.suite import Benchmark
@@ -59,7 +60,7 @@ def finished(work, values):
 
 
 def never(self, method, shots):
-    raise AssertionError(f"{method} was judged again")
+    raise AssertionError(f"{method} was computed again")
 
 
 def test_the_rows_are_those_of_evaluate(work, finished, tiny_pool):
@@ -69,7 +70,7 @@ def test_the_rows_are_those_of_evaluate(work, finished, tiny_pool):
     model = MetaLoRAForFewShotClassification.from_pretrained(work / "meta")
     options = {"ways": 3, "shots": (1, 2), "queries": 4, "episodes": 20, "heads": ["transductive_em"]}
     alone = ["average", "frozen-centred", "random", "nearest-group", "ensemble"]
-    expected = evaluate(data, model, pool=tiny_pool, methods=alone, **options).rows
+    expected = evaluate(data, model, EvaluationConfig(methods=alone, **options), pool=tiny_pool).rows
     found = {(row["method"], row["shots"]): row for row in rows}
     for row in expected:
         if row["method"] != "meta-lora + transductive_em":
@@ -96,21 +97,21 @@ def test_differences_are_paired_on_the_methods_own_episodes(finished):
     assert {d["method"] for d in details if d["transductive"]} == {"frozen + transductive_em"}
 
 
-def test_finished_cells_are_kept_and_only_what_changed_is_judged_again(work, values, finished, monkeypatch):
-    judge = Judge.judge
-    monkeypatch.setattr(Judge, "judge", never)
+def test_finished_cells_are_kept_and_only_what_changed_is_computed_again(work, values, finished, monkeypatch):
+    result = EvaluationEngine.result
+    monkeypatch.setattr(EvaluationEngine, "result", never)
     again = Benchmark(BenchmarkRecipe.from_dict(values), work / "cells", work).run(progress=False)
     assert rows_and_details(again) == rows_and_details(finished)
-    judged = []
-    monkeypatch.setattr(Judge, "judge", lambda self, m, k: judged.append((m, k)) or judge(self, m, k))
+    computed = []
+    monkeypatch.setattr(EvaluationEngine, "result", lambda self, m, k: computed.append((m, k)) or result(self, m, k))
     changed = {**values, "tuning": {"meta-lora-tuned": {"steps": 1, "last_layers": 1}}}
     Benchmark(BenchmarkRecipe.from_dict(changed), work / "cells", work).run(progress=False)
-    assert judged == [("meta-lora-tuned", 1), ("meta-lora-tuned", 2)]
-    judged.clear()
+    assert computed == [("meta-lora-tuned", 1), ("meta-lora-tuned", 2)]
+    computed.clear()
     damaged = next(cell for cell in finished if (cell.label, cell.shots) == ("random", 2))
     damaged.path(work / "cells").write_text('{"accuracies": [1.0')
     last = Benchmark(BenchmarkRecipe.from_dict(values), work / "cells", work).run(progress=False)
-    assert judged == [("random", 2)]
+    assert computed == [("random", 2)]
     assert rows_and_details(last)[0] == rows_and_details(finished)[0]  # the same seed, the same numbers
 
 
@@ -118,7 +119,7 @@ def test_two_shells_share_the_work(work, values, tmp_path):
     recipe = BenchmarkRecipe.from_dict({**values, "methods": ["frozen-centred", "frozen-euclidean"], "shots": [1]})
     first = Benchmark(recipe, tmp_path, work).run((0, 2), progress=False)
     assert [cell.label for cell in first if cell.verdict] == ["frozen", "frozen-centred"]
-    with pytest.raises(DataError, match="average on photos at 1 shots has not been judged"):
+    with pytest.raises(DataError, match="average on photos at 1 shots has not been computed"):
         rows_and_details(first)
     second = Benchmark(recipe, tmp_path, work).run((0, 1), progress=False)
     assert all(cell.verdict for cell in second)

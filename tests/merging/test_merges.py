@@ -171,7 +171,7 @@ def test_a_merge_is_an_adapter_that_can_be_folded_and_taken_out(mixed, method):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("rank", ["exact", 4])
+@pytest.mark.parametrize("rank", [32, 4])
 def test_the_average_worn_beside_the_weights(mixed, rank, images):
     mixed[1].others.clear()
     before, x = copied_state(mixed.backbone), mixed.backbone.normalize(images)
@@ -182,7 +182,7 @@ def test_the_average_worn_beside_the_weights(mixed, rank, images):
     with worn as backbone:
         assert same_weights(backbone, before)
         features = backbone.features(x)
-    if rank == "exact":
+    if rank == 32:  # all there is
         torch.testing.assert_close(features, full, rtol=1e-3, atol=1e-4)
     else:
         cut = planted_adapter("cut", mixed.average(4))
