@@ -55,7 +55,7 @@ def evaluate(
         pool: adapters for the methods of `merging.tuning_free_methods`.
 
     Raises:
-        ConfigError: an unknown method or head, a method that needs a pool where there is none, or neither model, pool nor backbone.
+        ConfigError: an unknown method or head, a method that needs a pool where there is none, or nothing to evaluate.
         DataError: too few classes or images for an episode, or too few queries for a head.
     """
     config = config or EvaluationConfig()

@@ -84,13 +84,13 @@ def test_differences_are_paired_on_the_methods_own_episodes(finished):
     cells = {(cell.label, cell.shots): cell for cell in finished}
     assert [d["method"] for d in details] == [r["method"] for r in rows]
     for detail in details:
-        own, average = (cells[m, detail["shots"]].verdict.accuracies for m in (detail["method"], "average"))
+        own, average = (cells[m, detail["shots"]].result.accuracies for m in (detail["method"], "average"))
         mean, half = confidence(own.double() - average[: len(own)].double())
         assert (detail["delta_vs_average"], detail["delta_vs_average_ci95"]) == (round(mean, 3), round(half, 3))
         assert detail["seconds_per_task"] > 0 and detail["peak_memory_mb"] > 0
     for shots in (1, 2):
         rivals = ["frozen", "average", "frozen-centred", "random", "nearest-group", "ensemble"]
-        best = max(rivals, key=lambda m: cells[m, shots].verdict.accuracies.mean())
+        best = max(rivals, key=lambda m: cells[m, shots].result.accuracies.mean())
         assert {d["best_rival"] for d in details if d["shots"] == shots} == {best}
     seconds = {d["method"]: d["seconds_per_task"] for d in details if d["shots"] == 1}
     assert seconds["ensemble"] > 1.5 * seconds["average"]  # four forwards against one, summed, not a race
@@ -118,11 +118,11 @@ def test_finished_cells_are_kept_and_only_what_changed_is_computed_again(work, v
 def test_two_shells_share_the_work(work, values, tmp_path):
     recipe = BenchmarkRecipe.from_dict({**values, "methods": ["frozen-centred", "frozen-euclidean"], "shots": [1]})
     first = Benchmark(recipe, tmp_path, work).run((0, 2), progress=False)
-    assert [cell.label for cell in first if cell.verdict] == ["frozen", "frozen-centred"]
+    assert [cell.label for cell in first if cell.result] == ["frozen", "frozen-centred"]
     with pytest.raises(DataError, match="average on photos at 1 shots has not been computed"):
         rows_and_details(first)
     second = Benchmark(recipe, tmp_path, work).run((0, 1), progress=False)
-    assert all(cell.verdict for cell in second)
+    assert all(cell.result for cell in second)
 
 
 def test_further_pools_are_named_and_take_their_own_adapters(work, values, tmp_path):
