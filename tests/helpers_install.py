@@ -1,7 +1,9 @@
-"""Environments with no more than an installation of the package brings, made of links to this environment's libraries."""
+"""Environments with no more than an installation of the package brings, made of links to the libraries of this one."""
 
 import configparser
 import importlib.metadata
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -40,11 +42,13 @@ def installed_by(lines: Iterable[str]) -> list[importlib.metadata.Distribution]:
     return list(found.values())
 
 
-def link_libraries(site: Path, extras: Iterable[str] = ()) -> None:
-    """Put into a site-packages folder what an installation of the package with these extras brings, and nothing else."""
+def make_environment(folder: Path, extras: Iterable[str] = ()) -> Path:
+    """The Python of a new virtual environment that has what the package with these extras needs, and nothing else."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    (site,) = folder.glob("lib/python*/site-packages")
     lines = [line for section in ("install_requires", *extras) for line in requirement_lines(section)]
     for distribution in installed_by(lines):
         for name in {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}:
-            link = site / name
-            if not link.exists():  # several distributions may share a folder
-                link.symlink_to(str(distribution.locate_file(name)))
+            if not (site / name).exists():  # several distributions may share a folder
+                (site / name).symlink_to(str(distribution.locate_file(name)))
+    return folder / "bin" / "python"

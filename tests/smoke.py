@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 
-sys.path.append(str(Path(__file__).parent / "hub"))
+sys.path.append(str(Path(__file__).parent / "local_hub"))
 
 from hub_server import OWNER_TOKEN, HubServer  # noqa: E402
 
@@ -29,12 +29,23 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
 
 import lora_recycle  # noqa: E402
-from lora_recycle.commands.main import build_parser, main  # noqa: E402
-from lora_recycle.embedded import pool_path  # noqa: E402
+from lora_recycle.cli.main import build_parser, main  # noqa: E402
+from lora_recycle.hub.embedded import pool_path  # noqa: E402
 
 
-RECIPE = "invert: {images_per_class: 1, iterations: 1}\ndistill: {steps: 1, rank: 2, relational_batch: 8, held_out: 0}\n"
-BENCHMARK = "ways: 3\nshots: [1]\nqueries: 2\nepisodes: 4\ntuning_episodes: 2\nmethods: [frozen, average]\n"
+DEMO = """
+invert: {images_per_class: 1, iterations: 1}
+distill: {steps: 1, rank: 2, relational_batch: 8, held_out: 0}
+"""
+BENCHMARK = """
+ways: 3
+shots: [1]
+queries: 2
+episodes: 4
+tuning_episodes: 2
+data: [{path: photos}]
+pools: {tiny: {adapters: POOL}}
+"""
 
 
 #: Verbs that were run.
@@ -117,9 +128,9 @@ def recycle(work: Path) -> None:
         succeed(*distill, "--output", work / start, "--init", start)
     few = ("--episodes", 4, "--ways", 3, "--shots", 1, "--queries", 2)
     assert "ensemble" in succeed("evaluate", work / "meta", "--data", work / "photos", "--pool", pool, *few)
-    (work / "benchmark.yaml").write_text(f"{BENCHMARK}data: [{{path: photos}}]\npools: {{tiny: {{adapters: {pool}}}}}\n")
+    (work / "benchmark.yaml").write_text(BENCHMARK.replace("POOL", str(pool)))
     succeed("benchmark", work / "benchmark.yaml", "--data-root", work, "--output", work / "benchmark")
-    (work / "demo.yaml").write_text(RECIPE)
+    (work / "demo.yaml").write_text(DEMO)
     assert "digits" in succeed("demo", "--pool", pool, "--recipe", work / "demo.yaml", "--output", work / "demo")
 
 

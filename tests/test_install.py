@@ -2,11 +2,9 @@
 
 import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from helpers_install import REPOSITORY, installed_by, link_libraries, requirement_lines
+from helpers_install import REPOSITORY, installed_by, make_environment, requirement_lines
 
 
 def test_an_installation_brings_what_requirements_ask_for_in_turn_and_no_extra():
@@ -20,19 +18,15 @@ def test_an_installation_brings_what_requirements_ask_for_in_turn_and_no_extra()
 @pytest.mark.slow
 @pytest.mark.parametrize("extra", ["", "app", "cnn", "onnx"])
 def test_every_name_and_verb_needs_only_what_is_installed_with_it(extra, tmp_path):
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
-    python = tmp_path / "venv" / "bin" / "python"
-    where = subprocess.run([python, "-c", "import site; print(*site.getsitepackages())"], capture_output=True, text=True)
-    site = Path(where.stdout.strip())
-    link_libraries(site, [extra] if extra else [])
-    (site / "package.pth").write_text(str(REPOSITORY))
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HF_"))}
+    extras = [extra] if extra else []
+    python = make_environment(tmp_path / "venv", extras)
+    outer = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HF_"))}
     done = subprocess.run(
-        [python, REPOSITORY / "tests" / "smoke.py", *filter(None, [extra])],
+        [python, REPOSITORY / "tests" / "smoke.py", *extras],
         cwd=tmp_path,
-        env=environment | {"OMP_NUM_THREADS": "1"},
+        env={**outer, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("names and all verbs: fine.\n" if not extra else f"names and {extra}: fine.\n")
+    assert done.stdout.endswith(f" names and {extra or 'all verbs'}: fine.\n")
