@@ -3,12 +3,18 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PLAIN := $(VENV)-plain
 CHECKED := lora_recycle examples tests docs/hooks.py
 
-.PHONY: demo test quick lowest quality style docs
+.PHONY: demo plain test quick lowest quality style docs
 
-demo: $(READY)
-	$(BIN)/lora-recycle demo --output runs/demo
+# As a user installs the package: without extras, in an environment of its own.
+demo: $(PLAIN)/.ready
+	$(PLAIN)/bin/lora-recycle demo --output runs/demo
+
+# Every public name, and every verb's help and smallest run, in that environment.
+plain: $(PLAIN)/.ready
+	$(PLAIN)/bin/python tests/smoke.py
 
 # All tests, and the lines of the package that they run: fails below the share in pyproject.toml.
 test: $(READY)
@@ -42,6 +48,12 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
 	touch $(READY)
+
+# --clear: what an earlier setup.cfg asked for must not hide what this one lacks
+$(PLAIN)/.ready: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(PLAIN)
+	$(PLAIN)/bin/python -m pip install --quiet -c constraints.txt -e .
+	touch $@
 
 $(VENV)-lowest/.ready: setup.cfg pyproject.toml lowest.txt
 	$(PYTHON) -m venv $(VENV)-lowest

@@ -1,7 +1,6 @@
 """What is published: built as users' tools build it, installed where nothing else of the repository is, and run."""
 
 import ast
-import configparser
 import os
 import re
 import shutil
@@ -14,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers_install import REPOSITORY, make_environment, requirement_lines
 from packaging.version import Version
 from PIL import Image
 
 import lora_recycle
 
 
-REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "lora_recycle"
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
 
@@ -59,14 +58,11 @@ def distributions(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def installed(distributions, tmp_path_factory):
-    """A new virtual environment with the wheel; libraries come from this one, without what its .pth files add."""
+    """A new virtual environment with the wheel and no library that it does not require."""
     folder = tmp_path_factory.mktemp("installed")
-    run(sys.executable, "-m", "venv", "--without-pip", folder / "venv", cwd=folder)
-    python = folder / "venv" / "bin" / "python"
+    python = make_environment(folder / "venv")
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index", "--no-deps"]
     run(*pip, distributions[1], cwd=folder)
-    site = Path(run(python, "-c", "import site; print(site.getsitepackages()[0])", cwd=folder).strip())
-    (site / "libraries.pth").write_text(str(Path(np.__file__).parents[1]))
     return folder, python
 
 
@@ -137,10 +133,7 @@ def test_type_checkers_see_what_is_loaded_on_first_use():
 
 def requirements(section: str) -> dict[str, str]:
     """Name to the bound, with its operator, of the requirements in an entry of setup.cfg."""
-    config = configparser.ConfigParser()
-    config.read(REPOSITORY / "setup.cfg")
-    lines = (config["options"] if section == "install_requires" else config["options.extras_require"])[section].split()
-    return {re.match(r"[\w-]+", line)[0]: line[len(re.match(r"[\w-]+", line)[0]) :] for line in lines}
+    return dict(re.match(r"([\w-]+)(.*)", line).groups() for line in requirement_lines(section))
 
 
 def pins(name: str) -> dict[str, str]:

@@ -35,6 +35,7 @@ from ..surrogate.dataset import Shard, SurrogateDataset
 RECIPE = Path(__file__).with_name("recipe.yaml")
 IMAGES_PER_CLASS = 40  # of the real data sets that it is judged on
 
+_BATCH = 64  # images in a forward: tokens of more are so large that their memory is mapped anew in each layer
 _MARKER = "demo.json"  # says that a folder of checkpoints is the demo's own, and of which settings
 
 
@@ -76,6 +77,8 @@ def run_demo(
     output = Path(output)
     inversion, distillation = read_recipe(recipe or RECIPE)
     adapters = AdapterPool.from_pretrained(pool or pool_path(), device=device, progress=progress)
+    if pool is None:  # the shipped ones fit into memory, and a dozen passes over them follow
+        adapters = AdapterPool(adapters.backbone, list(adapters))
     sets = _real_images(data, adapters)  # read first: a wrong path is found before the work is done
     surrogate, inversion_losses = _invert(adapters, inversion, output, progress)
     trainer = MetaLoraTrainer(adapters, surrogate, distillation)
@@ -83,7 +86,7 @@ def run_demo(
     _train(trainer, meta_lora / "work", progress)
     model = wrap_student(trainer)
     save_meta_lora(model, meta_lora)
-    config = EvaluationConfig(episodes=episodes)
+    config = EvaluationConfig(episodes=episodes, batch_size=_BATCH)
     results = [evaluate(images, model, config, pool=adapters, progress=progress) for images in sets]
     rows, notes = [row for r in results for row in r.rows], [text for r in results for text in r.notes]
     model.settings["results"] = rows
