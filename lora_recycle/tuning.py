@@ -21,6 +21,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 from .backbones import Backbone, extract_features
 from .embedded import backbone_name, resolve_backbone
 from .errors import DataError
+from .hub.markdown import code, text
 from .images import LabelledImages, load_labelled_images
 from .processes import deal, mixed_precision, process_state
 from .prototypes import centre_logits, class_centres
@@ -218,9 +219,9 @@ def _card(
         "---",
         yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip(),
         "---",
-        f"# {name}",
-        f"{config.peft_type} adapter (rank {config.rank}, layers: {config.targets}) of `{base_model}` with a head for "
-        f"{len(labels)} classes, tuned on images of `{data_name}`.",
+        f"# {text(name)}",
+        f"{config.peft_type} adapter (rank {config.rank}, layers: {config.targets}) of {code(base_model)} with a head "
+        f"for {len(labels)} classes, tuned on images of {code(data_name)}.",
         f"Accuracy on held-out images of these classes: {results['accuracy']:.1f} % "
         f"(class centres on the frozen backbone: {results['frozen_class_centres']:.1f} %).",
     ]

@@ -40,11 +40,14 @@ class Guard:
 
     Args:
         app: what is guarded.
-        hosts: names under which the page is served, beside `localhost` and addresses in numbers.
+        hosts: names under which the page is served, with the port where browsers show one, beside `localhost` and
+            addresses in numbers.
     """
 
     def __init__(self, app: ASGIApp, hosts: Iterable[str] = ()):
-        self.app, self._hosts = app, frozenset(host.lower() for host in hosts if host)
+        self.app = app
+        self._sites = frozenset(host.lower() for host in hosts if not _is_own(_hostname(host)))
+        self._names = frozenset(map(_hostname, self._sites))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -66,29 +69,28 @@ class Guard:
         A name that a stranger owns can be pointed here after their page has loaded (DNS rebinding); an address in
         numbers cannot. Browsers name the site that posts as `Origin`, and no script can change it.
         """
-        host = headers.getlist("host")
-        if len(host) != 1 or not self._is_known(_hostname(host[0])):
+        hosts = [host.lower() for host in headers.getlist("host")]
+        name = _hostname(hosts[0]) if len(hosts) == 1 else ""
+        if not name or not (_is_own(name) or name in self._names):
             return Refusal(403, "The page is not served under this name. Start it with --allow-host NAME.")
-        for origin in headers.getlist("origin"):
-            same = origin.partition("://")[2].lower() == host[0].lower()
-            if not same and _hostname(origin.partition("://")[2]) not in self._hosts:
-                return Refusal(403, "Other sites may not use the page.")
-        return None
-
-    def _is_known(self, name: str) -> bool:
-        return name == "localhost" or name in self._hosts or _is_address(name)
+        sites = {origin.lower().partition("://")[2] for origin in headers.getlist("origin")}
+        return None if sites <= {*hosts, *self._sites} else Refusal(403, "Other sites may not use the page.")
 
 
 def _hostname(netloc: str) -> str:
     """The host of `host:port`, in lower case; empty where that is not its form."""
     try:
         parts = urlsplit(f"//{netloc}")
-        return (parts.hostname or "") if parts.netloc == netloc and parts.username is None else ""
+        plain = parts.netloc == netloc and parts.username is None and (parts.port is None or parts.port > 0)
+        return (parts.hostname or "") if plain else ""
     except ValueError:
         return ""
 
 
-def _is_address(name: str) -> bool:
+def _is_own(name: str) -> bool:
+    """Whether no stranger can lead this name here: none at all, `localhost`, or an address in numbers."""
+    if name in ("", "localhost"):
+        return True
     try:
         ipaddress.ip_address(name)
     except ValueError:

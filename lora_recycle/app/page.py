@@ -279,5 +279,5 @@ def _about(name: str, model: MetaLoRAForFewShotClassification, folders: bool = T
     backbone, names = model.backbone, [name, model.backbone.name]
     if not folders:
         names = [name if _HUB_NAME.fullmatch(name) else Path(name).name for name in names]
-    size = f"{backbone.image_size} pixels, patches of {backbone.patch_size}"
-    return f"In use: {code(names[0])} on {code(names[1])} ({size}, {len(backbone.layers)} layers), head {model.head.name}."
+    size = f"{backbone.image_size} pixels, patches of {backbone.patch_size}, {len(backbone.layers)} layers"
+    return f"In use: {code(names[0])} on {code(names[1])} ({size}), head {model.head.name}."

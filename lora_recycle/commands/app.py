@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .common import META_LORA_HELP, Subparsers, add_device_argument, checked_device, note
+from .common import META_LORA_HELP, Subparsers, add_device_argument, checked_device, echo, note
 
 
 EPILOG = """\
@@ -50,6 +50,6 @@ def run(args: argparse.Namespace) -> None:
         device=checked_device(args.device),
         hosts=args.allow_host,
     )
-    print(page.local_url, flush=True)
+    echo(page.local_url)
     note("Ctrl-C ends the page.")
     page.block_thread()

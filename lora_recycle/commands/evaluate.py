@@ -18,6 +18,7 @@ from .common import (
     add_device_argument,
     add_on_error_argument,
     checked_device,
+    echo,
     hint,
     load_pool,
     note,
@@ -121,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
         seed=args.seed,
         progress=not args.quiet,
     )
-    print(format_table(result.rows))
+    echo(format_table(result.rows))
     for remark in result.notes:
         note(remark)
     if args.json:

@@ -16,6 +16,7 @@ from ..images import LabelledImages
 from ..modeling.heads import FewShotHead, make_head
 from ..modeling.meta_lora import MetaLoRAForFewShotClassification
 from ..pool import AdapterPool
+from ..terminal import single_line
 from .episodes import EpisodeSet, sample_episodes
 from .protocol import ensemble_accuracy, head_accuracy, prototype_accuracy, selected_accuracy, summarise
 
@@ -77,7 +78,9 @@ def evaluate(
     chosen, names = _checked_methods(methods, pool), data.label_names
     worn = [make_head(name, model.settings if model else {}) for name in heads]
     drawn = {k: sample_episodes(data.labels, ways, k, queries, episodes, seed, names, data.name) for k in shots}
-    bar = tqdm(total=1 + (model is not None), desc=f"evaluate {data.name}", unit="pass", disable=not progress)
+    bar = tqdm(
+        total=1 + (model is not None), desc=single_line(f"evaluate {data.name}"), unit="pass", disable=not progress
+    )
     judge = _Judge(data, drawn, batch_size, bar)
     if backbone is None and pool is not None:
         backbone = pool.backbone

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..composition.base import Choice
 from ..errors import ConfigError, DataError
 from ..modeling.heads import FewShotHead
+from ..terminal import single_line
 from .episodes import Episode, EpisodeSet
 
 
@@ -185,7 +186,8 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         delta = f"{row['delta_vs_frozen']:+.2f} ± {row['delta_ci95']:.2f}" if row["method"] != "frozen" else "-"
         task = f"{row['ways']}-way {row['shots']}-shot"
-        lines.append([row["method"], row["data"], task, f"{row['accuracy']:.2f} ± {row['ci95']:.2f}", delta])
+        method, data = single_line(row["method"]), single_line(row["data"])
+        lines.append([method, data, task, f"{row['accuracy']:.2f} ± {row['ci95']:.2f}", delta])
         groups.append((row["data"], task))
     widths = [max(len(line[column]) for line in lines) for column in range(5)]
     text = []

@@ -20,6 +20,7 @@ from ..images import LabelledImages, load_labelled_images
 from ..modeling.meta_lora import MetaLoRAForFewShotClassification
 from ..pool import AdapterPool
 from ..storage import tensors_sha256
+from ..terminal import single_line
 from .cells import Cell, data_checksum, identity
 from .episodes import EpisodeSet, sample_episodes
 from .judge import POOLLESS, Judge
@@ -77,7 +78,7 @@ class Benchmark:
             for judge, method, group in self._groups(data, loaded):
                 missing = [cell for cell in group if not cell.load(self.folder)]
                 if missing and number % part[1] == part[0]:
-                    bar.set_postfix_str(f"{group[0].data}, {group[0].label}")
+                    bar.set_postfix_str(single_line(f"{group[0].data}, {group[0].label}"))
                     for cell in missing:
                         cell.save(self.folder, judge.judge(method, cell.shots))
                     judge.forget(method)

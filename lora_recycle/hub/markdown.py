@@ -19,7 +19,7 @@ def text(value: Any) -> str:
 
 
 def code(value: Any) -> str:
-    """A code span; `-` for nothing. A backtick or pipe, which nothing escapes in every place, is shown as its number."""
+    """A code span; `-` for nothing. Backticks and pipes, which nothing escapes everywhere, are shown as numbers."""
     line = _line(value).replace("`", "\\u0060").replace("|", "\\u007c")
     return f"`{line}`" if line else "-"
 
