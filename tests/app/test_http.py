@@ -5,14 +5,16 @@ import os
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
 
-from lora_recycle.app.models import ServedModels, folder_stamp
-from lora_recycle.app.session import FewShotSession
+from lora_recycle.app.models import MODELS_KEPT, ServedModels, folder_stamp
+from lora_recycle.app.session import MAX_IMAGES, FewShotSession
 from lora_recycle.embedded import meta_lora_path
+from lora_recycle.hub import untrusted
 
 
 httpx = pytest.importorskip("httpx", reason="the extra [app] is not installed")
@@ -414,3 +416,22 @@ def test_a_page_for_others_tells_nothing_of_folders(tmp_path, monkeypatch):
 def _model(base):
     backbone = SimpleNamespace(name=base, image_size=64, patch_size=8, layers=[0])
     return SimpleNamespace(backbone=backbone, head=SimpleNamespace(name="class_centres"))
+
+
+def test_the_page_on_security_states_the_limits_as_they_are():
+    text = (Path(__file__).parents[2] / "docs" / "security.md").read_text(encoding="utf-8")
+    mebibyte = 1024**2
+    for line in (
+        f"| JSON of one event of the page | {guard.MAX_JSON_BYTES // mebibyte} MiB |",
+        f"| one upload request | {guard.MAX_UPLOAD_BYTES // 1024**3} GiB |",
+        f"| one uploaded file | {page.MAX_FILE_BYTES // mebibyte} MiB |",
+        f"| classes of one task on the page | {page.MAX_CLASSES} |",
+        f"| examples, or new images, of one click | {MAX_IMAGES} |",
+        f"| visitors waiting for the model | {page.MAX_WAITING} |",
+        f"| meta-LoRAs that the page keeps in memory | {MODELS_KEPT} |",
+        f"| JSON, sidecar or card of a repo | {untrusted.MAX_TEXT_BYTES // mebibyte} MiB |",
+        f"| one tensor as float32 | {untrusted.MAX_TENSOR_BYTES // 1024**3} GiB |",
+        f"| one file of a repo | {untrusted.MAX_FILE_BYTES // 1024**3} GiB |",
+        f"| ranks and other sizes in an adapter's settings | {untrusted.MAX_SIZE_SETTING:,} |",
+    ):
+        assert line in text
