@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..hub.untrusted import parse_json
+from ..runtime.untrusted import parse_json
 from .uploads import is_upload, only_uploads
 
 

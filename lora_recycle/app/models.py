@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..embedded import resolve_meta_lora
-from ..hub.sources import one_id
+from ..adapters.sources import one_id
+from ..hub.embedded import resolve_meta_lora
 from ..modeling.meta_lora import MetaLoRAForFewShotClassification
 
 

@@ -12,9 +12,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ..adapters.sources import one_id
 from ..errors import ConfigError, DataError, LoraRecycleError
 from ..hub.markdown import code
-from ..hub.sources import one_id
 from ..modeling.meta_lora import MetaLoRAForFewShotClassification
 from .answers import STYLE, answers_html
 from .models import ServedModels

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..hub.markdown import text
 from .cells import Cell
-from .protocol import confidence, summarise
+from .results import confidence, summarise
 
 
 def by_task(cells: Sequence[Cell]) -> dict[tuple[str, int, int], list[Cell]]:

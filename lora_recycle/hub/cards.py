@@ -11,9 +11,9 @@ from urllib.parse import quote
 import yaml
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
-from .files import PICTURE_FILE
 from .licenses import inherited_license
 from .markdown import block, code, text
+from .repo_files import PICTURE_FILE
 
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -59,7 +59,7 @@ def meta_lora_card(
         name (`str`): repo id or folder name.
         settings (`dict`): the sidecar. What the card tells of it: `sources`, `distillation`, `judged`, `inversion`,
             `versions`, `num_classes` of a fitted task and, where it was judged, `results` (rows of
-            `evaluation.protocol.summarise`).
+            `evaluation.results.summarise`).
         picture (`bool`): whether `PICTURE_FILE` lies beside it.
         bits (`int`, *optional*): for each weight, where they are coded and so no plain PEFT adapter.
     """

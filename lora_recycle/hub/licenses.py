@@ -10,8 +10,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from .files import CARD_FILE, MAX_CARD_BYTES
 from .markdown import code
+from .repo_files import CARD_FILE, MAX_CARD_BYTES
 
 
 #: Identifiers that the Hub takes in a card's header, as its documentation lists them

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ..terminal import printable, single_line
+from ..runtime.terminal import printable, single_line
 
 
 #: An underscore between letters or digits starts nothing, and names are full of them.

@@ -13,8 +13,8 @@ import pytest
 
 from lora_recycle.app.models import MODELS_KEPT, ServedModels, folder_stamp
 from lora_recycle.app.session import MAX_IMAGES, FewShotSession
-from lora_recycle.embedded import meta_lora_path
-from lora_recycle.hub import untrusted
+from lora_recycle.hub.embedded import meta_lora_path
+from lora_recycle.runtime import untrusted
 
 
 httpx = pytest.importorskip("httpx", reason="the extra [app] is not installed")
