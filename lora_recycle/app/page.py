@@ -254,7 +254,7 @@ def _choose(models: ServedModels, folders: bool) -> Callable:
         if not folders and name != "demo":
             return name, _about_repo(models, name)
         with models.use(name) as model:
-            return name, _about(name, model)
+            return name, _about(name, model, folders)
 
     return _told(choose)
 
@@ -268,13 +268,13 @@ def _about_repo(models: ServedModels, name: str) -> str:
         if Path(repo).exists():
             raise DataError(f"{repo} lies on this machine.")
         with models.use(name) as model:
-            return _about(name, model)
+            return _about(name, model, folders=False)
     except (LoraRecycleError, OSError) as error:
         told = f"{name}: no meta-LoRA that this page can load. `lora-recycle inspect {name}` elsewhere tells why."
         raise DataError(told) from error
 
 
-def _about(name: str, model: MetaLoRAForFewShotClassification, folders: bool = True) -> str:
+def _about(name: str, model: MetaLoRAForFewShotClassification, folders: bool) -> str:
     """What is in use; without `folders` only the last part of where it lies."""
     backbone, names = model.backbone, [name, model.backbone.name]
     if not folders:
