@@ -1,4 +1,4 @@
-"""What stands before the page: routes, hosts, origins, sizes, over plain HTTP; and what docs/security.md says of it."""
+"""What stands before the page: routes, hosts, origins, sizes, over plain HTTP; and what docs/security.md says."""
 
 import asyncio
 import json
