@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from .common import Subparsers, add_device_argument, checked_device, note, table
+from .common import Subparsers, add_device_argument, checked_device, echo, note, table
 
 
 if TYPE_CHECKING:
@@ -94,5 +94,5 @@ def _write(name: str, recipe: BenchmarkRecipe, cells: list[Cell], notes: list[st
         )
         for row, detail in zip(rows, details, strict=True)
     ]
-    print(table(header, shown))
+    echo(table(header, shown))
     note(f"Wrote {', '.join(str(output / file) for file in ('results.json', 'results.md', 'index.html'))}.")

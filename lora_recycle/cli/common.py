@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..hub.embedded import pool_path
+from ..runtime.terminal import printable, single_line
 
 
 if TYPE_CHECKING:
@@ -21,9 +22,9 @@ Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Rows in aligned columns under a header, numbers to the right."""
+    """Rows in aligned columns under a header, numbers to the right, each row on one line."""
     rows = [list(row) for row in rows]
-    lines = [list(header)] + [["-" if cell is None else str(cell) for cell in row] for row in rows]
+    lines = [list(header)] + [["-" if cell is None else single_line(str(cell)) for cell in row] for row in rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     numeric = [
         bool(rows) and all(isinstance(row[i], (int, float, type(None))) for row in rows) for i in range(len(widths))
@@ -37,9 +38,14 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     )
 
 
+def echo(text: object) -> None:
+    """A result on stdout. With `note` the only way to the terminal: names in it come from anyone."""
+    print(printable(str(text)), flush=True)
+
+
 def note(text: str) -> None:
     """A remark on stderr: what the user should know but no program should parse."""
-    print(text, file=sys.stderr)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 _quiet = False  # of the command that runs in this process; `main` sets it

@@ -6,7 +6,7 @@ import argparse
 import shlex
 from typing import Any
 
-from .common import Subparsers, add_device_argument, checked_device, hint, note
+from .common import Subparsers, add_device_argument, checked_device, echo, hint, note
 
 
 EPILOG = """\
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     result = run_demo(
         args.output, data=args.data, recipe=args.recipe, pool=pool, device=device, progress=not args.quiet
     )
-    print(format_table(result.rows))
+    echo(format_table(result.rows))
     for remark in result.notes:
         note(remark)
     note(f"Report: {result.report}\nUse the new meta-LoRA from Python:\n\n{result.usage}")

@@ -14,6 +14,7 @@ from .common import (
     Subparsers,
     add_pool_arguments,
     add_resume_argument,
+    echo,
     hint,
     is_main_process,
     load_pool,
@@ -103,9 +104,7 @@ def run(args: argparse.Namespace) -> None:
         if not args.quiet:
             note(f"Report: {report}")
     rows = [(name, *(float(f"{v:.4g}") for v in (values[0], values[-1]))) for name, values in trainer.history.items()]
-    print(
-        table(("loss", "first step", "last step"), rows) if rows else f"{args.output}: the initialisation, untrained"
-    )
+    echo(table(("loss", "first step", "last step"), rows) if rows else f"{args.output}: the initialisation, untrained")
     _tell_share(trainer.student)
     if trainer.selection.best_step:  # the trainer itself says so where the start is kept
         note(trainer.selection.verdict())

@@ -20,6 +20,7 @@ from .common import (
     add_device_argument,
     add_on_error_argument,
     checked_device,
+    echo,
     hint,
     load_pool,
     note,
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
     size, resample = model.backbone.image_size, int(model.backbone.processor.resample)
     data = load_labelled_images(args.data, size, resample, config.max_per_class, args.split, config.seed)
     result = evaluate(data, model, config, pool=_load_pool(args, model), progress=not args.quiet)
-    print(format_table(result.rows))
+    echo(format_table(result.rows))
     for remark in result.notes:
         note(remark)
     if args.json:

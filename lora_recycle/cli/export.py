@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .common import META_LORA_HELP, Subparsers, add_base_model_argument, hint, table
+from .common import META_LORA_HELP, Subparsers, add_base_model_argument, echo, hint, table
 
 
 EPILOG = """\
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     described = export(model, args.output, args.format)
     difference = f"{described['checked']['difference']:.0e}"
     rows = [(path, path.stat().st_size) for path in sorted(Path(args.output).iterdir()) if path.is_file()]
-    print(table(("file", "bytes"), rows))
+    echo(table(("file", "bytes"), rows))
     gives = f"{described['output']['shape'][1]} {described['output']['name']}"
     hint(
         f"docs/deployment.md says how to run it. Of an image it gives {gives}; checked at batches of "

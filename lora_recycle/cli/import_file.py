@@ -6,7 +6,7 @@ import argparse
 import shlex
 from typing import Any
 
-from .common import Subparsers, hint
+from .common import Subparsers, echo, hint
 
 
 EPILOG = """\
@@ -30,5 +30,5 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
 def run(args: argparse.Namespace) -> None:
     from ..adapters.paper_format import import_paper_file
 
-    print(import_paper_file(args.file, args.base_model, args.output, base_revision=args.base_revision))
+    echo(import_paper_file(args.file, args.base_model, args.output, base_revision=args.base_revision))
     hint(f"lora-recycle inspect {shlex.quote(args.output)}")

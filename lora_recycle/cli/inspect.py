@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, DataError
+from ..runtime.terminal import single_line
 from .common import (
     META_LORA_HELP,
     POOL_HELP,
     Subparsers,
     add_class_names_argument,
     add_on_error_argument,
+    echo,
     hint,
     note,
     sources,
@@ -84,17 +86,17 @@ def run(args: argparse.Namespace) -> None:
         everything = [{"kind": "adapter", **info.to_dict()} for info in infos]
         everything += [{"kind": "skipped", "name": name, "reason": reason} for name, reason in bad.skipped]
         everything += [{"kind": "surrogate", "path": str(s.folder), **s.manifest} for s in surrogates]
-        print(json.dumps(everything, indent=1, default=str))
+        echo(json.dumps(everything, indent=1, default=str))
     elif args.short:
         for info in infos:
-            print(info.where if info.revision else info.path)
+            echo(single_line(info.where if info.revision else str(info.path)))
         for surrogate in surrogates:
-            print(surrogate.folder)
+            echo(surrogate.folder)
     else:
         parts = [table(ADAPTER_HEADER, map(_adapter_row, infos))] if infos else []
         parts += [_surrogate_text(surrogate) for surrogate in surrogates]
         if parts:
-            print("\n\n".join(parts))
+            echo("\n\n".join(parts))
     tell_skipped(bad.skipped, len(infos))
     hint(_next(args, infos, bool(surrogates)))
 
@@ -128,7 +130,7 @@ def _write_pages(args: argparse.Namespace, surrogates: list, others: list) -> No
         if patch_size is None:
             note(f"{surrogate.folder}: the patch size of its backbone is not to be had, so masks are left out.")
         path = surrogate.folder / "images.html"
-        print(write_surrogate_page(path, surrogate, patch_size=patch_size, images=images, views=views))
+        echo(write_surrogate_page(path, surrogate, patch_size=patch_size, images=images, views=views))
     hint(f"lora-recycle distill POOL --surrogate {shlex.join(args.what)} --output meta_lora")
 
 
@@ -185,5 +187,6 @@ def _surrogate_text(surrogate: SurrogateDataset) -> str:
     shards = surrogate.manifest["shards"]
     rows = [(s["adapter"]["name"], s["num_images"], s["accuracy"], s["confidence"]) for s in shards]
     base = surrogate.manifest.get("backbone", {}).get("name", "an unknown base")
-    title = f"{surrogate.folder}: {len(surrogate)} images of {surrogate.num_shards} adapters of {base}"
+    count = f"{len(surrogate)} images of {surrogate.num_shards} adapters"
+    title = single_line(f"{surrogate.folder}: {count} of {base}")
     return f"{title}\n{table(SHARD_HEADER, rows)}"

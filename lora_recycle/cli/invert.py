@@ -13,6 +13,7 @@ from .common import (
     add_class_names_argument,
     add_pool_arguments,
     add_resume_argument,
+    echo,
     hint,
     is_main_process,
     load_pool,
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
     tell_skipped(failed, surrogate.num_shards)
     shards = surrogate.manifest["shards"]
     rows = [(s["adapter"]["name"], s["num_images"], s["accuracy"], s["confidence"]) for s in shards]
-    print(table(("adapter", "images", "accuracy", "confidence"), rows))
+    echo(table(("adapter", "images", "accuracy", "confidence"), rows))
     if low := [f"{name} ({score:.2f})" for name, _, _, score in rows if score < LOW_CONFIDENCE]:
         note(
             f"Their own heads are not sure of the images of {len(low)} adapters: {', '.join(low)}. More --iterations "

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 import os
 import shlex
 import sys
+import traceback
 import warnings
 from collections.abc import Iterable, Sequence
+from types import TracebackType
 from typing import Any, NoReturn
 
 from ..errors import ConfigError, LoraRecycleError
 from ..runtime.signals import Terminated, terminable
+from ..runtime.terminal import printable, single_line
 from ..version import __version__
 from . import (
     app,
@@ -30,7 +34,7 @@ from . import (
     reproduce,
     tune_pool,
 )
-from .common import quieten
+from .common import note, quieten
 from .completion import PrintCompletion
 
 
@@ -84,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parsed(argv)
     args.debug, args.quiet = getattr(args, "debug", False), getattr(args, "quiet", False)
     quieten(args.quiet)
+    if logging.lastResort is not None:  # what prints warnings that no one else handles
+        logging.lastResort.setFormatter(_PrintableFormatter())
     try:
         with terminable(), warnings.catch_warnings():
             if not args.debug:
@@ -95,15 +101,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
     except KeyboardInterrupt as interrupt:
         terminated = isinstance(interrupt, Terminated)
-        print(f"\nlora-recycle: {'terminated' if terminated else 'interrupted'}{_way_on(args, argv)}", file=sys.stderr)
+        note(f"\nlora-recycle: {'terminated' if terminated else 'interrupted'}{_way_on(args, argv)}")
         return 143 if terminated else 130
     except BrokenPipeError:  # `lora-recycle inspect pool | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
         if args.debug:
+            sys.excepthook = _print_trace
             raise
-        print(f"lora-recycle: {_process()}{_told(error)}", file=sys.stderr, flush=True)
+        note(f"lora-recycle: {_process()}{_told(error)}")
         return 1
     return code or 0
 
@@ -137,7 +144,19 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n`{self.prog} --help` says what there is.\n")
+        self.exit(2, f"{self.prog}: error: {single_line(message)}\n`{self.prog} --help` says what there is.\n")
+
+
+class _PrintableFormatter(logging.Formatter):
+    """Log records without control characters."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def _print_trace(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What Python prints of an error that nobody caught, without control characters."""
+    note("".join(traceback.format_exception(kind, error, trace)).rstrip())
 
 
 def _parsed(argv: list[str]) -> argparse.Namespace:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import shlex
-import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
+from ..runtime.terminal import csv_cell, single_line
 from .common import (
     META_LORA_HELP,
     Subparsers,
     add_base_model_argument,
     add_device_argument,
     checked_device,
+    echo,
     hint,
     note,
     table,
@@ -121,21 +124,29 @@ def _print(args: argparse.Namespace, paths: list[Path], probabilities: torch.Ten
             {"file": str(path), "label": label, "probabilities": dict(zip(names, row, strict=True))}
             for path, label, row in zip(paths, labels, probabilities.tolist(), strict=True)
         ]
-        print(json.dumps(rows, indent=1))
+        echo(json.dumps(rows, indent=1))
     elif args.csv:
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(["file", "label", "probability", *(f"p({name})" for name in names)])
-        for path, label, value, row in zip(paths, labels, highest, probabilities.tolist(), strict=True):
-            writer.writerow([path, label, f"{value:.6f}", *(f"{share:.6f}" for share in row)])
+        echo(_csv(names, zip(paths, labels, highest, probabilities.tolist(), strict=True)))
     else:
         shown = [f"{value:.3f}" for value in highest]
-        print(table(("file", "label", "probability"), zip(paths, labels, shown, strict=True)))
+        echo(table(("file", "label", "probability"), zip(paths, labels, shown, strict=True)))
+
+
+def _csv(names: list[str], rows: Iterable[tuple[Path, Any, float, list[float]]]) -> str:
+    """A line for each (file, label, probability, probabilities of all names), no cell of which is a formula."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["file", "label", "probability", *(csv_cell(f"p({name})") for name in names)])
+    for path, label, value, shares in rows:
+        cells = [csv_cell(str(path)), csv_cell(str(label)), f"{value:.6f}"]
+        writer.writerow([*cells, *(f"{share:.6f}" for share in shares)])
+    return text.getvalue().rstrip("\n")
 
 
 def _tell(failures: dict[int, str] | None) -> None:
     """The images that were left out, and why, on stderr."""
     if failures:
-        note("\n".join([f"{_images(len(failures))} skipped:", *failures.values()]))
+        note("\n".join([f"{_images(len(failures))} skipped:", *map(single_line, failures.values())]))
 
 
 def _images(count: int) -> str:

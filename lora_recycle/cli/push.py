@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, PushError
-from .common import BITS_HELP, Subparsers, hint
+from .common import BITS_HELP, Subparsers, echo, hint
 
 
 EPILOG = """\
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
 def _surrogate(folder: Path, repo_id: str, options: dict) -> None:
     from ..surrogate.dataset import SurrogateDataset
 
-    print(SurrogateDataset.from_pretrained(folder).push_to_hub(repo_id, **options))
+    echo(SurrogateDataset.from_pretrained(folder).push_to_hub(repo_id, **options))
     hint(f"lora-recycle distill POOL --surrogate {repo_id} --output meta_lora")
 
 
@@ -70,6 +70,6 @@ def _adapter(folder: Path, repo_id: str, options: dict) -> None:
             f"{folder}: no meta-LoRA, surrogate data or adapter here: neither {CONFIG_FILE} nor manifest.json. "
             "Of a pool, push one adapter's folder at a time."
         )
-    print(push_adapter_folder(folder, repo_id, **options))
+    echo(push_adapter_folder(folder, repo_id, **options))
     meta_lora = (folder / SIDECAR_FILE).is_file()
     hint(f"lora-recycle {f'predict {repo_id} --support EXAMPLES PHOTOS' if meta_lora else f'inspect {repo_id}'}")

@@ -6,7 +6,7 @@ import argparse
 import shlex
 from typing import Any
 
-from .common import BITS_HELP, Subparsers, hint
+from .common import BITS_HELP, Subparsers, echo, hint
 
 
 EPILOG = """\
@@ -40,5 +40,5 @@ def run(args: argparse.Namespace) -> None:
     before = pull_adapter(resolve_meta_lora(name), revision=revision)
     write_adapter(before, args.output, args.bits)
     after = pull_adapter(args.output)
-    print(f"{args.output}: {after.size_bytes} bytes in {after.file}, before {before.size_bytes}")
+    echo(f"{args.output}: {after.size_bytes} bytes in {after.file}, before {before.size_bytes}")
     hint(f"lora-recycle push {shlex.quote(args.output)} OWNER/NAME")

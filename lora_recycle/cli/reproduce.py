@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .common import META_LORA_HELP, POOL_HELP, Subparsers, add_device_argument, note, sources, table
+from .common import META_LORA_HELP, POOL_HELP, Subparsers, add_device_argument, echo, note, sources, table
 
 
 EPILOG = """\
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     if result.conditions:
         note(table(("differs", "recorded", "here"), result.conditions))
     if result.identical:
-        print(f"{result.folder}: byte-identical")
+        echo(f"{result.folder}: byte-identical")
         return 0
-    print(f"{result.folder}: not byte-identical; the largest difference of a weight is {result.max_difference:.3g}")
+    echo(f"{result.folder}: not byte-identical; the largest difference of a weight is {result.max_difference:.3g}")
     return 1

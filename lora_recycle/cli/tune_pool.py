@@ -8,7 +8,7 @@ from typing import Any
 
 from ..pool.config import TuningConfig
 from .arguments import add_config_arguments, build_config
-from .common import Subparsers, add_device_argument, checked_device, hint, is_main_process, note, table
+from .common import Subparsers, add_device_argument, checked_device, echo, hint, is_main_process, note, table
 
 
 EPILOG = """\
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     if not is_main_process():
         return
     rows = [(result["adapter"], result["accuracy"], result["frozen_class_centres"]) for result in made]
-    print(table(("adapter", "held-out accuracy", "frozen class centres"), rows))
+    echo(table(("adapter", "held-out accuracy", "frozen class centres"), rows))
     if len(made) < config.tasks:
         note(f"{config.tasks - len(made)} adapters were there already and were kept.")
     behind = sum(result["accuracy"] <= result["frozen_class_centres"] for result in made)

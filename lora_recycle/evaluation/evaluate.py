@@ -15,6 +15,7 @@ from ..fewshot.heads import make_head
 from ..images.labelled import LabelledImages
 from ..modeling.meta_lora import MetaLoRAForFewShotClassification
 from ..pool.pool import AdapterPool
+from ..runtime.terminal import single_line
 from .config import EvaluationConfig
 from .engine import EvaluationEngine
 from .results import summarise
@@ -74,7 +75,7 @@ def evaluate(
         )
         for k in config.shots
     }
-    with tqdm(desc=f"evaluate {data.name}", unit="pass", total=0, disable=not progress) as bar:
+    with tqdm(desc=single_line(f"evaluate {data.name}"), unit="pass", total=0, disable=not progress) as bar:
         engine = EvaluationEngine(
             data,
             drawn,

@@ -21,6 +21,7 @@ from ..images.labelled import LabelledImages, load_labelled_images
 from ..modeling.meta_lora import MetaLoRAForFewShotClassification
 from ..pool.pool import AdapterPool
 from ..runtime.files import tensors_sha256
+from ..runtime.terminal import single_line
 from .cells import Cell, data_checksum, identity
 from .engine import POOLLESS, EvaluationEngine
 from .recipe import TUNED, BenchmarkRecipe, DataSpec, PoolSpec
@@ -77,7 +78,7 @@ class Benchmark:
             for engine, method, group in self._groups(data, loaded):
                 missing = [cell for cell in group if not cell.load(self.folder)]
                 if missing and number % part[1] == part[0]:
-                    bar.set_postfix_str(f"{group[0].data}, {group[0].label}")
+                    bar.set_postfix_str(single_line(f"{group[0].data}, {group[0].label}"))
                     for cell in missing:
                         cell.save(self.folder, engine.result(method, cell.shots))
                     engine.forget(method)

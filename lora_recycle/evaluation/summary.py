@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..hub.markdown import text
 from .cells import Cell
 from .results import confidence, summarise
 
@@ -63,7 +64,7 @@ def markdown(rows: Sequence[dict[str, Any]], details: Sequence[dict[str, Any]]) 
     """An overview, a line for each method and a column for each task, then one table of differences for each task."""
     parts = [overview(rows, details)]
     for task in dict.fromkeys((row["data"], row["ways"], row["shots"]) for row in rows):
-        parts.append(f"### {task[0]}, {task[1]}-way {task[2]}-shot\n\n" + task_table(rows, details, task))
+        parts.append(f"### {text(task[0])}, {task[1]}-way {task[2]}-shot\n\n" + task_table(rows, details, task))
     return "\n\n".join(parts) + "\n"
 
 
@@ -71,8 +72,8 @@ def overview(rows: Sequence[dict[str, Any]], details: Sequence[dict[str, Any]]) 
     """Accuracies of all methods on all tasks."""
     tasks = list(dict.fromkeys((row["data"], row["shots"]) for row in rows))
     found = {(row["method"], row["data"], row["shots"]): row for row in rows}
-    named = {detail["method"]: shown_name(detail) for detail in details}
-    lines = ["| method | " + " | ".join(f"{data} {shots}-shot" for data, shots in tasks) + " |"]
+    named = {detail["method"]: _escaped_name(detail) for detail in details}
+    lines = ["| method | " + " | ".join(f"{text(data)} {shots}-shot" for data, shots in tasks) + " |"]
     lines.append("|---|" + "---|" * len(tasks))
     for method, name in named.items():
         cells = [found.get((method, *task)) for task in tasks]
@@ -91,14 +92,23 @@ def task_table(rows: Sequence[dict[str, Any]], details: Sequence[dict[str, Any]]
             continue
         deltas = [(row["delta_vs_frozen"], row["delta_ci95"])]
         deltas += [(detail[f"delta_vs_{x}"], detail[f"delta_vs_{x}_ci95"]) for x in ("average", "best_rival")]
-        cells = [shown_name(detail), str(row["episodes"]), f"{row['accuracy']:.2f} ± {row['ci95']:.2f}"]
+        cells = [_escaped_name(detail), str(row["episodes"]), f"{row['accuracy']:.2f} ± {row['ci95']:.2f}"]
         cells += [f"{mean:+.2f} ± {half:.2f}" for mean, half in deltas]
         cells += [f"{detail['seconds_per_task']:g}", f"{detail['peak_memory_mb']:g}"]
         lines.append("| " + " | ".join(cells) + " |")
-        rivals.append(f"{detail['best_rival']} (pool {detail['pool']})")
+        rivals.append(f"{text(detail['best_rival'])} (pool {text(detail['pool'])})")
     return "\n".join(lines) + "\n\nBest rival: " + ", ".join(dict.fromkeys(rivals)) + "."
 
 
 def shown_name(detail: dict[str, Any]) -> str:
     """The method, with `*` where it tunes on each task and `†` where it sees the queries together."""
-    return detail["method"] + (" *" if detail["kind"] == "tuned" else "") + (" †" if detail["transductive"] else "")
+    return detail["method"] + _marks(detail)
+
+
+def _escaped_name(detail: dict[str, Any]) -> str:
+    """The same for Markdown."""
+    return text(detail["method"]) + _marks(detail)
+
+
+def _marks(detail: dict[str, Any]) -> str:
+    return (" *" if detail["kind"] == "tuned" else "") + (" †" if detail["transductive"] else "")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
 from .licenses import inherited_license
+from .markdown import block, code, text
 from .repo_files import PICTURE_FILE
 
 
@@ -34,7 +37,7 @@ def usage_lines(name: str) -> str:
         (
             "from lora_recycle import MetaLoRAForFewShotClassification",
             "",
-            f'model = MetaLoRAForFewShotClassification.from_pretrained("{name}")',
+            f"model = MetaLoRAForFewShotClassification.from_pretrained({_quoted(name)})",
             'model.fit(["cat1.jpg", "cat2.jpg", "dog1.jpg", "dog2.jpg"], ["cat", "cat", "dog", "dog"])',
             'print(model.predict(["new.jpg"]))',
         )
@@ -89,12 +92,14 @@ def meta_lora_card(
         origin=_origin(distillation, inversion, kept, blend) if distillation else None,
         trained=bool(distillation and distillation["steps"] and inversion and kept != 0),
         classes=settings.get("num_classes"),
-        usage=usage_lines(name),
+        usage=block(usage_lines(name), "python"),
         picture=PICTURE_FILE if picture else None,
         results=[_result_row(row) for row in results],
         sources=[_source_row(source) for source in sources],
         license_note=license_note,
         recipe=_yaml({k: v for k, v in (("invert", inversion), ("distill", distillation)) if v}),
+        text=text,
+        code=code,
     )
     return str(card)
 
@@ -113,32 +118,35 @@ def surrogate_card(name: str, manifest: dict[str, Any], picture: bool = False) -
         **fields,
     )
     known, commit = is_repo_id(base.get("name")), base.get("revision")
-    at = f" at commit `{commit}`" if commit else ""
+    at = f" at commit {code(commit)}" if commit else ""
     card = DatasetCard.from_template(
         header,
         str(TEMPLATES / "surrogate.md"),
         name=name,
         num_images=count,
-        base=f"`{base['name']}`{at}" if known else "a backbone that has no name on the Hub",
+        base=f"{code(base['name'])}{at}" if known else "a backbone that has no name on the Hub",
         version=manifest.get("lora_recycle_version", "(unknown version)"),
         origin=_starting_images(manifest.get("config") or {}),
-        usage=_surrogate_usage(name),
+        usage=block(_surrogate_usage(name), "python"),
         picture=PICTURE_FILE if picture else None,
         sources=[_source_row(e["adapter"]) + _shard_cells(e) for e in entries],
         license_note=license_note,
         recipe=_yaml({"invert": manifest.get("config") or {}}),
+        text=text,
+        code=code,
     )
     return str(card)
 
 
 def _surrogate_usage(name: str) -> str:
+    repo = _quoted(name)
     return "\n".join(
         (
             "from datasets import load_dataset",
             "from lora_recycle import SurrogateDataset",
             "",
-            f'images = load_dataset("{name}", split="train")  # image, label, adapter',
-            f'surrogate = SurrogateDataset.from_pretrained("{name}")  # with what the teachers said of each image',
+            f'images = load_dataset({repo}, split="train")  # image, label, adapter',
+            f"surrogate = SurrogateDataset.from_pretrained({repo})  # with what the teachers said of each image",
         )
     )
 
@@ -151,18 +159,18 @@ def _origin(
     starts["restored"] = f"{average}, in which the largest group of them has its full strength"
     starts |= {"group-sum": "the sum of the averages of their groups, cut to its rank", "zero": "zero"}
     init = distillation["init"]
-    start = f"It started from {starts.get(init, f'directions of the weights by {init}')}"
+    start = f"It started from {starts.get(init) or f'directions of the weights by {text(init)}'}"
     if not distillation["steps"] or not inversion:
         return f"{start}, and was not trained."
     learnt, rest = blend
     if kept == 0:
         stayed = "stayed there" if learnt or rest else "went back to that average as it is"
         return (
-            f"{start}, and {stayed}: {distillation['steps']} steps on surrogate images made it not surely better "
-            "at the classes of adapters that were kept from teaching."
+            f"{start}, and {stayed}: {text(distillation['steps'])} steps on surrogate images made it not surely "
+            "better at the classes of adapters that were kept from teaching."
         )
-    steps = f"{kept} of {distillation['steps']}" if kept else distillation["steps"]
-    images = ", ".join(name for name, share in inversion["starts"].items() if share > 0)
+    steps = text(f"{kept} of {distillation['steps']}" if kept else distillation["steps"])
+    images = ", ".join(text(name) for name, share in inversion["starts"].items() if share > 0)
     blended = ""
     if learnt < 1:
         blended = f" {learnt:.0%} of its change is what it learned, {rest:.0%} where it started from."
@@ -173,8 +181,8 @@ def _origin(
 
 
 def _starting_images(config: dict[str, Any]) -> str:
-    names = ", ".join(name for name, share in (config.get("starts") or {}).items() if share > 0)
-    steps = f" in {config['iterations']} steps" if "iterations" in config else ""
+    names = ", ".join(text(name) for name, share in (config.get("starts") or {}).items() if share > 0)
+    steps = f" in {text(config['iterations'])} steps" if "iterations" in config else ""
     return f"they were optimised{steps}" + (f" out of starting images ({names})" if names else "")
 
 
@@ -199,27 +207,29 @@ def _task(row: dict[str, Any]) -> str:
 def _result_row(row: dict[str, Any]) -> list[str]:
     accuracy = f"{row['accuracy']:.2f} ± {row['ci95']:.2f}"
     delta = f"{row['delta_vs_frozen']:+.2f} ± {row['delta_ci95']:.2f}" if row["method"] != "frozen" else "-"
-    return [_cell(row["method"]), _cell(row["data"]), _task(row), str(row["episodes"]), accuracy, delta]
+    return [*map(text, (row["method"], row["data"], _task(row), row["episodes"])), accuracy, delta]
 
 
 def _source_row(source: dict[str, Any]) -> list[str]:
     """Name, type, commit, licence and checksum of one source adapter."""
     name, revision = source["name"], source.get("revision")
     known = revision and is_repo_id(name)
-    shown = f"[{name}](https://huggingface.co/{name}/tree/{revision})" if known else _cell(name)
-    commit = f"`{revision}`" if revision else "local folder"
-    return [shown, _cell(source.get("peft_type")), commit, _cell(source.get("license")), f"`{source['sha256']}`"]
+    shown = text(name)
+    if known:
+        shown = f"[{shown}](https://huggingface.co/{name}/tree/{quote(str(revision), safe='')})"
+    commit = code(revision) if revision else "local folder"
+    return [shown, text(source.get("peft_type")), commit, text(source.get("license")), code(source["sha256"])]
 
 
 def _shard_cells(entry: dict[str, Any]) -> list[str]:
     classes = entry["adapter"].get("num_classes")
-    return [_cell(classes), str(entry["num_images"]), f"{entry['accuracy']:.2f}", f"{entry['confidence']:.2f}"]
+    return [text(classes), text(entry["num_images"]), f"{entry['accuracy']:.2f}", f"{entry['confidence']:.2f}"]
 
 
-def _cell(value: Any) -> str:
-    """Text for one cell of a Markdown table: names come from strangers."""
-    return "-" if value is None else re.sub(r"([|\\`<\[\]])", r"\\\1", " ".join(str(value).split()))
+def _quoted(name: str) -> str:
+    """The name as a Python string in the quotes that everybody writes."""
+    return json.dumps(name, ensure_ascii=False)
 
 
 def _yaml(values: dict[str, Any]) -> str:
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True).strip()
+    return block(yaml.safe_dump(values, sort_keys=False, allow_unicode=True).strip(), "yaml")

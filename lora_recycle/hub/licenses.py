@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
+from .markdown import code
 from .repo_files import CARD_FILE, MAX_CARD_BYTES
 
 
@@ -58,8 +59,8 @@ def inherited_license(stated: Sequence[str | None]) -> tuple[dict[str, Any], str
         return {}, "No source adapter states a licence, so none is given here."
     if len(counts) == 1:
         fields = {"license": named[0]} if named[0] in HUB_LICENSES else {"license": "other", "license_name": named[0]}
-        return fields, f"All source adapters are under `{named[0]}`, and so is this."
-    mix = ", ".join(f"`{name}` ({counts[name]})" for name in named)
+        return fields, f"All source adapters are under {code(named[0])}, and so is this."
+    mix = ", ".join(f"{code(name)} ({counts[name]})" for name in named)
     silent = f", none stated ({counts[None]})" if counts[None] else ""
     sentence = f"The source adapters state different licences: {mix}{silent}. Observe all of them."
     return {"license": "other", "license_name": "mixed"}, sentence

@@ -23,6 +23,7 @@ from ..backbones.token_selection import num_kept
 from ..errors import DataError
 from ..fewshot.prototypes import centre_logits, class_centres
 from ..hub.embedded import backbone_name, resolve_backbone
+from ..hub.markdown import code, text
 from ..images.labelled import LabelledImages, load_labelled_images
 from ..runtime.launch import deal, mixed_precision, process_state
 from .config import TuningConfig
@@ -218,9 +219,9 @@ def _card(
         "---",
         yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip(),
         "---",
-        f"# {name}",
-        f"{config.peft_type} adapter (rank {config.rank}, layers: {config.targets}) of `{base_model}` with a head for "
-        f"{len(labels)} classes, tuned on images of `{data_name}`.",
+        f"# {text(name)}",
+        f"{config.peft_type} adapter (rank {config.rank}, layers: {config.targets}) of {code(base_model)} with a head "
+        f"for {len(labels)} classes, tuned on images of {code(data_name)}.",
         f"Accuracy on held-out images of these classes: {results['accuracy']:.1f} % "
         f"(class centres on the frozen backbone: {results['frozen_class_centres']:.1f} %).",
     ]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import ProcessError
 from .launch import collective_timeout, first_line, lost_the_others, process_state, shared_store
+from .terminal import single_line
 
 
 if TYPE_CHECKING:
@@ -176,8 +177,5 @@ class Heartbeat:
         for rank, text in self.silent(self._limit / 10).items():
             if self._told.get(rank) != self._seen[rank].beats:
                 self._told[rank] = self._seen[rank].beats
-                print(
-                    f"lora-recycle: {self.stage}: {text}. The others wait for it, at most {self._limit:.0f} s.",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                told = f"lora-recycle: {self.stage}: {text}. The others wait for it, at most {self._limit:.0f} s."
+                print(single_line(told), file=sys.stderr, flush=True)

@@ -110,7 +110,7 @@ def test_names_of_strangers_do_not_break_the_tables(hub, model):
     model.settings["sources"][0] |= {"name": "a|b\n# <b>evil", "revision": None}
     model.push_to_hub("org/meta")
     card = hub.files("org/meta")["README.md"].decode()
-    assert "| a\\|b # \\<b>evil | LORA | local folder |" in card
+    assert "| a\\|b # \\<b\\>evil | LORA | local folder |" in card
 
 
 SCRIPT = """
