@@ -36,10 +36,10 @@ import torch  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 from helpers_tiny import TINY_LAYERS, save_tiny_adapter, save_tiny_backbone, toy_images  # noqa: E402
 
-from lora_recycle.hub import snapshots  # noqa: E402
+from lora_recycle.hub import download as snapshots  # noqa: E402
 from lora_recycle.inversion.config import InversionConfig  # noqa: E402
 from lora_recycle.inversion.inverter import LoraInverter  # noqa: E402
-from lora_recycle.pool import AdapterPool  # noqa: E402
+from lora_recycle.pool.pool import AdapterPool  # noqa: E402
 
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, database=None, max_examples=25, deadline=None)
@@ -137,7 +137,9 @@ def tiny_pool_path(tmp_path_factory, tiny_backbone_path, toy_data):
 
 @pytest.fixture(scope="session")
 def tiny_pool(tiny_pool_path):
-    return AdapterPool.from_pretrained(tiny_pool_path)
+    """Its adapters stay in memory: to read a DoRA again takes longer than most of what is done with it."""
+    stored = AdapterPool.from_pretrained(tiny_pool_path)
+    return AdapterPool(stored.backbone, list(stored))
 
 
 class GivenImages(LoraInverter):
