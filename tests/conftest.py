@@ -46,11 +46,11 @@ hypothesis.settings.register_profile("repeatable", derandomize=True, database=No
 hypothesis.settings.load_profile("repeatable")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def private_home():
-    torch.set_num_threads(1)
-    yield
-    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)  # of each process of the tests, their first one too
 
 
 @pytest.fixture(scope="session", autouse=True)
