@@ -1,4 +1,7 @@
-"""A private cache, a Hub of our own, one thread, and tiny models that every test may read but none may change."""
+"""A private cache, a Hub of our own, one thread, and tiny models that every test may read but none may change.
+
+Each process of the tests (`-n`) has its own of all these.
+"""
 
 import os
 import tempfile
@@ -16,6 +19,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["ACCELERATE_USE_CPU"] = "true"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of each process: several tests run side by side
 for _name in ("HF_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
     os.environ.pop(_name, None)
 for _name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE"):
@@ -50,7 +54,11 @@ hypothesis.settings.register_profile("repeatable", derandomize=True, database=No
 hypothesis.settings.load_profile("repeatable")
 
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: "slow" not in item.keywords)  # the others fill the gaps that these leave at the end
 
 
 def pytest_unconfigure():
