@@ -5,8 +5,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PLAIN := $(VENV)-plain
 CHECKED := lora_recycle examples tests docs/hooks.py
+# A process of tests for each core, of one thread and about 1.5 GB; `make test WORKERS=0` runs all in one, for a debugger.
+WORKERS ?= auto
+PYTEST := -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal
 
-.PHONY: demo plain test quick lowest quality style docs
+.PHONY: demo plain test quick portable lowest quality style docs
 
 # As a user installs the package: without extras, in an environment of its own.
 demo: $(PLAIN)/.ready
@@ -18,15 +21,19 @@ plain: $(PLAIN)/.ready
 
 # All tests, and the lines of the package that they run: fails below the share in pyproject.toml.
 test: $(READY)
-	$(BIN)/python -m pytest --cov
+	$(BIN)/python $(PYTEST) --cov
 
 # Without the slow tests and without counting lines.
 quick: $(READY)
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python $(PYTEST) -m 'not slow'
+
+# The quick tests with the instructions that every x86-64 processor has: what they expect must not hang on last digits.
+portable: $(READY)
+	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/python $(PYTEST) -m 'not slow'
 
 # The quick tests with the oldest versions that setup.cfg allows, in an environment of their own.
 lowest: $(VENV)-lowest/.ready
-	$(VENV)-lowest/bin/python -m pytest -m 'not slow'
+	$(VENV)-lowest/bin/python $(PYTEST) -m 'not slow'
 
 quality: $(READY)
 	$(BIN)/ruff check $(CHECKED)

@@ -9,6 +9,8 @@ or when it next writes a file. The command is then started again with `--resume`
 its end; another such run follows, until there were enough kills. At the end all files of the surrogate data and of the
 meta-LoRA must be those of the undisturbed run, byte for byte. Exits with 1 where one is not.
 
+Each command is a process of its own, forked from this one: to import torch takes longer than the run.
+
 The last line is `N kills, M resumes, D differences`.
 """
 
@@ -17,19 +19,26 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import multiprocessing
+import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import IO
 
+import lora_recycle.distillation.saving
+import lora_recycle.inversion.inverter  # noqa: F401 - both stages, imported before anything is forked
+from lora_recycle.cli.main import main as run_command
 from lora_recycle.hub.embedded import pool_path
 
 
 #: How a process ends that a signal hit: by the system, or by the command line's own exit code.
 EXIT_CODES = {"KILL": -signal.SIGKILL, "TERM": 143, "INT": 130}
+FORK = multiprocessing.get_context("fork")
 
 
 @dataclasses.dataclass
@@ -40,9 +49,9 @@ class Stage:
     arguments: list[str]
 
     def command(self, folder: Path, resume: bool) -> list[str]:
+        """What follows `lora-recycle`."""
         arguments = [argument.replace("{}", str(folder)) for argument in self.arguments]
-        command = [sys.executable, "-m", "lora_recycle", self.name, *arguments, "--quiet"]
-        return command + ["--resume"] * resume
+        return [self.name, *arguments, "--quiet"] + ["--resume"] * resume
 
     def output(self, folder: Path) -> Path:
         return folder / ("surrogate" if self.name == "invert" else "meta_lora")
@@ -71,7 +80,7 @@ class Kill:
     while_writing: bool
 
 
-def at_work(output: Path, process: subprocess.Popen) -> bool:
+def at_work(output: Path, process: BaseProcess) -> bool:
     """Whether the process holds the lock of its folder (that of `distill` is that of its checkpoints)."""
     for path in (output / ".owner.json", output / "work" / ".owner.json"):
         try:
@@ -89,15 +98,18 @@ def attempt(stage: Stage, folder: Path, resume: bool, kill: Kill | None) -> tupl
         SystemExit: it failed.
     """
     output = stage.output(folder)
-    with tempfile.TemporaryFile("w+") as told:
-        process = subprocess.Popen(stage.command(folder, resume), stdout=subprocess.DEVNULL, stderr=told)
-        while process.poll() is None and not at_work(output, process):
+    with tempfile.TemporaryFile("w+", buffering=1) as told:
+        process = FORK.Process(target=_become, args=(stage.command(folder, resume), told))
+        process.start()
+        while process.is_alive() and not at_work(output, process):
             time.sleep(0.002)
         started = time.monotonic()
         if kill is not None:
             _wait_for_moment(process, output, kill)
-            process.send_signal(getattr(signal, f"SIG{kill.signal}"))
-        code, seconds = process.wait(), time.monotonic() - started
+            if process.is_alive():
+                os.kill(process.pid, getattr(signal, f"SIG{kill.signal}"))
+        process.join()
+        code, seconds = process.exitcode, time.monotonic() - started
         told.seek(0)
         words = told.read()
     # the second code: the process was done, and no longer minded the signal
@@ -107,11 +119,18 @@ def attempt(stage: Stage, folder: Path, resume: bool, kill: Kill | None) -> tupl
     return killed, seconds
 
 
-def _wait_for_moment(process: subprocess.Popen, output: Path, kill: Kill) -> None:
+def _become(command: list[str], told: IO[str]) -> None:
+    """Turn a forked process into one of `lora-recycle`, whose errors go to `told`."""
+    os.dup2(told.fileno(), 2)
+    sys.stdout, sys.stderr = open(os.devnull, "w"), told
+    sys.exit(run_command(command))
+
+
+def _wait_for_moment(process: BaseProcess, output: Path, kill: Kill) -> None:
     end = time.monotonic() + kill.delay
-    while process.poll() is None and time.monotonic() < end:
+    while process.is_alive() and time.monotonic() < end:
         time.sleep(0.001)
-    while kill.while_writing and process.poll() is None and not any(output.rglob(".*.partial")):
+    while kill.while_writing and process.is_alive() and not any(output.rglob(".*.partial")):
         time.sleep(0.0005)
 
 

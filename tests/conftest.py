@@ -1,4 +1,7 @@
-"""A private cache, a Hub of our own, one thread, and tiny models that every test may read but none may change."""
+"""A private cache, a Hub of our own, one thread, and tiny models that every test may read but none may change.
+
+Each process of the tests (`-n`) has its own of all these.
+"""
 
 import os
 import tempfile
@@ -16,6 +19,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["ACCELERATE_USE_CPU"] = "true"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of each process: several tests run side by side
 for _name in ("HF_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
     os.environ.pop(_name, None)
 for _name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE"):
@@ -25,16 +29,16 @@ import contextlib  # noqa: E402
 import resource  # noqa: E402
 import shutil  # noqa: E402
 import socket  # noqa: E402
-import warnings  # noqa: E402
 from pathlib import Path  # noqa: E402
 from types import SimpleNamespace  # noqa: E402
 
 import huggingface_hub  # noqa: E402
 import hypothesis  # noqa: E402
+import peft  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
-from helpers_tiny import save_tiny_backbone, toy_images  # noqa: E402
+from helpers_tiny import TINY_LAYERS, save_tiny_adapter, save_tiny_backbone, toy_images  # noqa: E402
 
 from lora_recycle.backbones.backbone import Backbone  # noqa: E402
 from lora_recycle.distillation.config import DistillationConfig  # noqa: E402
@@ -43,20 +47,22 @@ from lora_recycle.distillation.trainer import MetaLoraTrainer  # noqa: E402
 from lora_recycle.hub import download as snapshots  # noqa: E402
 from lora_recycle.inversion.config import InversionConfig  # noqa: E402
 from lora_recycle.inversion.inverter import LoraInverter  # noqa: E402
-from lora_recycle.pool.config import TuningConfig  # noqa: E402
 from lora_recycle.pool.pool import AdapterPool  # noqa: E402
-from lora_recycle.pool.training import tune_adapter  # noqa: E402
 
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, database=None, max_examples=25, deadline=None)
 hypothesis.settings.load_profile("repeatable")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def private_home():
-    torch.set_num_threads(1)
-    yield
-    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: "slow" not in item.keywords)  # the others fill the gaps that these leave at the end
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)  # of each process of the tests, their first one too
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -126,30 +132,44 @@ def toy_data():
 
 @pytest.fixture(scope="session")
 def tiny_pool_path(tmp_path_factory, tiny_backbone_path, toy_data):
-    """Four adapters of 4 classes each: LoRA, LoRA on q and v only, DoRA, LoHa."""
+    """Four adapters of 4 classes each, none of them trained: LoRA, LoRA on q and v only, DoRA, LoHa."""
     folder = tmp_path_factory.mktemp("pool")
-    kinds = [("LORA", "all"), ("LORA", "q_proj,v_proj"), ("DORA", "all"), ("LOHA", "all")]
-    for task, (kind, targets) in enumerate(kinds):
-        config = TuningConfig(
-            peft_type=kind, targets=targets, epochs=6, lr=8e-3, rank=4, keep_ratio=1.0, batch_size=16
-        )
-        classes = [task, task + 1, task + 2, task + 3]
-        tune_adapter(toy_data, classes, folder / f"adapter-{task}", config, str(tiny_backbone_path), seed=task)
+    layers = {"target_modules": TINY_LAYERS, "modules_to_save": ["classifier"], "r": 4}
+    configs = [
+        peft.LoraConfig(lora_alpha=8, **layers),
+        peft.LoraConfig(lora_alpha=8, **{**layers, "target_modules": ["q_proj", "v_proj"]}),
+        peft.LoraConfig(lora_alpha=8, use_dora=True, **layers),
+        peft.LoHaConfig(alpha=8, **layers),
+    ]
+    for task, config in enumerate(configs):
+        classes = list(range(task, task + 4))
+        save_tiny_adapter(folder / f"adapter-{task}", tiny_backbone_path, toy_data, classes, config, seed=task)
     return folder
 
 
 @pytest.fixture(scope="session")
 def tiny_pool(tiny_pool_path):
-    return AdapterPool.from_pretrained(tiny_pool_path)
+    """Its adapters stay in memory: to read a DoRA again takes longer than most of what is done with it."""
+    stored = AdapterPool.from_pretrained(tiny_pool_path)
+    return AdapterPool(stored.backbone, list(stored))
+
+
+class GivenImages(LoraInverter):
+    """Stores toy images of the classes, dimmed and noisy, where an inversion would optimise them."""
+
+    def _optimise(self, index, starts, labels, generator):
+        data, noise = toy_images(), torch.randint(0, 256, starts.shape, generator=generator)
+        first = {name: data.label_names.index(name) * 20 for name in self.pool.infos[index].labels}
+        names = [self.pool.infos[index].labels[label] for label in labels.tolist()]
+        rows = torch.tensor([first[name] + i % 20 for i, name in enumerate(names)])
+        return (0.4 * data.pixels[rows] + 0.6 * noise).to(torch.uint8)
 
 
 @pytest.fixture(scope="session")
 def tiny_surrogate(tmp_path_factory, tiny_pool):
-    """Surrogate data of `tiny_pool`: 6 images of each class, half of the patches kept."""
+    """Surrogate data of `tiny_pool`, none of it optimised: 6 images of each class, half of the patches kept."""
     config = InversionConfig(images_per_class=6, iterations=5, keep_ratio=0.5, jitter=0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return LoraInverter(tiny_pool, config).run(tmp_path_factory.mktemp("surrogate"), progress=False)
+    return GivenImages(tiny_pool, config).run(tmp_path_factory.mktemp("surrogate"), progress=False)
 
 
 def files_with_license(folder, license):

@@ -3,8 +3,11 @@
 import dataclasses
 from pathlib import Path
 
+import peft
 import torch
-from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
+import torch.nn.functional as F
+import yaml
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil, ViTModel
 
 from lora_recycle.adapters.adapter import Adapter
 from lora_recycle.adapters.pull import AdapterInfo
@@ -20,6 +23,8 @@ SIZES = {
     "image_size": 32,
     "patch_size": 8,
 }
+#: All linear layers of these.
+TINY_LAYERS = ["fc1", "fc2", "k_proj", "o_proj", "q_proj", "v_proj"]
 
 
 def tiny_processor() -> ViTImageProcessorPil:
@@ -101,6 +106,47 @@ def random_factors(shapes: dict[str, tuple[int, int, int]], seed: int, scale: fl
         )
         for module, (out, rank, width) in shapes.items()
     }
+
+
+@torch.no_grad()
+def save_tiny_adapter(
+    folder: Path, base: Path, data: LabelledImages, classes: list[int], config: peft.PeftConfig, seed: int
+) -> Path:
+    """An adapter of `classes` as PEFT saves it, without any training: training ends elsewhere on every processor.
+
+    Its changes are random, and its head is the ridge regression on the classes of what the changed network sees.
+    """
+    names = {i: data.label_names[c] for i, c in enumerate(classes)}
+    model = ViTForImageClassification.from_pretrained(base, num_labels=len(classes), id2label=names)
+    wrapped, generator = peft.get_peft_model(model, config), torch.Generator().manual_seed(seed)
+    reach = 0.45 if config.peft_type == "LOHA" else 0.2  # a LoHa multiplies four matrices, a LoRA two
+    for name, parameter in wrapped.named_parameters():
+        if parameter.requires_grad and "magnitude" not in name and "classifier" not in name:
+            parameter.copy_(reach * (2 * torch.rand(parameter.shape, generator=generator) - 1))
+    rows = torch.cat([data.by_class()[c] for c in classes])
+    pixels = tiny_backbone().normalize(data.pixels[rows])
+    features = wrapped.eval().base_model.model.vit(pixels).last_hidden_state[:, 0]
+    targets = F.one_hot(data.labels[rows][:, None].eq(torch.tensor(classes)).int().argmax(1), len(classes))
+    head = wrapped.base_model.model.classifier.modules_to_save["default"]
+    head.weight.copy_(6 * ridge(features, targets.double()))
+    head.bias.copy_(6 / len(classes) - head.weight @ features.mean(0))
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.half()
+    wrapped.peft_config["default"].base_model_name_or_path = str(base)
+    wrapped.save_pretrained(str(folder), save_embedding_layers=False)
+    header = {"library_name": "peft", "base_model": str(base), "id2label": names}
+    card = f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n# {folder.name}\n"
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    return folder
+
+
+def ridge(features: torch.Tensor, targets: torch.Tensor, penalty: float = 1e-3) -> torch.Tensor:
+    """(N, D), (N, C) to the weights (C, D) that tell the centred targets of the centred features."""
+    centred = (features - features.mean(0)).double()
+    products = centred.T @ centred
+    products += penalty * products.trace() / len(products) * torch.eye(len(products))
+    return torch.linalg.solve(products, centred.T @ (targets - targets.mean(0))).T.float()
 
 
 def same_weights(one: torch.nn.Module, state: dict[str, torch.Tensor]) -> bool:

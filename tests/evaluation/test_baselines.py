@@ -20,7 +20,7 @@ WAYS, SHOTS, QUERIES, EPISODES = 3, 2, 3, 6
 @pytest.fixture(scope="module")
 def data(toy_data):
     """Toy images under noise, so that accuracies are neither 0 nor 100."""
-    pixels = (toy_data.pixels.float() * 0.1 + random_pixels(160).float() * 0.9).to(torch.uint8)
+    pixels = (toy_data.pixels.float() * 0.3 + random_pixels(160).float() * 0.7).to(torch.uint8)
     keep = torch.arange(160) % 20 < 6
     return LabelledImages(pixels[keep], toy_data.labels[keep], toy_data.label_names, "noisy")
 

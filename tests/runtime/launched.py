@@ -1,7 +1,7 @@
 """What `test_launch.py` starts. Under `accelerate launch`: one process of a launch. With `--fork`: several launches
 one after the other, whose processes are forked from one that has imported torch, which takes most of the time.
 
-    launched.py JSON            {"commands": [[...], ...], "fault": [kind, process] or null}
+    launched.py JSON            {"commands": [[...], ...], "fault": [kind, process] or null, "best": step or null}
     launched.py --fork JSON     a list of these, each with "processes", "environment" and "log" (a file); with
                                 "machines" (each a "folder" and "commands") every process is a machine of its own
 """
@@ -17,6 +17,7 @@ import torch
 
 import lora_recycle.distillation.saving  # noqa: F401
 from lora_recycle.cli.main import main
+from lora_recycle.distillation.judging import Judgements
 from lora_recycle.distillation.trainer import MetaLoraTrainer
 from lora_recycle.errors import DataError
 from lora_recycle.runtime.launch import deal, process_state
@@ -26,6 +27,8 @@ def run(scenario) -> int:
     torch.set_num_threads(1)
     if scenario.get("fault"):
         plant(*scenario["fault"])
+    if scenario.get("best"):
+        judge_best(scenario["best"])
     for command in scenario["commands"]:
         if code := deal_out(command[1]) if command[0] == "deal" else main(command):
             return code
@@ -45,6 +48,16 @@ def plant(kind: str, process: int) -> None:
         return losses(trainer, batch)
 
     MetaLoraTrainer._losses = faulty
+
+
+def judge_best(best: int) -> None:
+    """The students of this step err least, whatever their weights: which truly do differs between processors."""
+    add = Judgements.add
+
+    def told(self, step, blend, errors, parameters):
+        add(self, step, blend, torch.full_like(errors, 30.0 + abs(step - best)), parameters)
+
+    Judgements.add = told
 
 
 def deal_out(count: str) -> int:

@@ -27,10 +27,10 @@ def machines(tmp_path_factory):
         yield found
 
 
-def launch_both(machines, *commands, **changes):
-    port = free_port()
-    both = [commands[0], commands[-1]]
-    return run(*(m.launch(port, *VERB, *command, **changes) for m, command in zip(machines, both, strict=True)))
+def launch_both(machines, commands):
+    """Each machine runs all of these commands in one process."""
+    port, scenario = free_port(), json.dumps({"commands": [[str(word) for word in words] for words in commands]})
+    return run(*(machine.launch(port, LAUNCHED, scenario) for machine in machines))
 
 
 def share(machines, folder):
@@ -41,20 +41,18 @@ def share(machines, folder):
     return folder
 
 
-def test_two_machines_make_what_one_process_makes(machines, tiny_pool_path, tiny_surrogate, tmp_path):
+def test_two_machines_make_what_one_process_makes(machines, tiny_pool_path, tiny_inverted, tmp_path):
     shared = share(machines, tmp_path / "shared")
-    first, second = launch_both(machines, ["invert", tiny_pool_path, "--output", "shared/surrogate", *INVERT])
+    invert = ["invert", tiny_pool_path, "--output", "shared/surrogate", *INVERT]
+    first, second = launch_both(machines, [invert, distill(tiny_pool_path, "shared/surrogate", "shared/meta")])
     assert first[0] == second[0] == 0, first[2] + second[2]
-    for entry in [*tiny_surrogate.manifest["shards"], {"file": "manifest.json"}]:
-        assert (shared / "surrogate" / entry["file"]).read_bytes() == (
-            tiny_surrogate.folder / entry["file"]
-        ).read_bytes()
-    assert first[1].count("adapter-0 ") == 1 and second[1] == ""  # the main process alone reports
-    assert "Next: " in first[2] and "Next: " not in second[2]
-    first, second = launch_both(machines, distill(tiny_pool_path, "shared/surrogate", "shared/meta"))
-    assert first[0] == second[0] == 0, first[2] + second[2]
-    assert "relational " in first[1] and second[1] == ""
-    assert main(distill(tiny_pool_path, tiny_surrogate.folder, tmp_path / "one")) == 0
+    for entry in [*tiny_inverted.manifest["shards"], {"file": "manifest.json"}]:
+        made, expected = (folder / entry["file"] for folder in (shared / "surrogate", tiny_inverted.folder))
+        assert made.read_bytes() == expected.read_bytes()
+    assert first[1].count("adapter-0 ") == 1 and "relational " in first[1]
+    assert second[1] == ""  # the main process alone reports
+    assert first[2].count("Next: ") == 2 and "Next: " not in second[2]
+    assert main(distill(tiny_pool_path, tiny_inverted.folder, tmp_path / "one")) == 0
     one, two = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "one", shared / "meta"))
     assert furthest(one, two) < 5e-6 and max(value.abs().max() for value in one.values()) > 0.1
     for machine in machines:
