@@ -94,7 +94,8 @@ class FewShotSession:
         _check_number(len(images), "new images")
         model = self.fit()
         pixels = model.preprocess(images)
-        rows = model.predict_proba(pixels)
+        with torch.inference_mode():
+            rows = model.probabilities(torch.cat([model.features(part) for part in pixels.split(64)]))
         attention = torch.cat([patch_attention(model.backbone, part) for part in pixels.split(64)]).cpu()
         names, seen = model.label_names, _as_seen(model.backbone, pixels)
         return [

@@ -1,8 +1,9 @@
-"""`lora-recycle inspect`: what adapters, pools and surrogate data are, read without a model."""
+"""`lora-recycle inspect`: what adapters, pools and surrogate data are, read without the weights of a model."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 import shlex
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from ..backbones import Backbone
     from ..hub.adapters import AdapterInfo
     from ..surrogate import SurrogateDataset
+    from ..usability import Usability
 
 
 EPILOG = """\
@@ -44,7 +46,7 @@ examples:
 
 ADAPTER_HEADER = (
     *("name", "base", "revision", "type", "rank", "targets", "classes", "labels"),
-    *("transformers", "converted", "size", "commit"),
+    *("transformers", "converted", "size", "usable", "commit"),
 )
 SHARD_HEADER = ("adapter", "images", "accuracy", "confidence")
 
@@ -68,6 +70,7 @@ def run(args: argparse.Namespace) -> None:
     from ..hub.class_names import name_classes
     from ..hub.sources import BadAdapters, pull_adapters
     from ..surrogate import MANIFEST, SurrogateDataset
+    from ..usability import check_usable
 
     if (args.meta_lora or args.data) and not args.images:
         raise ConfigError("--meta-lora and --data go with --images.")
@@ -80,23 +83,30 @@ def run(args: argparse.Namespace) -> None:
     bad = BadAdapters(args.on_error)
     infos = pull_adapters([name for name in named if name not in folders], bad, progress=not args.quiet)
     infos = name_classes(infos, args.class_names, [name for name, _ in bad.skipped])
+    checked = [] if args.short else check_usable(infos)
     if args.json:
-        everything = [{"kind": "adapter", **info.to_dict()} for info in infos]
+        everything: list[dict[str, Any]] = [
+            {"kind": "adapter", **info.to_dict(), **dataclasses.asdict(found)}
+            for info, found in zip(infos, checked, strict=True)
+        ]
         everything += [{"kind": "skipped", "name": name, "reason": reason} for name, reason in bad.skipped]
         everything += [{"kind": "surrogate", "path": str(s.folder), **s.manifest} for s in surrogates]
-        print(json.dumps(everything, indent=1, default=str))
+        print(json.dumps(everything, indent=1, default=str, allow_nan=False))
     elif args.short:
         for info in infos:
             print(info.where if info.revision else info.path)
         for surrogate in surrogates:
             print(surrogate.folder)
     else:
-        parts = [table(ADAPTER_HEADER, map(_adapter_row, infos))] if infos else []
+        parts = [table(ADAPTER_HEADER, map(_adapter_row, infos, checked))] if infos else []
+        reasons = [f"usable: {found}" for found in checked if found.reason]
+        parts += ["\n".join(reasons)] if reasons else []
         parts += [_surrogate_text(surrogate) for surrogate in surrogates]
         if parts:
             print("\n\n".join(parts))
     tell_skipped(bad.skipped, len(infos))
-    hint(_next(args, infos, bool(surrogates)))
+    if not infos or args.short or any(found.usable is not False for found in checked):
+        hint(_next(args, infos, bool(surrogates)))
 
 
 def _next(args: argparse.Namespace, infos: list[AdapterInfo], surrogate: bool) -> str:
@@ -148,7 +158,7 @@ def _views(args: argparse.Namespace, surrogate: SurrogateDataset) -> list[tuple[
     return [("Frozen backbone", Backbone.from_pretrained(base["name"], revision=base.get("revision"))), *views]
 
 
-def _adapter_row(info: AdapterInfo) -> tuple[Any, ...]:
+def _adapter_row(info: AdapterInfo, found: Usability) -> tuple[Any, ...]:
     return (
         info.name,
         info.base_model,
@@ -161,6 +171,7 @@ def _adapter_row(info: AdapterInfo) -> tuple[Any, ...]:
         info.generation,
         None if info.converted is None else "yes" if info.converted else "no",
         _size(info.size_bytes),
+        {True: "yes", False: "no", None: "?"}[found.usable],
         _short(info.revision),
     )
 

@@ -121,7 +121,7 @@ def _print(args: argparse.Namespace, paths: list[Path], probabilities: torch.Ten
             {"file": str(path), "label": label, "probabilities": dict(zip(names, row, strict=True))}
             for path, label, row in zip(paths, labels, probabilities.tolist(), strict=True)
         ]
-        print(json.dumps(rows, indent=1))
+        print(json.dumps(rows, indent=1, allow_nan=False))
     elif args.csv:
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(["file", "label", "probability", *(f"p({name})" for name in names)])

@@ -74,7 +74,7 @@ class Cell:
     def save(self, folder: Path, verdict: Verdict) -> None:
         self.verdict = verdict
         values = {"identity": self.identity, **dataclasses.asdict(verdict), "accuracies": verdict.accuracies.tolist()}
-        atomic_write(self.path(folder), json.dumps(values).encode())
+        atomic_write(self.path(folder), json.dumps(values, allow_nan=False).encode())
 
 
 def identity(data_sum: str, backbone_sum: str, settings: dict[str, Any], numbers: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoModel
 
+from ..base_models import LOADING
 from ..embedded import backbone_name
 from ..errors import AdapterError, ConfigError
 from ..storage import atomic_write
@@ -71,7 +72,7 @@ def export(
         described["checked"] = _compared(graph, run)
         for written in Path(name).iterdir():
             os.replace(written, folder / written.name)
-    atomic_write(folder / DESCRIPTION_FILE, json.dumps(described, indent=1).encode())
+    atomic_write(folder / DESCRIPTION_FILE, json.dumps(described, indent=1, allow_nan=False).encode())
     return described
 
 
@@ -140,11 +141,13 @@ def _write_transformers(graph: _Graph, folder: Path) -> Run:
         config.pooler_act, config.pooler_output_size = "linear", backbone.hidden_size
         width = backbone.hidden_size
         state |= {"pooler.dense.weight": torch.eye(width), "pooler.dense.bias": torch.zeros(width)}
-    network = AutoModel.from_config(config)
+    with LOADING:
+        network = AutoModel.from_config(config)
     network.load_state_dict(state)
     network.save_pretrained(folder)
     backbone.processor.save_pretrained(folder)
-    loaded = AutoModel.from_pretrained(folder)
+    with LOADING:
+        loaded = AutoModel.from_pretrained(folder)
     return lambda images: loaded(pixel_values=images).pooler_output
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..backbones import check_embeddings
 from ..errors import ConfigError, DataError
 from ..task_tuning.base import TaskNetwork, TaskTuning, tune_task
 from ..task_tuning.config import TaskTuningConfig
@@ -34,7 +35,9 @@ def tune_model(
     pixel_values = torch.cat(list(pixel_batches(as_batch(images), model.backbone, 64)))
     tokens = network.tokens(pixel_values)
     with torch.no_grad():
-        task = FewShotTask.fitted(network.features(tokens), names, model.head)
+        features = network.features(tokens)
+        check_embeddings(features, pixel_values, model.backbone.name)
+        task = FewShotTask.fitted(features, names, model.head)
     column = {name: i for i, name in enumerate(task.label_names)}
     centres = tune_task(network, tokens, torch.tensor([column[name] for name in names]), len(column), config)
     # the centres take the place of means, where they are not: the head, saving and `add_classes` go on as before
