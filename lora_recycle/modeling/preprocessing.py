@@ -11,11 +11,10 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..backbones import Backbone
-from ..decoding import decoded
+from ..backbones.backbone import Backbone
 from ..errors import ConfigError, DataError
-from ..image_sources import ImageSource, dataset_source, is_dataset
-from ..pictures import to_uint8
+from ..images.decode import decoded, to_uint8
+from ..images.sources import ImageSource, dataset_source, is_dataset
 
 
 def as_batch(images: Any) -> Any:
@@ -41,7 +40,7 @@ def pixel_batches(
     """Normalised images (B, 3, S, S) in batches of at most `batch_size`, on the backbone's device.
 
     Files are decoded by threads while the caller works on the batch before, and no more than two batches are in
-    memory. Tensors and arrays are pixels, never normalised values: see [`pictures.to_uint8`].
+    memory. Tensors and arrays are pixels, never normalised values: see [`images.decode.to_uint8`].
 
     Args:
         images: what [`as_batch`] gives.
