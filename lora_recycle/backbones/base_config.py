@@ -77,18 +77,24 @@ def read_base_settings(folder: Path, where: str) -> dict[str, Any]:
     if not path.is_file():
         raise AdapterError(f"{where}: the backbone cannot be loaded ({CONFIG_FILE} is missing).")
     try:
-        settings = parse_json(read_text(path))
-        if not isinstance(settings, dict):
-            raise ValueError(f"it must be a JSON object, got a {type(settings).__name__}")
-        for key, reason in _REFUSED.items():
-            if settings.get(key):
-                raise ValueError(reason)
+        settings = read_settings(path)
     except (OSError, ValueError) as error:
         raise AdapterError(f"{where}: {CONFIG_FILE}: {error}.") from error
     model_type = settings.get("model_type")
     if model_type not in (*FAMILIES, *TWO_TOWER_TYPES):
         known = ", ".join((*FAMILIES, *TWO_TOWER_TYPES))
         raise AdapterError(f"{where}: backbones of type {str(model_type)[:80]} are not supported ({known} are).")
+    return settings
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The parsed file. Raises `ValueError` where it is no plain JSON object, names code, or is of quantised weights."""
+    settings = parse_json(read_text(path))
+    if not isinstance(settings, dict):
+        raise ValueError(f"it must be a JSON object, got a {type(settings).__name__}")
+    for key, reason in _REFUSED.items():
+        if settings.get(key):
+            raise ValueError(reason)
     return settings
 
 

@@ -21,7 +21,7 @@ from ..errors import AdapterError
 from ..hub.download import fetch
 from ..hub.embedded import resolve_backbone
 from ..runtime.untrusted import MAX_TEXT_BYTES, count, parse_json, read_safetensors_header, read_text
-from .base_config import MAX_PARAMETERS, num_parameters, read_base_settings, tower_config, whole_config
+from .base_config import MAX_PARAMETERS, num_parameters, read_base_settings, read_settings, tower_config, whole_config
 from .families import TOWERS
 
 
@@ -168,8 +168,8 @@ class BaseModel:
         """The image processor. Raises `AdapterError` where there is none that transformers knows."""
         try:
             for name in ("preprocessor_config.json", "processor_config.json"):
-                if (self.folder / name).is_file() and not isinstance(parse_json(read_text(self.folder / name)), dict):
-                    raise ValueError(f"{name} must be a JSON object")
+                if (self.folder / name).is_file():
+                    read_settings(self.folder / name)
             # of a file that names no processor the model's type does
             config = CONFIG_MAPPING[self.model_type]()
             with LOADING:

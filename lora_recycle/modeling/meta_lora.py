@@ -22,7 +22,7 @@ from ..adapters.pull import pull_adapter
 from ..adapters.quantization import store_weights
 from ..adapters.sources import named_base
 from ..backbones.backbone import Backbone, check_embeddings
-from ..errors import AdapterError, ConfigError, DataError
+from ..errors import ConfigError, DataError
 from ..fewshot.heads import make_head
 from ..hub.embedded import backbone_name, resolve_meta_lora
 from ..hub.repo_files import CARD_FILE, PICTURE_FILE, SIDECAR_FILE
