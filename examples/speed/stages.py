@@ -199,26 +199,29 @@ def use(world: World) -> Iterator[tuple[MetaLoRAForFewShotClassification, torch.
             parameter.normal_(0, 0.01)
     student.peft_model.to(world.dtype)
     model = student.to_model().merge()
-    model.fit(normalized(world, 2 * WAYS), list(range(WAYS)) * 2)
+    model.fit(world.pixels(2 * WAYS), list(range(WAYS)) * 2)
     yield model, worn
 
 
-def normalized(world: World, count: int) -> torch.Tensor:
-    return world.backbone.normalize(world.pixels(count)).to(world.dtype)
+def images_and_pixel_values(world: World, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images as the model takes them, uint8, and as the network below it does, normalised; both on the device."""
+    pixels = world.pixels(count).to(world.device)
+    return pixels, world.backbone.normalize(pixels).to(world.dtype)
 
 
 @contextlib.contextmanager
 def predict(world: World) -> Iterator[list[Case]]:
-    """Predictions for preprocessed images, one and many at a time, and the preprocessing of 64 pictures by itself."""
+    """Predictions for images of the model's size, one and many at a time, and the preprocessing of 64 pictures by
+    itself."""
     cases = []
     with use(world) as (model, worn):
         backbone = model.backbone  # merged; a copy elsewhere in memory would be up to a tenth faster or slower
         features, bare = (torch.inference_mode()(forward) for forward in (backbone.features, backbone.model))
         centres = model.prototypes.to(world.dtype)
         for count in (1, 64):
-            x = normalized(world, count)
+            images, x = images_and_pixel_values(world, count)
             cases += [
-                Case(f"predict_{count}", lambda x=x: model.predict(x), count, 1.0),
+                Case(f"predict_{count}", lambda images=images: model.predict(images), count, 1.0),
                 Case(f"predict_{count}_features", lambda x=x: features(x), count, 1.0),
                 Case(f"predict_{count}_bare", lambda x=x: bare(x), count, 1.0),
                 Case(f"predict_{count}_baseline", lambda x=x: baselines.predict(worn, x, centres), count, 1.0),
@@ -234,12 +237,13 @@ def predict(world: World) -> Iterator[list[Case]]:
 
 @contextlib.contextmanager
 def fit(world: World) -> Iterator[list[Case]]:
-    """A 5-way 5-shot support set, preprocessed."""
+    """A 5-way 5-shot support set of images of the model's size."""
     with use(world) as (model, worn):
-        x, labels = normalized(world, 5 * WAYS), torch.arange(WAYS).repeat(5)
+        images, x = images_and_pixel_values(world, 5 * WAYS)
+        labels = torch.arange(WAYS).repeat(5)
         names = labels.tolist()
         yield [
-            Case("fit", lambda: model.fit(x, names), len(x), 1.0),
+            Case("fit", lambda: model.fit(images, names), len(x), 1.0),
             Case("fit_baseline", lambda: baselines.fit(worn, x, labels.to(world.device), WAYS), len(x), 1.0),
         ]
 

@@ -23,11 +23,10 @@ from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, CLIPModel
+from transformers import CLIPModel
 
+from ..backbones.base_models import BaseModel
 from ..errors import AdapterError
-from ..hub.download import resolve_commit
-from ..hub.embedded import resolve_backbone
 from ..hub.repo_files import MAX_CLASSES, WEIGHTS_FILE
 from .files import POOLED_HEAD, read_shapes
 from .keys import PEFT_PREFIX
@@ -72,28 +71,12 @@ def import_paper_file(
 
 
 def _load_base(name: str | Path, revision: str | None, hub: dict) -> CLIPModel:
-    path, options = resolve_backbone(name), {**hub, "revision": revision}
-    try:
-        if not Path(path).is_dir():
-            options["revision"] = resolve_commit(path, revision, **hub)
-        kind = AutoConfig.from_pretrained(path, **options).model_type
-        if kind != "clip":
-            raise AdapterError(
-                f"{name}: is a {kind} model, but the paper's code tunes CLIP. Name the CLIP model, whole."
-            )
-        loaded: Any = CLIPModel.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
+    base = BaseModel.pull(name, revision, **hub)
+    if base.model_type != "clip":
+        raise AdapterError(
+            f"{name}: is a {base.model_type} model, but the paper's code tunes CLIP. Name the CLIP model, whole."
         )
-    except AdapterError:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise AdapterError(f"{name}: the base model cannot be loaded ({reason}).") from error
-    model, loading = loaded
-    if loading["missing_keys"]:
-        lacking = ", ".join(sorted(loading["missing_keys"])[:3])
-        raise AdapterError(f"{name}: its weights are not whole; it lacks {lacking}.")
-    return model
+    return cast(CLIPModel, base.load(CLIPModel, base.whole_config()))
 
 
 def _peft_names(shapes: dict[str, tuple[int, ...]], model: CLIPModel, where: str) -> dict[str, str]:

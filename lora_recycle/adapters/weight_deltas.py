@@ -28,6 +28,8 @@ _PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva", None)
 def to_adapter(loaded: LoadedAdapter, backbone: Backbone) -> Adapter:
     """Turn PEFT tensors into weight changes: in closed form for plain LoRA, by merging for every other type.
 
+    On a backbone without weights, where nothing can be merged, adapters of other types have no changes.
+
     Raises:
         AdapterError: the adapter cannot run on the backbone, or gives numbers that are not finite.
     """
@@ -113,6 +115,8 @@ def _lora_factors(loaded: LoadedAdapter, backbone: Backbone) -> Parts:
 @torch.no_grad()
 def _peft_changes(loaded: LoadedAdapter, backbone: Backbone) -> Parts:
     """What merging changes, where that says all: the merged model must answer as PEFT's own does, else its layers."""
+    if not backbone.has_weights:
+        return {}, {}, {}
     base = {name: p.detach().float().cpu() for name, p in backbone.model.named_parameters()}
     image = torch.randn(1, 3, backbone.image_size, backbone.image_size, generator=torch.Generator().manual_seed(0))
     # indices come from a file too

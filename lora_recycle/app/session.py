@@ -92,7 +92,8 @@ class FewShotSession:
         _check_number(len(images), "new images")
         task, backbone = self.fit(), self.model.backbone
         pixels = self.model.preprocess(images)
-        rows = task.predict_proba(pixels)
+        with torch.inference_mode():
+            rows = task.probabilities(torch.cat([self.model.features(part) for part in pixels.split(64)]))
         attention = torch.cat([patch_attention(backbone, part) for part in pixels.split(64)]).cpu()
         names, seen = task.label_names, _as_seen(backbone, pixels)
         return [

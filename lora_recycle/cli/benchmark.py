@@ -79,7 +79,7 @@ def _write(name: str, recipe: BenchmarkRecipe, cells: list[Cell], notes: list[st
     rows, details = rows_and_details(cells)
     about = {"recipe": recipe.to_dict(), "notes": notes, "versions": versions()}
     values = {"rows": rows, "details": details, **about}
-    atomic_write(output / "results.json", (json.dumps(values, indent=1) + "\n").encode())
+    atomic_write(output / "results.json", (json.dumps(values, indent=1, allow_nan=False) + "\n").encode())
     atomic_write(output / "results.md", markdown(rows, details).encode())
     atomic_write(output / "index.html", benchmark_page(f"Benchmark: {name}", rows, details, about).encode())
     header = ("method", "data", "shots", "accuracy", "vs frozen", "vs average")

@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
     for remark in result.notes:
         note(remark)
     if args.json:
-        atomic_write(Path(args.json), json.dumps({"rows": result.rows}, indent=1).encode())
+        atomic_write(Path(args.json), json.dumps({"rows": result.rows}, indent=1, allow_nan=False).encode())
     hint(f"lora-recycle predict {shlex.quote(args.model)} --support FOLDER_OF_CLASS_FOLDERS IMAGES...")
 
 

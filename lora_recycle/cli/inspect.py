@@ -1,8 +1,9 @@
-"""`lora-recycle inspect`: what adapters, pools and surrogate data are, read without a model."""
+"""`lora-recycle inspect`: what adapters, pools and surrogate data are, read without the weights of a model."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 import shlex
@@ -28,6 +29,7 @@ from .common import (
 
 if TYPE_CHECKING:
     from ..adapters.pull import AdapterInfo
+    from ..adapters.usability import Usability
     from ..backbones.backbone import Backbone
     from ..surrogate.dataset import SurrogateDataset
 
@@ -46,7 +48,7 @@ examples:
 
 ADAPTER_HEADER = (
     *("name", "base", "revision", "type", "rank", "targets", "classes", "labels"),
-    *("transformers", "converted", "size", "commit"),
+    *("transformers", "converted", "size", "usable", "commit"),
 )
 SHARD_HEADER = ("adapter", "images", "accuracy", "confidence")
 
@@ -69,6 +71,7 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
 def run(args: argparse.Namespace) -> None:
     from ..adapters.class_names import name_classes
     from ..adapters.sources import BadAdapters, pull_adapters
+    from ..adapters.usability import check_usable
     from ..surrogate.dataset import MANIFEST, SurrogateDataset
 
     if (args.meta_lora or args.data) and not args.images:
@@ -82,23 +85,30 @@ def run(args: argparse.Namespace) -> None:
     bad = BadAdapters(args.on_error)
     infos = pull_adapters([name for name in named if name not in folders], bad, progress=not args.quiet)
     infos = name_classes(infos, args.class_names, [name for name, _ in bad.skipped])
+    checked = [] if args.short else check_usable(infos)
     if args.json:
-        everything = [{"kind": "adapter", **info.to_dict()} for info in infos]
+        everything: list[dict[str, Any]] = [
+            {"kind": "adapter", **info.to_dict(), **dataclasses.asdict(found)}
+            for info, found in zip(infos, checked, strict=True)
+        ]
         everything += [{"kind": "skipped", "name": name, "reason": reason} for name, reason in bad.skipped]
         everything += [{"kind": "surrogate", "path": str(s.folder), **s.manifest} for s in surrogates]
-        echo(json.dumps(everything, indent=1, default=str))
+        echo(json.dumps(everything, indent=1, default=str, allow_nan=False))
     elif args.short:
         for info in infos:
             echo(single_line(info.where if info.revision else str(info.path)))
         for surrogate in surrogates:
             echo(surrogate.folder)
     else:
-        parts = [table(ADAPTER_HEADER, map(_adapter_row, infos))] if infos else []
+        parts = [table(ADAPTER_HEADER, map(_adapter_row, infos, checked))] if infos else []
+        reasons = [f"usable: {found}" for found in checked if found.reason]
+        parts += ["\n".join(reasons)] if reasons else []
         parts += [_surrogate_text(surrogate) for surrogate in surrogates]
         if parts:
             echo("\n\n".join(parts))
     tell_skipped(bad.skipped, len(infos))
-    hint(_next(args, infos, bool(surrogates)))
+    if not infos or args.short or any(found.usable is not False for found in checked):
+        hint(_next(args, infos, bool(surrogates)))
 
 
 def _next(args: argparse.Namespace, infos: list[AdapterInfo], surrogate: bool) -> str:
@@ -150,7 +160,7 @@ def _views(args: argparse.Namespace, surrogate: SurrogateDataset) -> list[tuple[
     return [("Frozen backbone", Backbone.from_pretrained(base["name"], revision=base.get("revision"))), *views]
 
 
-def _adapter_row(info: AdapterInfo) -> tuple[Any, ...]:
+def _adapter_row(info: AdapterInfo, found: Usability) -> tuple[Any, ...]:
     return (
         info.name,
         info.base_model,
@@ -163,6 +173,7 @@ def _adapter_row(info: AdapterInfo) -> tuple[Any, ...]:
         info.generation,
         None if info.converted is None else "yes" if info.converted else "no",
         _size(info.size_bytes),
+        {True: "yes", False: "no", None: "?"}[found.usable],
         _short(info.revision),
     )
 

@@ -124,7 +124,7 @@ def _print(args: argparse.Namespace, paths: list[Path], probabilities: torch.Ten
             {"file": str(path), "label": label, "probabilities": dict(zip(names, row, strict=True))}
             for path, label, row in zip(paths, labels, probabilities.tolist(), strict=True)
         ]
-        echo(json.dumps(rows, indent=1))
+        echo(json.dumps(rows, indent=1, allow_nan=False))
     elif args.csv:
         echo(_csv(names, zip(paths, labels, highest, probabilities.tolist(), strict=True)))
     else:

@@ -91,7 +91,7 @@ def run_demo(
     rows, notes = [row for r in results for row in r.rows], [text for r in results for text in r.notes]
     model.settings["results"] = rows
     save_meta_lora(model, meta_lora)
-    atomic_write(output / "results.json", json.dumps({"rows": rows}, indent=1).encode())
+    atomic_write(output / "results.json", json.dumps({"rows": rows}, indent=1, allow_nan=False).encode())
     curves = {f"inversion, mean of {len(adapters)} adapters": inversion_losses}
     report = write_training_report(
         output / "report.html", trainer, model.settings, meta_lora, rows=rows, curves=curves
@@ -141,7 +141,7 @@ def _invert(
 
     def remember(name: str, _: Shard) -> None:
         curves[name] = inverter.losses
-        atomic_write(path, json.dumps(curves).encode())
+        atomic_write(path, json.dumps(curves, allow_nan=False).encode())
 
     folder, resume = output / "surrogate", True
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,9 @@ class Checkpoints:
             if selection.first is not None:
                 tensors["judged.first"] = selection.first
         save_sealed(self.folder / f"checkpoint-{step:08d}.safetensors", tensors, header)
-        atomic_write(self.folder / LOG_FILE, json.dumps(history).encode())
+        # a step that was left out has no loss, for which JSON has null and no NaN
+        log = {name: [value if math.isfinite(value) else None for value in values] for name, values in history.items()}
+        atomic_write(self.folder / LOG_FILE, json.dumps(log, allow_nan=False).encode())
         for path in self.files()[KEEP:]:
             path.unlink(missing_ok=True)
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from ..adapters.pull import AdapterInfo, pull_adapter
-from ..adapters.sources import adapter_ids, one_id
+from ..adapters.sources import adapter_ids, named_base, one_id
 from ..adapters.zero_shot_heads import PROMPT
 from ..errors import AdapterError, DataError
 from ..hub.embedded import BACKBONE_NAME, pool_path, resolve_meta_lora
@@ -126,8 +126,9 @@ def _pool(info: AdapterInfo, settings: dict, given: Sequence, dtype: torch.dtype
         names.append(f"{source['name']}@{source['revision']}" if source.get("revision") else local[source["sha256"]])
     prompted = {s["name"]: s["labels"] for s in sources if s.get("prompt") and s.get("labels")}
     prompt = next((s["prompt"] for s in sources if s.get("prompt")), PROMPT)
+    base = None if info.base_model is None else named_base(info)
     options: dict[str, Any] = {"base_revision": info.base_revision, "class_names": prompted or None, "prompt": prompt}
-    pool = AdapterPool.from_pretrained(names, info.base_model, device=device, dtype=dtype, **options)
+    pool = AdapterPool.from_pretrained(names, base, device=device, dtype=dtype, **options)
     for source, got in zip(sources, pool.infos, strict=True):
         if got.sha256 != source["sha256"]:
             raise DataError(f"{got.where}: has not the bytes that {info.where} was made of; its repo was rewritten.")

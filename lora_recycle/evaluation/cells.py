@@ -74,7 +74,7 @@ class Cell:
     def save(self, folder: Path, result: MethodResult) -> None:
         self.result = result
         values = {"identity": self.identity, **dataclasses.asdict(result), "accuracies": result.accuracies.tolist()}
-        atomic_write(self.path(folder), json.dumps(values).encode())
+        atomic_write(self.path(folder), json.dumps(values, allow_nan=False).encode())
 
 
 def identity(data_sum: str, backbone_sum: str, settings: dict[str, Any], numbers: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..errors import DataError
+from ..errors import AdapterError, DataError
 from ..fewshot.heads import FewShotHead
 from ..fewshot.prototypes import centre_logits
 from .support import support_set, without_failures
@@ -21,10 +21,11 @@ Self = TypeVar("Self", bound="FewShotClassifier")
 class FewShotClassifier:
     """Learns one task from its support images and classifies by it.
 
-    `images` may be PIL images, arrays (H, W, 3), paths, file:// URLs, a `datasets.Dataset`, uint8 tensors
-    (N, 3, H, W), or floating-point ones, which are taken as normalised; one image alone is a list of one. An image
-    that cannot be read raises `DataError`, unless `failures` is given: a dictionary that takes its number and the
-    reason.
+    `images` may be PIL images, arrays (H, W, 3), tensors (N, 3, H, W), paths, file:// URLs, or a `datasets.Dataset`;
+    one image alone is a list of one. Numbers in arrays and tensors are pixels, uint8 or floats from 0 to 1 as ToTensor
+    gives them; values that are normalised already are refused, and go through `model.features` and `probabilities`.
+    An image that cannot be read raises `DataError`, unless `failures` is given: a dictionary that takes its number
+    and the reason.
 
     The task is replaced as a whole, so that a prediction in another thread sees the one or the other.
     """
@@ -96,6 +97,16 @@ class FewShotClassifier:
         return self._probabilities(task, self._seen(images, failures, progress), failures)
 
     @torch.inference_mode()
+    def probabilities(self, features: torch.Tensor) -> torch.Tensor:
+        """Class probabilities of embeddings (N, D), as `embed` or `features` of the model gives them: (N, classes),
+        float32 on the CPU.
+
+        Raises:
+            AdapterError: they are not finite.
+        """
+        return finite(probabilities_of(self._fitted(), features, self.head))
+
+    @torch.inference_mode()
     def predict(
         self, images: Any, *, failures: dict[int, str] | None = None, reject_below: float | None = None
     ) -> list[Any]:
@@ -135,7 +146,7 @@ class FewShotClassifier:
     ) -> torch.Tensor:
         if not len(features):  # all of them failed
             return torch.full((len(failures or ()), len(task.label_names)), torch.nan)
-        return _with_failures(probabilities_of(task, features, self.head), failures)
+        return _with_failures(finite(probabilities_of(task, features, self.head)), failures)
 
     def _seen(self, images: Any, failures: dict[int, str] | None, progress: bool = False) -> torch.Tensor:
         """Embeddings of the images that can be read."""
@@ -168,6 +179,16 @@ def _with_failures(values: torch.Tensor, failures: dict[int, str] | None) -> tor
 def probabilities_of(task: FewShotTask, features: torch.Tensor, head: FewShotHead) -> torch.Tensor:
     """(N, D) on any device to (N, classes), float32 on the CPU."""
     return task.logits(features, head).float().softmax(-1).cpu()
+
+
+def finite(probabilities: torch.Tensor) -> torch.Tensor:
+    """The same. Raises `AdapterError` where they are not finite, since the first class would win."""
+    if not probabilities.isfinite().all():
+        raise AdapterError(
+            "Class probabilities are not finite. Look at the embeddings (absurdly large weights of the base model or "
+            "the adapter), and at the temperature and the parameters of the head."
+        )
+    return probabilities
 
 
 def best_labels(task: FewShotTask, probabilities: torch.Tensor, failures: dict[int, str] | None = None) -> list[Any]:
@@ -217,7 +238,8 @@ def mixed_probabilities(
         known.logits(part, task.head).float().softmax(-1)
         for task, known, part in zip(rows, fitted, parts, strict=True)
     ]
-    flat = torch.cat([score.flatten() for score in scores]).cpu()  # one copy from the device, not one for each task
+    # one copy from the device, not one for each task
+    flat = finite(torch.cat([score.flatten() for score in scores]).cpu())
     found = [
         row
         for score, part in zip(scores, flat.split([s.numel() for s in scores]), strict=True)

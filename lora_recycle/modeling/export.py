@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoModel
 
 from ..backbones.backbone import Backbone
+from ..backbones.base_models import LOADING
 from ..errors import AdapterError, ConfigError
 from ..fewshot.heads import FewShotHead
 from ..hub.embedded import backbone_name
@@ -84,7 +85,7 @@ def export(model: ExportableModel, folder: str | os.PathLike[str], format: str =
         described["checked"] = _compared(graph, run)
         for written in Path(name).iterdir():
             os.replace(written, folder / written.name)
-    atomic_write(folder / DESCRIPTION_FILE, json.dumps(described, indent=1).encode())
+    atomic_write(folder / DESCRIPTION_FILE, json.dumps(described, indent=1, allow_nan=False).encode())
     return described
 
 
@@ -153,11 +154,13 @@ def _write_transformers(graph: _Graph, folder: Path) -> Run:
         config.pooler_act, config.pooler_output_size = "linear", backbone.hidden_size
         width = backbone.hidden_size
         state |= {"pooler.dense.weight": torch.eye(width), "pooler.dense.bias": torch.zeros(width)}
-    network = AutoModel.from_config(config)
+    with LOADING:
+        network = AutoModel.from_config(config)
     network.load_state_dict(state)
     network.save_pretrained(folder)
     backbone.processor.save_pretrained(folder)
-    loaded = AutoModel.from_pretrained(folder)
+    with LOADING:
+        loaded = AutoModel.from_pretrained(folder)
     return lambda images: loaded(pixel_values=images).pooler_output
 
 

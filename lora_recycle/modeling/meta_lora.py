@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,9 @@ from ..adapters.load import load_adapter
 from ..adapters.peft_wrap import Layers, wrap
 from ..adapters.pull import pull_adapter
 from ..adapters.quantization import store_weights
-from ..backbones.backbone import Backbone
-from ..errors import AdapterError, ConfigError, DataError
+from ..adapters.sources import named_base
+from ..backbones.backbone import Backbone, check_embeddings
+from ..errors import ConfigError, DataError
 from ..fewshot.heads import make_head
 from ..hub.embedded import backbone_name, resolve_meta_lora
 from ..hub.repo_files import CARD_FILE, PICTURE_FILE, SIDECAR_FILE
@@ -108,11 +109,9 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
             make_head(head, {})  # an unknown name is told before anything is fetched
         hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         info = pull_adapter(resolve_meta_lora(repo_or_path), revision=revision, **hub)
-        if base_model is None and info.base_model is None:
-            raise AdapterError(f"{info.where}: adapter_config.json names no base model. Pass base_model=...")
         if base_model is None and base_revision is None:
             base_revision = info.base_revision
-        base = base_model or cast(str, info.base_model)
+        base = named_base(info) if base_model is None else base_model
         backbone = Backbone.from_pretrained(base, revision=base_revision, device=device, dtype=dtype, **hub)
         loaded = load_adapter(info, backbone.model)
         loaded.peft_config.base_model_name_or_path = str(base)
@@ -146,6 +145,12 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
         """Normalised images (B, 3, H, W) to embeddings (B, D)."""
         return self.backbone.features(pixel_values.to(self.device))
 
+    def _embeddings(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`features`, checked to be finite."""
+        features = self.features(pixel_values)
+        check_embeddings(features, pixel_values, self.backbone.name)
+        return features
+
     def forward(
         self,
         support_pixel_values: torch.Tensor,
@@ -162,11 +167,13 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
             query_labels: int64 (Q,); with them the output has a loss.
 
         Raises:
-            DataError: labels that do not number 0 to ways - 1, one class only, or fewer labels than images.
+            AdapterError: the embeddings are not finite.
+            DataError: labels that do not number 0 to ways - 1, one class only, or fewer labels than images; or the
+                images hold NaN or infinity.
         """
         support_labels = _check_support(support_pixel_values, support_labels).to(self.device)
         ways = int(support_labels.max()) + 1
-        features = self.features(torch.cat([support_pixel_values, query_pixel_values]))
+        features = self._embeddings(torch.cat([support_pixel_values, query_pixel_values]))
         support, query = features.split([len(support_pixel_values), len(query_pixel_values)])
         statistics = self.head.statistics(support, support_labels, ways)
         logits = self.head.logits(query, self.head.prepare(statistics))
@@ -174,14 +181,8 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
         return FewShotOutput(loss=loss, logits=logits, prototypes=self.head.centres(statistics))
 
     def preprocess(self, images: Any) -> torch.Tensor:
-        """What the backbone takes: images in any form that `fit` takes to (N, 3, S, S).
-
-        Floating-point tensors of the right size are taken as normalised already.
-        """
-        images = as_batch(images)
-        if isinstance(images, torch.Tensor) and images.is_floating_point():
-            return images
-        return to_pixel_values(images, self.backbone)
+        """What `features` and `forward` take: images in any form that `fit` takes to normalised (N, 3, S, S)."""
+        return to_pixel_values(as_batch(images), self.backbone)
 
     @torch.inference_mode()
     def embed(
@@ -193,9 +194,12 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
 
         Args:
             failures: takes the number and the error of each image that cannot be read, which is left out.
+
+        Raises:
+            AdapterError: the embeddings are not finite.
         """
         batches = pixel_batches(as_batch(images), self.backbone, batch_size, failures, progress)
-        parts = [self.features(pixel_values) for pixel_values in batches]
+        parts = [self._embeddings(pixel_values) for pixel_values in batches]
         if not parts:  # all of them failed
             return torch.zeros(0, self.backbone.hidden_size, device=self.device)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -333,7 +337,8 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
             "lora_recycle_version": __version__,
             "num_classes": None if task is None else len(task.label_names),
         }
-        atomic_write(folder / SIDECAR_FILE, json.dumps({**self.settings, **settings}, indent=1).encode())
+        sidecar = json.dumps({**self.settings, **settings}, indent=1, allow_nan=False)
+        atomic_write(folder / SIDECAR_FILE, sidecar.encode())
         if task is not None:
             save_task(folder / TASK_FILE, task)
         else:

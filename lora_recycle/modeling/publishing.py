@@ -70,7 +70,7 @@ def adapter_files(info: AdapterInfo, name: str, bits: int | None = None) -> dict
     if settings and PICTURE_FILE in files and read_picture(info) is None:
         del files[PICTURE_FILE]  # no picture
     if settings:
-        files[SIDECAR_FILE] = json.dumps(settings, indent=1).encode()
+        files[SIDECAR_FILE] = json.dumps(settings, indent=1, allow_nan=False).encode()
         files[CARD_FILE] = _card(info, name, settings, PICTURE_FILE in files)
     elif CARD_FILE in files:
         files[CARD_FILE] = _with_base(info)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..adapters.peft_wrap import tuner_layers
-from ..backbones.backbone import Backbone
+from ..backbones.backbone import Backbone, check_embeddings
 from ..errors import ConfigError
 from ..fewshot.heads import ClassCentreHead, FewShotHead
 from ..finetuning.base import TaskNetwork, tune_task
@@ -56,7 +56,9 @@ def tuned_task(
     pixel_values = torch.cat(list(pixel_batches(as_batch(images), network.backbone, 64)))
     tokens = network.tokens(pixel_values)
     with torch.no_grad():
-        task = FewShotTask.fitted(network.features(tokens), names, head)
+        features = network.features(tokens)
+        check_embeddings(features, pixel_values, network.backbone.name)
+        task = FewShotTask.fitted(features, names, head)
     column = {name: i for i, name in enumerate(task.label_names)}
     centres = tune_task(network, tokens, torch.tensor([column[name] for name in names]), len(column), config)
     # the centres take the place of means, where they are not: the head, saving and `add_classes` go on as before

@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from peft.helpers import disable_input_dtype_casting
 from tqdm.auto import tqdm
-from transformers import AutoModelForImageClassification, PreTrainedModel
+from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, PreTrainedModel
 
 from ..backbones.backbone import Backbone, extract_features
+from ..backbones.base_models import BaseModel
 from ..backbones.token_selection import num_kept
-from ..errors import DataError
+from ..errors import AdapterError, DataError
 from ..fewshot.prototypes import centre_logits, class_centres
-from ..hub.embedded import backbone_name, resolve_backbone
+from ..hub.embedded import backbone_name
 from ..hub.markdown import code, text
 from ..images.labelled import LabelledImages, load_labelled_images
 from ..runtime.launch import deal, mixed_precision, process_state
@@ -31,6 +32,20 @@ from .config import TuningConfig
 
 #: Images, uint8 (N, 3, H, W), and their labels, int64 (N,).
 Task = tuple[torch.Tensor, torch.Tensor]
+
+
+def load_classifier(base: BaseModel, label_names: list[str]) -> Any:
+    """The base model with a new head, in float32: float16 would not learn.
+
+    Raises:
+        AdapterError: it is not whole, or transformers has no classifier of its type.
+    """
+    config = base.whole_config(id2label=dict(enumerate(label_names)))
+    kind: Any = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(config), None)
+    if kind is None:
+        raise AdapterError(f"{base.name}: transformers has no image classifier of type {base.model_type}.")
+    # a type that has several lists the plain one first
+    return base.load(kind[0] if isinstance(kind, tuple) else kind, config, new=("classifier.",))
 
 
 def adapter_config(config: TuningConfig, model: PreTrainedModel) -> peft.PeftConfig:
@@ -120,13 +135,9 @@ def tune_adapter(
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     names = [data.label_names[c] for c in classes]
-    model = AutoModelForImageClassification.from_pretrained(
-        resolve_backbone(base_model),
-        dtype=torch.float32,  # whatever the file holds: float16 would not learn
-        num_labels=len(classes),
-        id2label=dict(enumerate(names)),
-    )
-    view = Backbone(model.base_model, Backbone.from_pretrained(base_model).processor, base_model).to(device)
+    base = BaseModel.pull(base_model)
+    model = load_classifier(base, names)
+    view = Backbone(model.base_model, base.image_processor(), base_model).to(device)
     train, held = split_task(data, classes, config, generator)
     frozen = start_head(view, model.classifier, train, held)
     wrapped = peft.get_peft_model(model, adapter_config(config, model)).to(view.device)

@@ -9,11 +9,10 @@ from html import escape
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 from ..backbones.backbone import Backbone, extract_features
+from ..backbones.base_models import CONFIG_FILES, BaseModel
 from ..errors import DataError
-from ..hub.embedded import resolve_backbone
 from ..images.labelled import LabelledImages
 from ..surrogate.dataset import SurrogateDataset
 from .charts import charts, scatter
@@ -113,12 +112,9 @@ def read_patch_size(surrogate: SurrogateDataset) -> int | None:
     """
     base = surrogate.manifest.get("backbone", {})
     try:
-        path = resolve_backbone(base["name"])
-        config = AutoConfig.from_pretrained(path, revision=base.get("revision"), trust_remote_code=False)
-    except (KeyError, OSError, ValueError):
+        return BaseModel.pull(base["name"], base.get("revision"), CONFIG_FILES).tower_config().patch_size
+    except (KeyError, ValueError):
         return None
-    size = getattr(getattr(config, "vision_config", config), "patch_size", None)  # CLIP's tower is a part of it
-    return size[0] if isinstance(size, (list, tuple)) else size
 
 
 def _maps(images: MapImages, views: Sequence[tuple[str, Backbone]]) -> str:

@@ -47,8 +47,12 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def read_safetensors_header(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of each tensor, from the header alone: names once, sizes positive and bounded, all inside the file."""
+def read_safetensors_header(path: Path, most: int = MAX_FILE_BYTES) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor, from the header alone: names once, sizes positive and bounded, all inside the file.
+
+    Args:
+        most: bytes that the tensors may take together as float32.
+    """
     header = _safetensors_json(path)
     shapes = {
         key: checked_shape(key, entry.get("shape") if isinstance(entry, dict) else None)
@@ -57,7 +61,7 @@ def read_safetensors_header(path: Path) -> dict[str, tuple[int, ...]]:
     }
     if not shapes:
         raise ValueError("it holds no tensors")
-    check_total(shapes.values())
+    check_total(shapes.values(), most)
     return shapes
 
 
@@ -66,11 +70,11 @@ def safetensors_metadata(path: Path) -> Any:
     return _safetensors_json(path).get("__metadata__")
 
 
-def check_total(shapes: Iterable[tuple[int, ...]]) -> None:
+def check_total(shapes: Iterable[tuple[int, ...]], most: int = MAX_FILE_BYTES) -> None:
     """Refuse tensors that would be too large together."""
     total = sum(count(shape) for shape in shapes) * _BYTES_PER_NUMBER
-    if total > MAX_FILE_BYTES:
-        raise ValueError(f"its tensors would take {total} bytes as float32, more than {MAX_FILE_BYTES}")
+    if total > most:
+        raise ValueError(f"its tensors would take {total} bytes as float32, more than {most}")
 
 
 def _safetensors_json(path: Path) -> dict[str, Any]:

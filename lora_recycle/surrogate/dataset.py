@@ -231,7 +231,7 @@ class SurrogateDataset:
         if not is_repo_id((self.manifest.get("backbone") or {}).get("name")):
             manifest["backbone"] = {}  # a folder of this machine
         files: dict[str, Path | bytes] = {e["file"]: self.folder / e["file"] for e in self.manifest["shards"]}
-        files[MANIFEST] = json.dumps(manifest, indent=1).encode()
+        files[MANIFEST] = json.dumps(manifest, indent=1, allow_nan=False).encode()
         files[PICTURE_FILE] = self.picture()
         files["README.md"] = surrogate_card(repo_id, manifest, picture=True).encode()
         with tempfile.TemporaryDirectory() as folder:
@@ -290,5 +290,5 @@ def write_manifest(folder: Path, header: dict[str, Any], files: list[Path]) -> S
             }
         )
     manifest = {"format_version": FORMAT_VERSION, **header, "shards": entries}
-    atomic_write(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+    atomic_write(folder / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False).encode())
     return SurrogateDataset(folder, manifest)

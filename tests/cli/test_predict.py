@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 
 CLASSES, IMAGES = 6, 8
@@ -53,6 +54,17 @@ def test_names_with_commas_and_quotes_survive_csv(work, tmp_path, run):
     _, out, _ = run("predict", work / "meta", "--support", support, query, "--csv")
     header, row = csv.reader(io.StringIO(out))
     assert header[3:] == ['p(a "big", dog)', "p(cat, small)"] and row[0] == str(query)
+
+
+@pytest.mark.parametrize("value", [1e38, float("nan")])
+def test_weights_that_give_no_numbers_are_an_error_and_no_answer(work, tmp_path, fails, value):
+    """It was NaN probabilities, the first label, exit code 0 and JSON that no parser takes."""
+    base = shutil.copytree(work / "base", tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    tensors["layernorm.weight"].fill_(value)
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    said = fails(*command(work, work / "photos" / "class 0", "--base-model", base, "--json", "--quiet"))
+    assert "embeddings are not finite. Look at the weights of the base model" in said
 
 
 def test_a_broken_photo_stops_the_run_by_its_name(work, mixed, fails):

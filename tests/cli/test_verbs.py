@@ -32,7 +32,7 @@ def test_inspect_prints_a_table_and_json(work, run):
     code, out, err = run("inspect", work / "pool")
     lines = out.splitlines()
     assert code == 0 and len(lines) == 4 and "Next:" in err
-    header = "name base revision type rank targets classes labels transformers converted size commit"
+    header = "name base revision type rank targets classes labels transformers converted size usable commit"
     assert lines[0].split() == header.split()
     assert "LOHA" in lines[3] and "class" in lines[1]
     code, out, _ = run("inspect", work / "pool" / "photos-000", work / "surrogate", "--json")

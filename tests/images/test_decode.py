@@ -153,10 +153,12 @@ def test_file_urls_are_paths(tmp_path):
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (np.zeros((3, 8, 8), np.uint8), r"must be \(H, W\) or \(H, W, channels\), got \(3, 8, 8\)"),
-        (np.zeros((8, 8), np.uint16), "must be uint8, got uint16"),
+        (np.zeros((5, 8, 8), np.uint8), r"must be \(H, W\), \(H, W, channels\) or .*, got \(5, 8, 8\)"),
+        (np.zeros((8, 8), np.uint16), "must be uint8 from 0 to 255 or floats from 0 to 1, got uint16"),
         (np.zeros((0, 8, 3), np.uint8), "no pixels"),
-        (torch.zeros(3, 8, 8), "must be uint8, got float32"),
+        (torch.full((3, 8, 8), -1.0), "must lie between 0 and 1, .*got -1 to -1.*Leave out Normalize"),
+        (np.full((8, 8, 3), 255.0), "must lie between 0 and 1, .*got 255 to 255.*by 255"),
+        (np.full((8, 8, 3), np.nan), "must lie between 0 and 1, .*got nan to nan"),
         (b"", "An image: not a readable image .empty, cut, or of no known"),
         (Image.new("L", (0, 4)), "no pixels"),
         (None, "No image can be read from a NoneType"),

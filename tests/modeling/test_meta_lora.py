@@ -256,10 +256,11 @@ def test_bad_input_to_fit_keeps_the_fitted_task(model, toy_data):
         (images, ["a"] * 4, "at least two classes"),
         (images[:3], labels, "3 images, but 4 labels"),
         ([], ["a", "b"], "No images were given"),
-        ([np.zeros((32, 32, 3))] * 2, ["a", "b"], "must be uint8, got float64"),
+        ([np.full((32, 32, 3), 255.0)] * 2, ["a", "b"], "image 0: .* must lie between 0 and 1, .* got 255 to 255"),
         (["nowhere.png", "nor here.png"], ["a", "b"], r"nowhere.png: not a readable image \(No such file"),
         ([3, 4], ["a", "b"], "No image can be read from a int"),
-        (torch.zeros(2, 3, 16, 16), ["a", "b"], r"takes images of shape \(B, 3, 32, 32\)"),
+        (model.preprocess(images), labels, r"image 0: .* between 0 and 1, .* forward\(support_pixel_values"),
+        (torch.full((4, 3, 32, 32), torch.nan), labels, "image 0: .* between 0 and 1, .* got nan to nan"),
     ):
         with pytest.raises(DataError, match=message):
             model.fit(bad_images, bad_labels)
@@ -281,9 +282,10 @@ def test_every_form_of_one_image_is_the_same(model, tmp_path):
     picture = Image.fromarray(array)
     picture.save(tmp_path / "image.png")
     expected = model.features(model.backbone.normalize(pixels[None]))
-    normalised = model.backbone.normalize(pixels[None])
     path = tmp_path / "image.png"
-    forms = [picture, array, pixels, normalised, normalised[0], path, str(path), array[None], pixels[None], [picture]]
+    forms = [picture, array, pixels, path, str(path), array[None], pixels[None], [picture]]
+    forms += [pixels / 255, pixels[None] / 255, array / 255, array[None] / 255, array.transpose(2, 0, 1)]
+    forms += [(pixels / 255).half(), array.astype(np.float32) / 255]
     for form in [*forms, [array], [pixels], [str(path)], picture.convert("RGBA")]:
         torch.testing.assert_close(model.embed(form), expected, rtol=1e-4, atol=1e-4)
 

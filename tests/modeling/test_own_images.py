@@ -73,8 +73,8 @@ def test_every_form_of_a_support_set_is_the_same_task(model, photos):
         (pictures, np.array(labels)),
         (arrays, labels),
         ([torch.from_numpy(array.copy()) for array in arrays], labels),
-        (model.preprocess(files), labels),
-        (list(model.preprocess(files)), labels),
+        ([torch.from_numpy(array.copy()).permute(2, 0, 1) / 255 for array in arrays], labels),
+        ([array / 255 for array in arrays], labels),
         (table, None),
         (typed, None),
         (typed.remove_columns("label"), labels),
@@ -199,7 +199,7 @@ def test_photos_larger_than_memory_should_hold_come_one_batch_at_a_time(photos, 
     embedded = model.embed(files, batch_size=4)
     assert batches == [(4, 3, 32, 32), (4, 3, 32, 32), (1, 3, 32, 32)]
     expected = backbone.processor(images=[Image.open(file) for file in files], return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(embedded, model.embed(expected), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(embedded, features(expected), rtol=1e-4, atol=1e-5)
 
 
 def test_a_transposed_or_masked_photo_is_classified_as_one_sees_it(model, photos, tmp_path):
