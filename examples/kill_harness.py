@@ -26,6 +26,7 @@ import time
 from pathlib import Path
 
 from lora_recycle.embedded import pool_path
+from lora_recycle.locks import OWNER_FILE
 
 
 #: How a process ends that a signal hit: by the system, or by the command line's own exit code.
@@ -73,7 +74,7 @@ class Kill:
 
 def at_work(output: Path, process: subprocess.Popen) -> bool:
     """Whether the process holds the lock of its folder (that of `distill` is that of its checkpoints)."""
-    for path in (output / ".owner.json", output / "work" / ".owner.json"):
+    for path in (output / OWNER_FILE, output / "work" / OWNER_FILE):
         try:
             if json.loads(path.read_text())["pid"] == process.pid:
                 return True

@@ -16,11 +16,11 @@ from .configuration import differences
 from .errors import ConfigError, StorageError
 from .heartbeat import Heartbeat
 from .processes import collective_timeout, process_state
-from .storage import atomic_write, replacing_files
+from .storage import OWN_PREFIX, atomic_write, check_writable
 from .version import __version__
 
 
-MARK_FILE = ".launch"
+MARK_FILE = f"{OWN_PREFIX}.launch"
 #: Seconds that a file of another machine may take to be seen: network file systems remember what was not there.
 _SEEN_WITHIN = 60.0
 
@@ -78,10 +78,10 @@ def _find(folder: Path, mark: str, leader: str) -> str:
             )
         time.sleep(0.1)
     try:
-        with replacing_files(folder):
-            return ""
+        check_writable(folder)
     except StorageError as error:
         return f"{_this_process()}: {error}"
+    return ""
 
 
 def _holds(path: Path, mark: str) -> bool:

@@ -1,6 +1,7 @@
 """Tiny backbones, images and adapters with planted weights, never downloaded."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
 
 from lora_recycle.backbones import Backbone
 from lora_recycle.hub.adapters import AdapterInfo
+from lora_recycle.hub.files import checksums
 from lora_recycle.images import LabelledImages
 from lora_recycle.pool import Adapter
 
@@ -61,6 +63,13 @@ def toy_images(classes: int = 8, each: int = 20, seed: int = 0) -> LabelledImage
     return LabelledImages(
         (colours + noise).to(torch.uint8).flatten(0, 1), labels, [f"n{i}" for i in range(classes)], "toy"
     )
+
+
+def repair_checksums(folder: Path) -> None:
+    """Make a meta-LoRA's sidecar fit the files beside it, as a hostile author would."""
+    sidecar = folder / "meta_lora_config.json"
+    settings = json.loads(sidecar.read_text()) | {"checksums": checksums(folder)}
+    sidecar.write_text(json.dumps(settings))
 
 
 def random_pixels(count: int, seed: int = 0) -> torch.Tensor:

@@ -99,8 +99,11 @@ def run(args: argparse.Namespace) -> None:
     from ..hub.sources import one_id
     from ..images import load_labelled_images
     from ..modeling.meta_lora import MetaLoRAForFewShotClassification
+    from ..outputs import check_file, holds_json
     from ..storage import atomic_write
 
+    if args.json:
+        check_file(args.json, lambda path: holds_json(path, "rows"), "results of evaluate")
     device = checked_device(args.device)
     name, revision = one_id(args.model)
     model = MetaLoRAForFewShotClassification.from_pretrained(

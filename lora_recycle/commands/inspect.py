@@ -46,6 +46,8 @@ ADAPTER_HEADER = (
     *("name", "base", "revision", "type", "rank", "targets", "classes", "labels"),
     *("transformers", "converted", "size", "commit"),
 )
+#: The page of `--images`.
+PAGE = "images.html"
 SHARD_HEADER = ("adapter", "images", "accuracy", "confidence")
 
 
@@ -115,8 +117,12 @@ def _write_pages(args: argparse.Namespace, surrogates: list, others: list) -> No
     if others or not surrogates:
         raise DataError(f"{(others or args.what)[0]}: no surrogate data here; --images shows only that.")
     from ..images import load_labelled_images
+    from ..outputs import check_file
+    from ..pages.page import is_page
     from ..pages.surrogate import map_images, read_patch_size, write_surrogate_page
 
+    for surrogate in surrogates:
+        check_file(surrogate.folder / PAGE, is_page, "a page of lora-recycle")
     for surrogate in surrogates:
         views = _views(args, surrogate) if args.meta_lora or args.data else []
         images = None
@@ -127,7 +133,7 @@ def _write_pages(args: argparse.Namespace, surrogates: list, others: list) -> No
         patch_size = views[0][1].patch_size if views else read_patch_size(surrogate)
         if patch_size is None:
             note(f"{surrogate.folder}: the patch size of its backbone is not to be had, so masks are left out.")
-        path = surrogate.folder / "images.html"
+        path = surrogate.folder / PAGE
         print(write_surrogate_page(path, surrogate, patch_size=patch_size, images=images, views=views))
     hint(f"lora-recycle distill POOL --surrogate {shlex.join(args.what)} --output meta_lora")
 

@@ -35,7 +35,9 @@ def run(args: argparse.Namespace) -> None:
     from ..hub.adapters import pull_adapter
     from ..hub.sources import one_id
     from ..modeling.publishing import write_adapter
+    from ..outputs import check_output
 
+    check_output(args.output)
     name, revision = one_id(args.adapter)
     before = pull_adapter(resolve_meta_lora(name), revision=revision)
     write_adapter(before, args.output, args.bits)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,14 +14,27 @@ import torch
 
 from ..configuration import differences
 from ..errors import ConfigError, DataError
-from ..storage import atomic_write, load_sealed, save_sealed
+from ..outputs import OutputKind
+from ..storage import atomic_write, load_sealed, read_header, save_sealed
 from .judging import SERIES, Judgements
 
 
 #: Checkpoints that are kept: where the newest is damaged, the one before serves.
 KEEP = 2
 LOG_FILE = "training_log.json"
+_NAME = re.compile(r"checkpoint-\d{8}\.safetensors")
 logger = logging.getLogger(__name__)
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    for path in folder.glob("checkpoint-*.safetensors"):
+        with contextlib.suppress(OSError, ValueError):
+            return "identity" in read_header(path)
+    return False
+
+
+#: What a training run writes to its folder.
+OUTPUT = OutputKind("checkpoints of a training run", _has_checkpoint)
 
 
 class OptimizerState(Protocol):
@@ -46,7 +61,8 @@ class Checkpoints:
 
     def files(self) -> list[Path]:
         """The newest first."""
-        return sorted(self.folder.glob("checkpoint-*.safetensors"), reverse=True)
+        found = self.folder.glob("checkpoint-*.safetensors")
+        return sorted((path for path in found if _NAME.fullmatch(path.name)), reverse=True)
 
     def save(
         self,

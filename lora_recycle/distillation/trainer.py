@@ -24,7 +24,7 @@ from ..processes import mixed_precision
 from ..surrogate import SurrogateDataset
 from .batches import Batch, BatchMaker, Prefetcher
 from .callbacks import ProgressBar, TrainerCallback
-from .checkpoints import Checkpoints
+from .checkpoints import OUTPUT, Checkpoints
 from .config import AVERAGES, DistillationConfig
 from .episodes import make_sampler
 from .images import leave_out, match_shards
@@ -129,11 +129,12 @@ class MetaLoraTrainer:
         Raises:
             DataError: the surrogate data is of another pool, damaged, or has too few classes for an episode.
             ConfigError: `output_dir` holds a run of another recipe, pool or surrogate data.
-            StorageError: another run is at work in `output_dir`, or nothing can be written there.
+            StorageError: another run is at work in `output_dir`, it holds something else than checkpoints, or nothing
+                can be written there.
         """
         if self.config.steps == 0:
             return self.student
-        with only_run_in(output_dir, self.accelerator.is_main_process):
+        with only_run_in(output_dir, OUTPUT, needed=self.accelerator.is_main_process):
             if output_dir is not None and not resume and self.accelerator.is_main_process:
                 self._checkpoints(output_dir).clear()
             self.accelerator.wait_for_everyone()

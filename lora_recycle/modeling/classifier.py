@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 import torch
 
 from ..errors import DataError
+from ..outputs import check_file
 from ..prototypes import centre_logits
 from .heads import FewShotHead
 from .support import support_set, without_failures
-from .task import FewShotTask, save_task
+from .task import FewShotTask, holds_task, save_task
 
 
 Self = TypeVar("Self", bound="FewShotClassifier")
@@ -198,8 +199,14 @@ class SharedTask(FewShotClassifier):
         return self.model.embed(images, batch_size, failures=failures, progress=progress)
 
     def save(self, path: str | Path) -> None:
-        """Write the task alone, one safetensors file, for `model.load_task`."""
-        save_task(Path(path), self._fitted())
+        """Write the task alone, one safetensors file, for `model.load_task`.
+
+        Raises:
+            StorageError: a file is there that is no task, or nothing can be written.
+        """
+        task = self._fitted()
+        check_file(path, holds_task, "a fitted task")
+        save_task(Path(path), task)
 
 
 @torch.inference_mode()
