@@ -68,11 +68,11 @@ def export(
     described = {"format": format, **_described(plain, graph)}
     if format != "transformers":  # where a file of its own says it
         described["image"] = image_settings(model.backbone)
-    claim_output(folder, output_kind(format))
     # no description lies beside a model of another export
     with replacing_files(folder, removes=[DESCRIPTION_FILE]) as new, torch.no_grad():
         run = _WRITERS[format](graph, new)
         described["checked"] = _compared(graph, run)
+        claim_output(folder, output_kind(format))
     atomic_write(folder / DESCRIPTION_FILE, json.dumps(described, indent=1).encode())
     return described
 

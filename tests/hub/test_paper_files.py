@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPVisionModel
 
 from lora_recycle import AdapterPool, InversionConfig, LoraInverter
-from lora_recycle.errors import AdapterError
+from lora_recycle.errors import AdapterError, StorageError
 from lora_recycle.hub.files import POOLED_HEAD
 from lora_recycle.hub.paper_files import import_paper_file
 
@@ -148,6 +148,8 @@ def test_files_and_bases_that_do_not_serve(base, file, tiny_backbone_path, tmp_p
     CLIPVisionModel.from_pretrained(base).save_pretrained(tmp_path / "tower")
     with pytest.raises(AdapterError, match="tower: is a clip_vision_model model, .* Name the CLIP model, whole"):
         import_paper_file(file, tmp_path / "tower", tmp_path / "out")
-    with pytest.raises(AdapterError, match="clip: is there already"):
+    with pytest.raises(
+        StorageError, match=r"clip: holds other files \(config.json, .*\), which is not replaced. Name"
+    ):
         import_paper_file(file, base, base)
     assert not (tmp_path / "out").exists()
