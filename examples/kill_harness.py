@@ -25,8 +25,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from lora_recycle.embedded import pool_path
-from lora_recycle.locks import OWNER_FILE
+from lora_recycle.hub.embedded import pool_path
+from lora_recycle.runtime.run_lock import OWNER_FILE
 
 
 #: How a process ends that a signal hit: by the system, or by the command line's own exit code.

@@ -8,15 +8,16 @@ import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from ..configuration import differences
 from ..errors import ConfigError, DataError
-from ..outputs import OutputKind
-from ..storage import atomic_write, load_sealed, read_header, save_sealed
+from ..runtime.config import differences
+from ..runtime.files import atomic_write, load_sealed, read_header, save_sealed
+from ..runtime.outputs import OutputKind
 from .judging import SERIES, Judgements
+from .parallel import OptimizerState
 
 
 #: Checkpoints that are kept: where the newest is damaged, the one before serves.
@@ -35,13 +36,6 @@ def _has_checkpoint(folder: Path) -> bool:
 
 #: What a training run writes to its folder.
 OUTPUT = OutputKind("checkpoints of a training run", _has_checkpoint)
-
-
-class OptimizerState(Protocol):
-    """What is read and set of an optimiser."""
-
-    state: Any  # torch's and a plain dictionary differ in how they are typed
-    param_groups: list[dict[str, Any]]
 
 
 class Checkpoints:

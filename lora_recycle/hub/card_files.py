@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from .untrusted import MAX_CARD_BYTES, parse_front_matter, read_text
+from ..runtime.untrusted import MAX_CARD_BYTES, parse_front_matter, read_text
 
 
 @dataclass(frozen=True)

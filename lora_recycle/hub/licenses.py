@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..runtime.untrusted import path_inside
 from .card_files import read_card
-from .files import CARD_FILE
-from .untrusted import path_inside
+from .repo_files import CARD_FILE
 
 
 #: Identifiers that the Hub takes in a card's header, as its documentation lists them

@@ -9,10 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..configuration import differences
 from ..errors import ConfigError, DataError
-from ..storage import is_sealed
-from ..surrogate import MANIFEST, SurrogateDataset, shard_config_id
+from ..runtime.config import differences
+from ..runtime.files import is_sealed
+from ..surrogate.dataset import MANIFEST, SurrogateDataset, shard_config_id
 
 
 logger = logging.getLogger(__name__)

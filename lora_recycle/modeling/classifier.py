@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import torch
 
 from ..errors import DataError
-from ..outputs import check_file
-from ..prototypes import centre_logits
-from .heads import FewShotHead
+from ..fewshot.heads import FewShotHead
+from ..fewshot.prototypes import centre_logits
+from ..runtime.outputs import check_file
 from .support import support_set, without_failures
 from .task import FewShotTask, holds_task, save_task
 

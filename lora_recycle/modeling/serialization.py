@@ -6,15 +6,16 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..embedded import backbone_name
+from ..adapters.files import checksums
+from ..adapters.quantization import check_bits, store_weights
 from ..errors import AdapterError
 from ..hub.card_files import read_card
-from ..hub.codes import CODES_FILE, WEIGHTS_FILE, check_bits, store_weights
-from ..hub.files import CARD_FILE, PICTURE_FILE, SIDECAR_FILE, TASK_FILE, checksums, optional_file
-from ..outputs import OutputKind, check_output, holds_json
-from ..storage import remove_abandoned, replacing_files
+from ..hub.embedded import backbone_name
+from ..hub.repo_files import CARD_FILE, CODES_FILE, PICTURE_FILE, SIDECAR_FILE, TASK_FILE, WEIGHTS_FILE, optional_file
+from ..runtime.files import remove_abandoned, replacing_files
+from ..runtime.outputs import OutputKind, check_output, holds_json
 from ..version import __version__
-from .merging import worn_for_saving
+from .merge_layers import worn_for_saving
 from .task import save_task
 
 

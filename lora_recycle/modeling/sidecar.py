@@ -8,12 +8,13 @@ from typing import Any
 
 from PIL import Image
 
+from ..adapters.files import check_task, read_sidecar_json
+from ..adapters.pull import AdapterInfo
 from ..errors import AdapterError, ConfigError
-from ..hub.adapters import AdapterInfo
-from ..hub.files import MAX_PICTURE_BYTES, PICTURE_FILE, TASK_FILE, check_task, optional_file, read_sidecar_json
-from ..hub.snapshots import fetch
-from ..hub.untrusted import MAX_TENSOR_BYTES
-from .heads import make_head
+from ..fewshot.heads import make_head
+from ..hub.download import fetch
+from ..hub.repo_files import MAX_PICTURE_BYTES, PICTURE_FILE, TASK_FILE, optional_file
+from ..runtime.untrusted import MAX_TENSOR_BYTES
 
 
 # a head's parameters are a few numbers, neither so small nor so large that scores overflow
