@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
+
+from peft import PeftModel
 
 from ..adapters.files import checksums
+from ..adapters.peft_wrap import Layers
 from ..adapters.quantization import check_bits, store_weights
+from ..backbones.backbone import Backbone
 from ..errors import AdapterError
+from ..fewshot.heads import FewShotHead
 from ..hub.card_files import read_card
 from ..hub.embedded import backbone_name
 from ..hub.repo_files import CARD_FILE, CODES_FILE, PICTURE_FILE, SIDECAR_FILE, TASK_FILE, WEIGHTS_FILE, optional_file
@@ -16,11 +21,7 @@ from ..runtime.files import remove_abandoned, replacing_files
 from ..runtime.outputs import OutputKind, check_output, holds_json
 from ..version import __version__
 from .merge_layers import worn_for_saving
-from .task import save_task
-
-
-if TYPE_CHECKING:
-    from .meta_lora import MetaLoRAForFewShotClassification
+from .task import FewShotTask, save_task
 
 
 #: What `save_pretrained` and `distill` write to a folder.
@@ -29,9 +30,19 @@ OUTPUT = OutputKind("a meta-LoRA", lambda folder: holds_json(folder / SIDECAR_FI
 _OPTIONAL = (WEIGHTS_FILE, CODES_FILE, TASK_FILE, PICTURE_FILE)
 
 
-def write_meta_lora(
-    model: MetaLoRAForFewShotClassification, folder: str | Path, bits: int | None = None, card: str | None = None
-) -> None:
+class SavableModel(Protocol):
+    """What is saved of a meta-LoRA."""
+
+    backbone: Backbone
+    peft_model: PeftModel
+    settings: dict[str, Any]
+    picture: bytes | None
+    head: FewShotHead
+    _task: FewShotTask | None
+    _merged: Layers
+
+
+def write_meta_lora(model: SavableModel, folder: str | Path, bits: int | None = None, card: str | None = None) -> None:
     """Write a model to a folder that is new, empty, or holds a meta-LoRA already.
 
     All files are written beside their places first. The sidecar takes its place before any other, with the checksums
@@ -71,7 +82,7 @@ def _place(name: str) -> tuple[bool, bool, str]:
     return name != SIDECAR_FILE, name in (WEIGHTS_FILE, CODES_FILE), name
 
 
-def _write_adapter(model: MetaLoRAForFewShotClassification, folder: Path) -> None:
+def _write_adapter(model: SavableModel, folder: Path) -> None:
     config: Any = model.peft_model.peft_config["default"]  # of the class of its type
     config.base_model_name_or_path = backbone_name(config.base_model_name_or_path)
     config.target_modules = sorted(config.target_modules)  # PEFT writes a set in any order
@@ -80,7 +91,7 @@ def _write_adapter(model: MetaLoRAForFewShotClassification, folder: Path) -> Non
         worn.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
 
 
-def _own_settings(model: MetaLoRAForFewShotClassification) -> dict[str, Any]:
+def _own_settings(model: SavableModel) -> dict[str, Any]:
     return {
         "head": model.head.name,
         "metric": model.settings.get("metric", "cosine"),

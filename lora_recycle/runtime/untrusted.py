@@ -98,7 +98,7 @@ def parse_json(text: str | bytes) -> Any:
 
 def _check_depth(value: Any) -> None:
     level = [value]
-    for _ in range(MAX_DEPTH):
+    for _ in range(MAX_DEPTH + 1):
         nested = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list))]
         if not nested:
             return
