@@ -34,6 +34,7 @@ import lora_recycle.distillation.saving
 import lora_recycle.inversion.inverter  # noqa: F401 - both stages, imported before anything is forked
 from lora_recycle.cli.main import main as run_command
 from lora_recycle.hub.embedded import pool_path
+from lora_recycle.runtime.run_lock import OWNER_FILE
 
 
 #: How a process ends that a signal hit: by the system, or by the command line's own exit code.
@@ -82,7 +83,7 @@ class Kill:
 
 def at_work(output: Path, process: BaseProcess) -> bool:
     """Whether the process holds the lock of its folder (that of `distill` is that of its checkpoints)."""
-    for path in (output / ".owner.json", output / "work" / ".owner.json"):
+    for path in (output / OWNER_FILE, output / "work" / OWNER_FILE):
         try:
             if json.loads(path.read_text())["pid"] == process.pid:
                 return True

@@ -1,6 +1,7 @@
 """Tiny backbones, images and adapters with planted weights, never downloaded."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import peft
@@ -10,6 +11,7 @@ import yaml
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil, ViTModel
 
 from lora_recycle.adapters.adapter import Adapter
+from lora_recycle.adapters.files import checksums
 from lora_recycle.adapters.pull import AdapterInfo
 from lora_recycle.backbones.backbone import Backbone
 from lora_recycle.images.labelled import LabelledImages
@@ -66,6 +68,13 @@ def toy_images(classes: int = 8, each: int = 20, seed: int = 0) -> LabelledImage
     return LabelledImages(
         (colours + noise).to(torch.uint8).flatten(0, 1), labels, [f"n{i}" for i in range(classes)], "toy"
     )
+
+
+def repair_checksums(folder: Path) -> None:
+    """Make a meta-LoRA's sidecar fit the files beside it, as a hostile author would."""
+    sidecar = folder / "meta_lora_config.json"
+    settings = json.loads(sidecar.read_text()) | {"checksums": checksums(folder)}
+    sidecar.write_text(json.dumps(settings))
 
 
 def random_pixels(count: int, seed: int = 0) -> torch.Tensor:

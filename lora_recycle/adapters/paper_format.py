@@ -12,9 +12,7 @@ The head was trained with a bias that the code does not save (it starts from a r
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +26,8 @@ from transformers import CLIPModel
 from ..backbones.base_models import BaseModel
 from ..errors import AdapterError
 from ..hub.repo_files import MAX_CLASSES, WEIGHTS_FILE
+from ..runtime.files import creating_folder
+from ..runtime.outputs import check_output
 from .files import POOLED_HEAD, read_shapes
 from .keys import PEFT_PREFIX
 
@@ -49,11 +49,11 @@ def import_paper_file(
 
     Raises:
         AdapterError: the file is no such file (which tensor is missing, unknown, or of another shape), is damaged or
-            not finite; the base model is no CLIP model; or `output` is there already.
+            not finite; or the base model is no CLIP model.
+        StorageError: `output` is there and not empty, or cannot be written.
     """
     file, output = Path(file), Path(output)
-    if output.exists():
-        raise AdapterError(f"{output}: is there already. Name a new folder.")
+    check_output(output)
     if file.suffix != ".safetensors" or not file.is_file():
         raise AdapterError(f"{file}: no such .safetensors file. Files of other kinds could run code and are not read.")
     shapes = read_shapes(file, str(file))
@@ -66,7 +66,10 @@ def import_paper_file(
     rank = shapes["w_a_000"][0]
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["q_proj", "v_proj"], inference_mode=True)
     config.base_model_name_or_path, config.revision = str(base_model), base_revision
-    _write(output, config, renamed)
+    with creating_folder(output) as new:
+        config.save_pretrained(str(new))
+        tensors = {key: tensor.contiguous() for key, tensor in renamed.items()}
+        save_file(tensors, new / WEIGHTS_FILE, metadata={"format": "pt"})
     return output
 
 
@@ -121,15 +124,3 @@ def _read_finite(file: Path) -> dict[str, Tensor]:
         if not torch.isfinite(tensor).all():
             raise AdapterError(f"{file}: {name} holds NaN or infinity.")
     return {name: tensor.float() for name, tensor in tensors.items()}
-
-
-def _write(output: Path, config: LoraConfig, tensors: dict[str, Tensor]) -> None:
-    """The folder appears when it is whole: a hidden one is not taken for an adapter."""
-    partial = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        config.save_pretrained(str(partial))
-        tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -88,7 +88,7 @@ def read_base_settings(folder: Path, where: str) -> dict[str, Any]:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The parsed file. Raises `ValueError` where it is no plain JSON object, names code, or is of quantised weights."""
+    """The parsed file. Raises `ValueError` where it is no JSON object, names code, or is of quantised weights."""
     settings = parse_json(read_text(path))
     if not isinstance(settings, dict):
         raise ValueError(f"it must be a JSON object, got a {type(settings).__name__}")

@@ -201,7 +201,7 @@ class BaseModel:
         stored = 0
         for file in files:
             try:
-                stored += sum(map(count, read_safetensors_header(file, _MAX_WEIGHT_BYTES).values()))
+                stored += sum(map(count, read_safetensors_header(file).bounded_shapes(_MAX_WEIGHT_BYTES).values()))
             except (OSError, ValueError) as error:
                 raise AdapterError(f"{self.name}: {file.name} is truncated or damaged, or unsafe: {error}.") from error
         described = num_parameters(config)

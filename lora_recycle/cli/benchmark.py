@@ -54,11 +54,14 @@ def run(args: argparse.Namespace) -> None:
     from ..evaluation.recipe import BenchmarkRecipe
     from ..evaluation.suite import Benchmark
     from ..runtime.config import read_yaml
+    from ..runtime.outputs import OutputKind, claim_output
 
     given = {"episodes": args.episodes, "tuning_episodes": args.tuning_episodes}
     values = {**read_yaml(args.recipe), **{key: value for key, value in given.items() if value is not None}}
     recipe, output = BenchmarkRecipe.from_dict(values, args.recipe), Path(args.output)
     work = Path(args.work) if args.work else output / "cells"
+    claim_output(output, OutputKind("results of a benchmark", _has_results))
+    claim_output(work, OutputKind("cells of a benchmark", _has_cells))
     benchmark = Benchmark(recipe, work, args.data_root, checked_device(args.device))
     cells = benchmark.run((part, total), progress=not args.quiet)
     for remark in benchmark.notes:
@@ -68,6 +71,19 @@ def run(args: argparse.Namespace) -> None:
         note(f"{missing} of {len(cells)} cells are left to the other parts; the one that ends last writes the tables.")
         return
     _write(Path(args.recipe).stem, recipe, cells, benchmark.notes, output)
+
+
+def _has_results(folder: Path) -> bool:
+    from ..runtime.outputs import holds_json
+
+    return holds_json(folder / "results.json", "rows", "details", "recipe")
+
+
+def _has_cells(folder: Path) -> bool:
+    from ..runtime.outputs import holds_json
+
+    cells = list(folder.glob("*.json"))
+    return bool(cells) and holds_json(cells[0], "identity", "accuracies")
 
 
 def _write(name: str, recipe: BenchmarkRecipe, cells: list[Cell], notes: list[str], output: Path) -> None:

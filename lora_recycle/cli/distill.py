@@ -54,7 +54,9 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
     parser.add_argument(
         "--surrogate", metavar="DATA", help="surrogate data of these adapters, a folder or repo id (org/name@revision)"
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder that the meta-LoRA goes to")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="new or empty folder for the meta-LoRA, or its own"
+    )
     parser.add_argument(
         "--report-to",
         nargs="+",
@@ -75,10 +77,13 @@ def run(args: argparse.Namespace) -> None:
     from ..distillation.callbacks import Trackers
     from ..distillation.saving import save_meta_lora, wrap_student
     from ..distillation.trainer import MetaLoraTrainer
+    from ..modeling.serialization import OUTPUT
     from ..reports.training_report import write_training_report
     from ..runtime.launch_checks import check_same
+    from ..runtime.outputs import check_output, claim_output
     from ..surrogate.dataset import SurrogateDataset
 
+    check_output(args.output, OUTPUT)
     surrogate = None
     if args.surrogate:
         name, revision = one_id(args.surrogate)
@@ -94,6 +99,7 @@ def run(args: argparse.Namespace) -> None:
     trainer = MetaLoraTrainer(pool, surrogate, config, callbacks)
     if is_main_process():
         tell_skipped(trainer.excluded, len(trainer.pool))
+        claim_output(args.output, OUTPUT)
     trainer.train(folder, progress=not args.quiet, resume=args.resume)
     if not is_main_process():
         return

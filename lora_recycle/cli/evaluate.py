@@ -85,7 +85,10 @@ def run(args: argparse.Namespace) -> None:
     from ..images.labelled import load_labelled_images
     from ..modeling.meta_lora import MetaLoRAForFewShotClassification
     from ..runtime.files import atomic_write
+    from ..runtime.outputs import check_file, holds_json
 
+    if args.json:
+        check_file(args.json, lambda path: holds_json(path, "rows"), "results of evaluate")
     device = checked_device(args.device)
     name, revision = one_id(args.model)
     model = MetaLoRAForFewShotClassification.from_pretrained(

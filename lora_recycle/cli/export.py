@@ -31,7 +31,9 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
     parser.add_argument(
         "--task", metavar="FOLDER", help="folder with one folder of examples for each class (or a parquet file)"
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write into")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="new or empty folder, or that of an earlier export"
+    )
     parser.add_argument(
         "--format", choices=("onnx", "torch", "transformers"), default="onnx", help="default: %(default)s"
     )
@@ -45,9 +47,11 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError("--task: a transformers checkpoint holds the network alone. Use --format onnx or torch.")
     from ..adapters.sources import one_id
     from ..images.labelled import load_labelled_images
-    from ..modeling.export import export
+    from ..modeling.export import export, output_kind
     from ..modeling.meta_lora import MetaLoRAForFewShotClassification
+    from ..runtime.outputs import check_output
 
+    check_output(args.output, output_kind(args.format))
     name, revision = one_id(args.model)
     model = MetaLoRAForFewShotClassification.from_pretrained(
         name, revision=revision, head=args.head, base_model=args.base_model, base_revision=args.base_revision
@@ -60,7 +64,8 @@ def run(args: argparse.Namespace) -> None:
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it lists the libraries that it does without
     described = export(model, args.output, args.format)
     difference = f"{described['checked']['difference']:.0e}"
-    rows = [(path, path.stat().st_size) for path in sorted(Path(args.output).iterdir()) if path.is_file()]
+    written = [path for path in sorted(Path(args.output).iterdir()) if path.is_file() and path.name[0] != "."]
+    rows = [(path, path.stat().st_size) for path in written]
     echo(table(("file", "bytes"), rows))
     gives = f"{described['output']['shape'][1]} {described['output']['name']}"
     hint(

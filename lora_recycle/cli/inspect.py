@@ -50,6 +50,8 @@ ADAPTER_HEADER = (
     *("name", "base", "revision", "type", "rank", "targets", "classes", "labels"),
     *("transformers", "converted", "size", "usable", "commit"),
 )
+#: The page of `--images`.
+PAGE = "images.html"
 SHARD_HEADER = ("adapter", "images", "accuracy", "confidence")
 
 
@@ -127,8 +129,12 @@ def _write_pages(args: argparse.Namespace, surrogates: list, others: list) -> No
     if others or not surrogates:
         raise DataError(f"{(others or args.what)[0]}: no surrogate data here; --images shows only that.")
     from ..images.labelled import load_labelled_images
+    from ..reports.html_page import is_page
     from ..reports.surrogate_page import map_images, read_patch_size, write_surrogate_page
+    from ..runtime.outputs import check_file
 
+    for surrogate in surrogates:
+        check_file(surrogate.folder / PAGE, is_page, "a page of lora-recycle")
     for surrogate in surrogates:
         views = _views(args, surrogate) if args.meta_lora or args.data else []
         images = None
@@ -139,7 +145,7 @@ def _write_pages(args: argparse.Namespace, surrogates: list, others: list) -> No
         patch_size = views[0][1].patch_size if views else read_patch_size(surrogate)
         if patch_size is None:
             note(f"{surrogate.folder}: the patch size of its backbone is not to be had, so masks are left out.")
-        path = surrogate.folder / "images.html"
+        path = surrogate.folder / PAGE
         echo(write_surrogate_page(path, surrogate, patch_size=patch_size, images=images, views=views))
     hint(f"lora-recycle distill POOL --surrogate {shlex.join(args.what)} --output meta_lora")
 

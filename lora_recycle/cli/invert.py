@@ -46,7 +46,9 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
     add_pool_arguments(parser)
     add_class_names_argument(parser)
     parser.add_argument("--prompt", metavar="TEXT", help="what class names are put into (default: 'a photo of a {}.')")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder that the surrogate data goes to")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="new or empty folder for the surrogate data, or its own"
+    )
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="number type of the backbone (default: float32)"
     )
@@ -62,7 +64,10 @@ def run(args: argparse.Namespace) -> None:
     from ..adapters.zero_shot_heads import PROMPT
     from ..inversion.inverter import LoraInverter
     from ..runtime.launch_checks import check_same
+    from ..runtime.outputs import check_output
+    from ..surrogate.dataset import OUTPUT
 
+    check_output(args.output, OUTPUT)
     pool = load_pool(
         args,
         class_names=args.class_names,

@@ -84,6 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     0; 1 for an error, or a `reproduce` that came out otherwise; 130 for Ctrl-C; 143 for SIGTERM. Wrong usage exits
     with 2.
     """
+    if sys.stderr is None:  # `2>&-`; its number is taken, or the next file that is opened would get all messages
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    if sys.stdout is None:  # `>&-`
+        print("lora-recycle: error: stdout is closed. Send it to a file, or to /dev/null.", file=sys.stderr)
+        return 1
     argv = sys.argv[1:] if argv is None else list(argv)
     args = _parsed(argv)
     args.debug, args.quiet = getattr(args, "debug", False), getattr(args, "quiet", False)

@@ -35,7 +35,9 @@ def run(args: argparse.Namespace) -> None:
     from ..adapters.sources import one_id
     from ..hub.embedded import resolve_meta_lora
     from ..modeling.publishing import write_adapter
+    from ..runtime.outputs import check_output
 
+    check_output(args.output)
     name, revision = one_id(args.adapter)
     before = pull_adapter(resolve_meta_lora(name), revision=revision)
     write_adapter(before, args.output, args.bits)

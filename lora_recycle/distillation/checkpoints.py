@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ import torch
 
 from ..errors import ConfigError, DataError
 from ..runtime.config import differences
-from ..runtime.files import atomic_write, load_sealed, save_sealed
+from ..runtime.files import atomic_write, load_sealed, read_header, save_sealed
+from ..runtime.outputs import OutputKind
 from .parallel import OptimizerState
 from .selection import CheckpointSelection
 
@@ -21,7 +24,19 @@ from .selection import CheckpointSelection
 #: Checkpoints that are kept: where the newest is damaged, the one before serves.
 KEEP = 2
 LOG_FILE = "training_log.json"
+_NAME = re.compile(r"checkpoint-\d{8}\.safetensors")
 logger = logging.getLogger(__name__)
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    for path in folder.glob("checkpoint-*.safetensors"):
+        with contextlib.suppress(OSError, ValueError):
+            return "identity" in read_header(path)
+    return False
+
+
+#: What a training run writes to its folder.
+OUTPUT = OutputKind("checkpoints of a training run", _has_checkpoint)
 
 
 class Checkpoints:
@@ -41,7 +56,8 @@ class Checkpoints:
 
     def files(self) -> list[Path]:
         """The newest first."""
-        return sorted(self.folder.glob("checkpoint-*.safetensors"), reverse=True)
+        found = self.folder.glob("checkpoint-*.safetensors")
+        return sorted((path for path in found if _NAME.fullmatch(path.name)), reverse=True)
 
     def save(
         self,

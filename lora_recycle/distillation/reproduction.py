@@ -19,9 +19,12 @@ from ..hub.embedded import BACKBONE_NAME, pool_path, resolve_meta_lora
 from ..hub.repo_files import SIDECAR_FILE, WEIGHTS_FILE
 from ..inversion.config import InversionConfig
 from ..inversion.inverter import LoraInverter
+from ..modeling.serialization import OUTPUT as META_LORA
 from ..modeling.sidecar import read_sidecar
 from ..pool.pool import AdapterPool
 from ..runtime.files import file_sha256
+from ..runtime.outputs import check_output, claim_output
+from ..surrogate.dataset import OUTPUT as SURROGATE
 from ..surrogate.dataset import SurrogateDataset
 from .config import DistillationConfig
 from .saving import save_meta_lora, wrap_student
@@ -76,17 +79,26 @@ def reproduce(
         surrogate: folder or repo id of the surrogate data that it was made from.
 
     Raises:
-        AdapterError: there is no sidecar, or it does not say how the meta-LoRA was made.
+        AdapterError: there is no sidecar, it does not say how the meta-LoRA was made, or the weights are coded.
         DataError: a source adapter is not to be had with the recorded bytes.
+        StorageError: `output` holds something else than an earlier reproduction, or cannot be written.
     """
     name, revision = one_id(str(resolve_meta_lora(meta_lora)))
     info, output = pull_adapter(name, revision=revision), Path(output)
+    if info.bits is not None:
+        raise AdapterError(
+            f"{info.where}: its weights are stored in {info.bits} bits, which no longer are the bytes that training "
+            "gave. Name the meta-LoRA that it was made from."
+        )
     settings = _recipe(info)
+    check_output(output / "surrogate", SURROGATE)
+    check_output(output / "meta_lora", META_LORA)
     with _threads((settings.get("hardware") or {}).get("threads")):
         distillation = DistillationConfig.from_dict(settings["distillation"], where=f"{info.where}: {SIDECAR_FILE}")
         adapters = _pool(info, settings, pool, torch.float32, device)
         data = _surrogate(info, settings, adapters, pool, surrogate, output, progress) if distillation.steps else None
         trainer = MetaLoraTrainer(adapters, data, distillation)
+        claim_output(output / "meta_lora", META_LORA)
         trainer.train(output / "meta_lora" / "work", progress=progress)
         model = wrap_student(trainer)
         save_meta_lora(model, output / "meta_lora")

@@ -10,8 +10,9 @@ from ..distillation.trainer import MetaLoraTrainer
 from ..hub.cards import meta_lora_card
 from ..hub.embedded import backbone_name
 from ..modeling.meta_lora import MetaLoRAForFewShotClassification
+from ..modeling.serialization import write_meta_lora
 from ..pool.pool import AdapterPool
-from ..runtime.files import atomic_write, tensors_sha256
+from ..runtime.files import tensors_sha256
 from ..runtime.provenance import hardware, versions
 
 
@@ -26,11 +27,10 @@ def wrap_student(trainer: MetaLoraTrainer) -> MetaLoRAForFewShotClassification:
 def save_meta_lora(model: MetaLoRAForFewShotClassification, folder: str | Path) -> None:
     """Write the adapter, the sidecar and a card. Call it on the main process only."""
     folder = Path(folder)
-    model.save_pretrained(folder)
     config = model.peft_model.peft_config["default"]
     base, picture = config.base_model_name_or_path, model.picture is not None
     card = meta_lora_card(folder.name, base, config.revision, getattr(config, "r", None), model.settings, picture)
-    atomic_write(folder / "README.md", card.encode())
+    write_meta_lora(model, folder, card=card)
 
 
 def _settings(trainer: MetaLoraTrainer) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from ..runtime.signals import Interruption
 from ..surrogate.dataset import SurrogateDataset
 from .batches import Batch, Prefetcher
 from .callbacks import ProgressBar, TrainerCallback
-from .checkpoints import Checkpoints
+from .checkpoints import OUTPUT, Checkpoints
 from .config import DistillationConfig
 from .losses import weighted_losses
 from .parallel import ParallelStudent
@@ -125,11 +125,12 @@ class MetaLoraTrainer:
         Raises:
             DataError: the surrogate data is of another pool, damaged, or has too few classes for an episode.
             ConfigError: `output_dir` holds a run of another recipe, pool or surrogate data.
-            StorageError: another run is at work in `output_dir`, or nothing can be written there.
+            StorageError: another run is at work in `output_dir`, it holds something else than checkpoints, or nothing
+                can be written there.
         """
         if self.config.steps == 0:
             return self.student
-        with only_run_in(output_dir, self.accelerator.is_main_process):
+        with only_run_in(output_dir, OUTPUT, needed=self.accelerator.is_main_process):
             if output_dir is not None and not resume and self.accelerator.is_main_process:
                 self._checkpoints(output_dir).clear()
             self.accelerator.wait_for_everyone()

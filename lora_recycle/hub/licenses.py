@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
-
+from ..runtime.untrusted import path_inside
+from .card_files import read_card
 from .markdown import code
-from .repo_files import CARD_FILE, MAX_CARD_BYTES
+from .repo_files import CARD_FILE
 
 
 #: Identifiers that the Hub takes in a card's header, as its documentation lists them
@@ -37,12 +37,10 @@ def read_license(folder: Path) -> str | None:
     Lower case, as the Hub writes them; several are joined by `+`. A card that cannot be read states none: anyone may
     have written it.
     """
-    path = folder / CARD_FILE
     try:
-        if path.stat().st_size > MAX_CARD_BYTES:
-            return None
-        data = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
-    except Exception:  # noqa: BLE001 - a missing file, YAML, Unicode and type errors
+        path = path_inside(folder, CARD_FILE)
+        data = {} if path is None else read_card(path).metadata
+    except (OSError, ValueError):
         return None
     stated = data.get("license")
     if stated == "other":

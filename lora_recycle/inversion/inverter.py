@@ -24,7 +24,7 @@ from ..runtime.files import tensors_sha256
 from ..runtime.heartbeat import Heartbeat, beat
 from ..runtime.launch import deal, mixed_precision, process_state
 from ..runtime.run_lock import only_run_in
-from ..surrogate.dataset import Shard, SurrogateDataset, save_shard, write_manifest
+from ..surrogate.dataset import OUTPUT, Shard, SurrogateDataset, save_shard, write_manifest
 from ..version import __version__
 from .batch import InversionBatch, Objective
 from .config import InversionConfig
@@ -77,14 +77,15 @@ class LoraInverter:
             ConfigError: `output_dir` holds shards of another recipe.
             DivergenceError: all adapters diverge.
             ProcessError: another process fell silent.
-            StorageError: another run is at work in `output_dir`, or nothing can be written there.
+            StorageError: another run is at work in `output_dir`, it holds something else than surrogate data, or
+                nothing can be written there.
         """
         state, output_dir = process_state(), Path(output_dir)
-        with only_run_in(output_dir, state.is_main_process):
+        with only_run_in(output_dir, OUTPUT, needed=state.is_main_process):
             if state.is_main_process and resume:
                 self.check_folder(output_dir)
             elif state.is_main_process:
-                start_over(output_dir)
+                start_over(output_dir, _shard_names(self.pool))
             state.wait_for_everyone()
             self._run(output_dir, progress, on_shard)
         return SurrogateDataset.from_pretrained(output_dir)

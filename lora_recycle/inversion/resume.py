@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,12 @@ def refuse_other_recipe(folder: Path, identities: dict[str, str], config: dict[s
     )
 
 
-def start_over(folder: Path) -> None:
-    """Delete the shards and the manifest."""
+def start_over(folder: Path, names: Iterable[str]) -> None:
+    """Delete the manifest and the shards: those of these `names`, and all others that an inversion wrote."""
     (folder / MANIFEST).unlink(missing_ok=True)
     for path in (folder / "shards").glob("*.safetensors"):
-        path.unlink()
+        if path.name in set(names) or shard_config_id(path) is not None:
+            path.unlink()
 
 
 def is_finished(path: Path, identity: str) -> bool:

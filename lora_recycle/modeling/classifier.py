@@ -11,8 +11,9 @@ import torch
 from ..errors import AdapterError, DataError
 from ..fewshot.heads import FewShotHead
 from ..fewshot.prototypes import centre_logits
+from ..runtime.outputs import check_file
 from .support import support_set, without_failures
-from .task import FewShotTask, save_task
+from .task import FewShotTask, holds_task, save_task
 
 
 Self = TypeVar("Self", bound="FewShotClassifier")
@@ -219,8 +220,14 @@ class SharedTask(FewShotClassifier):
         return self.model.embed(images, batch_size, failures=failures, progress=progress)
 
     def save(self, path: str | Path) -> None:
-        """Write the task alone, one safetensors file, for `model.load_task`."""
-        save_task(Path(path), self._fitted())
+        """Write the task alone, one safetensors file, for `model.load_task`.
+
+        Raises:
+            StorageError: a file is there that is no task, or nothing can be written.
+        """
+        task = self._fitted()
+        check_file(path, holds_task, "a fitted task")
+        save_task(Path(path), task)
 
 
 @torch.inference_mode()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,22 +17,20 @@ from transformers.utils import ModelOutput
 from ..adapters.load import load_adapter
 from ..adapters.peft_wrap import Layers, wrap
 from ..adapters.pull import pull_adapter
-from ..adapters.quantization import store_weights
 from ..adapters.sources import named_base
 from ..backbones.backbone import Backbone, check_embeddings
 from ..errors import ConfigError, DataError
 from ..fewshot.heads import make_head
-from ..hub.embedded import backbone_name, resolve_meta_lora
-from ..hub.repo_files import CARD_FILE, PICTURE_FILE, SIDECAR_FILE
-from ..runtime.files import atomic_write, replacing_files
-from ..version import __version__
+from ..hub.embedded import resolve_meta_lora
+from ..hub.repo_files import SIDECAR_FILE
 from .classifier import FewShotClassifier, SharedTask, mixed_probabilities
-from .merge_layers import merge_layers, worn_for_saving
+from .merge_layers import merge_layers
 from .preprocessing import as_batch, pixel_batches, to_pixel_values
 from .publishing import push_adapter_folder
-from .sidecar import TASK_FILE, read_picture, read_sidecar, task_file
+from .serialization import write_meta_lora
+from .sidecar import read_picture, read_sidecar, task_file
 from .support import support_set
-from .task import FewShotTask, load_task, save_task
+from .task import FewShotTask, load_task
 
 
 if TYPE_CHECKING:
@@ -120,7 +116,8 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
         peft_model.to(device=backbone.device, dtype=backbone.dtype)
         settings = read_sidecar(info.path / SIDECAR_FILE, head)
         model = cls(backbone, peft_model, settings if head is None else {**settings, "head": head})
-        model._task = load_task(task_file(info, model.settings, hub), model.head, backbone.hidden_size)
+        path = task_file(info, model.settings, hub)
+        model._task = None if path is None else load_task(path, model.head, backbone.hidden_size)
         model.picture = read_picture(info)
         return model
 
@@ -318,33 +315,9 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
 
         Raises:
             ConfigError: another number of bits.
+            StorageError: the folder holds something else than a meta-LoRA, or cannot be written.
         """
-        folder, task = Path(save_directory), self._task
-        config: Any = self.peft_model.peft_config["default"]  # of the class of its type
-        config.base_model_name_or_path = backbone_name(config.base_model_name_or_path)
-        config.target_modules = sorted(config.target_modules)  # PEFT writes a set in any order
-        with replacing_files(folder) as partial, worn_for_saving(self.peft_model, self._merged) as worn:
-            if (folder / CARD_FILE).is_file():
-                shutil.copyfile(folder / CARD_FILE, partial / CARD_FILE)  # PEFT only adds to a card that is there
-            # no embedding layers: PEFT would ask the Hub whether the base's vocabulary grew
-            worn.save_pretrained(str(partial), safe_serialization=True, save_embedding_layers=False)
-        store_weights(folder, bits)
-        settings = {
-            "head": self.head.name,
-            "metric": self.settings.get("metric", "cosine"),
-            "temperature": self.settings.get("temperature", 0.1),
-            "image_processor": self.backbone.processor_settings(),
-            "lora_recycle_version": __version__,
-            "num_classes": None if task is None else len(task.label_names),
-        }
-        sidecar = json.dumps({**self.settings, **settings}, indent=1, allow_nan=False)
-        atomic_write(folder / SIDECAR_FILE, sidecar.encode())
-        if task is not None:
-            save_task(folder / TASK_FILE, task)
-        else:
-            (folder / TASK_FILE).unlink(missing_ok=True)
-        if self.picture is not None:
-            atomic_write(folder / PICTURE_FILE, self.picture)
+        write_meta_lora(self, save_directory, bits)
 
     def merge_and_save(self, save_directory: str | Path) -> None:
         """Write the network with the meta-LoRA in its weights as a plain transformers checkpoint, image processor

@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..errors import AdapterError
+from ..errors import AdapterError, DataError
 from ..fewshot.heads import HEADS, FewShotHead
 from ..hub.repo_files import MAX_CLASSES
-from ..runtime.files import atomic_save_tensors
+from ..runtime.files import atomic_save_tensors, read_header
 from ..runtime.untrusted import parse_json, read_safetensors_header
 
 
@@ -42,6 +43,7 @@ class FewShotTask:
     ) -> FewShotTask:
         """Embeddings (N, D) and their N labels, added to those of an `earlier` task."""
         known = earlier.label_names if earlier else []
+        check_labels([*known, *labels])
         names = known + sorted(set(labels) - set(known), key=lambda label: (str(type(label)), label))
         column = {name: i for i, name in enumerate(names)}
         index = torch.tensor([column[label] for label in labels], device=features.device)
@@ -56,10 +58,30 @@ class FewShotTask:
         return head.logits(features.float(), prepared)
 
 
+def check_labels(labels: Iterable[Any]) -> None:
+    """Raise `DataError` where two labels would pass for one: `1` and `"1"` read the same, `1` and `True` are equal."""
+    kinds = {(type(label), label) for label in labels}
+    by_text: dict[str, tuple[type, Any]] = {}
+    by_value: dict[Any, tuple[type, Any]] = {}
+    for kind, label in kinds:
+        for known in (by_text.setdefault(str(label), (kind, label)), by_value.setdefault(label, (kind, label))):
+            if known != (kind, label):
+                one, other = sorted((repr(known[1]), repr(label)))
+                raise DataError(f"The labels {one} and {other} would pass for one class. Give all labels one type.")
+
+
 def save_task(path: Path, task: FewShotTask) -> None:
     """Write a task atomically."""
     tensors = {name: value.cpu().contiguous() for name, value in task.statistics.items()}
     atomic_save_tensors(path, tensors, json.dumps({"label_names": task.label_names}))
+
+
+def holds_task(path: Path) -> bool:
+    """Whether a file is one that `save_task` wrote."""
+    try:
+        return "label_names" in read_header(path)
+    except (OSError, ValueError):
+        return False
 
 
 def load_task(path: Path, head: FewShotHead, width: int) -> FewShotTask | None:
@@ -74,7 +96,7 @@ def load_task(path: Path, head: FewShotHead, width: int) -> FewShotTask | None:
     if not path.is_file():
         return None
     try:
-        shapes = read_safetensors_header(path)
+        shapes = read_safetensors_header(path).bounded_shapes()
         if _is_of_another_head(shapes, head):
             warnings.warn(
                 f"{path}: the fitted task holds {', '.join(sorted(shapes))}, but the head {head.name} needs "
@@ -105,6 +127,7 @@ def _check_names(names: Any) -> None:
     plain = isinstance(names, list) and all(isinstance(name, (str, int, float)) for name in names)
     if not plain or not 1 <= len(names) <= MAX_CLASSES or len(set(names)) < len(names):
         raise ValueError(f"no list of 1 to {MAX_CLASSES} different labels")
+    check_labels(names)
 
 
 def _check_shapes(shapes: dict[str, tuple[int, ...]], head: FewShotHead, classes: int, width: int) -> None:

@@ -6,8 +6,6 @@ This is the answer to "where do I get the LoRAs?". Nothing later in the library 
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,9 @@ from ..fewshot.prototypes import centre_logits, class_centres
 from ..hub.embedded import backbone_name
 from ..hub.markdown import code, text
 from ..images.labelled import LabelledImages, load_labelled_images
+from ..runtime.files import check_writable, creating_folder
 from ..runtime.launch import deal, mixed_precision, process_state
+from ..runtime.outputs import check_output
 from .config import TuningConfig
 
 
@@ -131,7 +131,11 @@ def tune_adapter(
     """Tune one adapter with its head on `classes` of `data` and save it with PEFT into `output`.
 
     Returns its held-out accuracy and that of frozen class centres, in per cent. The folder appears when it is whole.
+
+    Raises:
+        StorageError: `output` is there and not empty, or cannot be written.
     """
+    check_output(output)
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     names = [data.label_names[c] for c in classes]
@@ -150,13 +154,11 @@ def tune_adapter(
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.half()
-    partial = output.with_name(f".{output.name}.{os.getpid()}")
-    wrapped.save_pretrained(str(partial), save_embedding_layers=False)
     results = {"accuracy": round(accuracy, 2), "frozen_class_centres": round(frozen, 2)}
-    (partial / "README.md").write_text(_card(output.name.lstrip("."), base_model, data.name, names, results, config))
-    if output.exists():
-        shutil.rmtree(output)
-    partial.rename(output)
+    with creating_folder(output) as new:
+        wrapped.save_pretrained(str(new), save_embedding_layers=False)
+        card = _card(output.name.lstrip("."), base_model, data.name, names, results, config)
+        (new / "README.md").write_text(card, encoding="utf-8")
     return results
 
 
@@ -249,7 +251,11 @@ def tune_pool(
 ) -> list[dict]:
     """Tune `config.tasks` adapters on random draws of classes. Finished adapters are kept when it is run again.
 
-    Several processes (`accelerate launch`) share the tasks. Raises `DataError` where the data has too few classes.
+    Several processes (`accelerate launch`) share the tasks.
+
+    Raises:
+        DataError: the data has too few classes.
+        StorageError: the folder of an adapter holds something else, or nothing can be written there.
     """
     state, output_dir = process_state(), Path(output_dir)
     backbone = Backbone.from_pretrained(base_model)
@@ -258,15 +264,19 @@ def tune_pool(
     if len(available) < config.classes:
         raise DataError(f"{data.name} has {len(available)} classes, fewer than the {config.classes} of a task.")
     base_name = backbone_name(base_model)
+    targets = [output_dir / f"{data.name.replace('/', '-')}-{task:03d}" for task in range(config.tasks)]
+    for target in targets:  # before any is tuned
+        if not (target / "adapter_config.json").exists():
+            check_output(target)
+    check_writable(output_dir)
     results = []
     disable = not (progress and state.is_main_process)
     for task in tqdm(deal(config.tasks), desc="tune-pool", total=config.tasks, disable=disable):
-        target = output_dir / f"{data.name.replace('/', '-')}-{task:03d}"
+        target = targets[task]
         if (target / "adapter_config.json").exists():
             continue
         draw = torch.Generator().manual_seed(config.seed * 100_003 + task)
         classes = [available[i] for i in torch.randperm(len(available), generator=draw)[: config.classes].tolist()]
-        target.parent.mkdir(parents=True, exist_ok=True)
         results.append(
             {
                 "adapter": str(target),

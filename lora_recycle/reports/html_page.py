@@ -10,11 +10,15 @@ from string import Template
 from ..runtime.files import atomic_write
 
 
-_PAGE = Template("""<!doctype html>
+_GENERATOR = '<meta name="generator" content="lora-recycle">'
+_PAGE = Template(
+    f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
+{_GENERATOR}
+"""
+    """<meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>$title</title>
 <style>
@@ -68,7 +72,8 @@ $sections
 </main>
 </body>
 </html>
-""")
+"""
+)
 
 #: what `.bar.best` is filled with, once in a page
 _PATTERNS = """<svg class="patterns" aria-hidden="true"><defs><pattern id="hatched" width="6" height="6"
@@ -93,6 +98,12 @@ def write_page(path: str | Path, title: str, sections: Sequence[tuple[str, str]]
     """Write a page whose charts may hatch, atomically, and return its path."""
     atomic_write(Path(path), page(title, sections, patterns=_PATTERNS).encode())
     return Path(path)
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is a page that was written here."""
+    with path.open("rb") as file:
+        return _GENERATOR.encode() in file.read(1000)
 
 
 def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[object]], text_columns: int = 1) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 
 from ..errors import DataError
 from .files import replacing
+from .untrusted import SafetensorsHeader
 
 
 _NUMPY_TYPES = {"U8": np.uint8, "I16": np.int16, "I64": np.int64, "F16": np.float16, "F32": np.float32}
@@ -65,17 +65,12 @@ class RowFile:
             rest = rest[count:]
 
 
-def safetensors_rows(path: Path, names: Iterable[str]) -> dict[str, RowFile]:
+def safetensors_rows(path: Path, header: SafetensorsHeader) -> dict[str, RowFile]:
     """Tensors of a safetensors file, which the caller has opened with `safetensors` and so checked, by name."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    found = {}
-    for name in names:
-        entry = header[name]
-        dtype = np.dtype(_NUMPY_TYPES.get(entry["dtype"], np.void))
-        found[name] = RowFile(path, dtype, tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
-    return found
+    return {
+        name: RowFile(path, np.dtype(_NUMPY_TYPES.get(entry.dtype, np.void)), entry.shape, header.size + entry.begin)
+        for name, entry in header.tensors.items()
+    }
 
 
 def write_rows(path: Path, dtype: np.dtype | type, shape: tuple[int, ...], blocks: Iterable[torch.Tensor]) -> RowFile:

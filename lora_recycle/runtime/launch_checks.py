@@ -15,12 +15,12 @@ from accelerate.utils import broadcast_object_list, gather_object
 from ..errors import ConfigError, StorageError
 from ..version import __version__
 from .config import differences
-from .files import atomic_write, replacing_files
+from .files import OWN_PREFIX, atomic_write, check_writable
 from .heartbeat import Heartbeat
 from .launch import collective_timeout, process_state
 
 
-MARK_FILE = ".launch"
+MARK_FILE = f"{OWN_PREFIX}.launch"
 #: Seconds that a file of another machine may take to be seen: network file systems remember what was not there.
 _SEEN_WITHIN = 60.0
 
@@ -78,10 +78,10 @@ def _find(folder: Path, mark: str, leader: str) -> str:
             )
         time.sleep(0.1)
     try:
-        with replacing_files(folder):
-            return ""
+        check_writable(folder)
     except StorageError as error:
         return f"{_this_process()}: {error}"
+    return ""
 
 
 def _holds(path: Path, mark: str) -> bool:

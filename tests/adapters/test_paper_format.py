@@ -13,7 +13,7 @@ from transformers import CLIPModel, CLIPVisionModel
 from lora_recycle import AdapterPool, InversionConfig, LoraInverter
 from lora_recycle.adapters.files import POOLED_HEAD
 from lora_recycle.adapters.paper_format import import_paper_file
-from lora_recycle.errors import AdapterError
+from lora_recycle.errors import AdapterError, StorageError
 
 
 RANK, CLASSES = 3, 5
@@ -148,6 +148,8 @@ def test_files_and_bases_that_do_not_serve(base, file, tiny_backbone_path, tmp_p
     CLIPVisionModel.from_pretrained(base).save_pretrained(tmp_path / "tower")
     with pytest.raises(AdapterError, match="tower: is a clip_vision_model model, .* Name the CLIP model, whole"):
         import_paper_file(file, tmp_path / "tower", tmp_path / "out")
-    with pytest.raises(AdapterError, match="clip: is there already"):
+    with pytest.raises(
+        StorageError, match=r"clip: holds other files \(config.json, .*\), which is not replaced. Name"
+    ):
         import_paper_file(file, base, base)
     assert not (tmp_path / "out").exists()

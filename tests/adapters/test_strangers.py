@@ -180,7 +180,7 @@ def test_links_out_of_the_repo(stranger, name, target):
     (stranger[0].parent / "secret").write_text("{}")
     (stranger[0] / name).unlink(missing_ok=True)
     (stranger[0] / name).symlink_to(target)
-    refused(stranger[0], name, "link that leaves the adapter's folder")
+    refused(stranger[0], name, "link that leaves the folder")
 
 
 def test_links_inside_a_cached_repo_do_not_reach_another(stranger, tmp_path):

@@ -9,6 +9,7 @@ import tempfile
 import pyarrow.parquet as parquet
 import pytest
 import torch
+from helpers_tiny import repair_checksums
 from hub_cards import LICENSES, complaints
 from PIL import Image
 from safetensors.torch import save_file
@@ -161,6 +162,7 @@ def test_a_fitted_task_that_makes_no_sense_is_refused(hub, model, tmp_path, name
     model.fit(torch.zeros(2, 3, 32, 32), ["a", "b"]).save_pretrained(tmp_path)
     task = tmp_path / "few_shot_task.safetensors"
     save_file(tensors, task, metadata={"header": json.dumps({"label_names": names})})
+    repair_checksums(tmp_path)
     hub.put("org/meta", tmp_path)
     with pytest.raises(AdapterError, match=f"few_shot_task.safetensors: the fitted task cannot be read.*{reason}"):
         load("org/meta")

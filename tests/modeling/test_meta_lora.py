@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from helpers_tiny import random_pixels
+from helpers_tiny import random_pixels, repair_checksums
 from peft import PeftConfig, PeftModel
 from PIL import Image
 from transformers import AutoModel
@@ -212,6 +212,9 @@ def test_a_fitted_task_is_saved_and_forgotten_with_it(model, toy_data, tmp_path,
 def test_a_damaged_task_is_refused(model, toy_data, tmp_path):
     model.fit(*pictures(toy_data, [0, 1])).save_pretrained(tmp_path)
     (tmp_path / "few_shot_task.safetensors").write_bytes(b"junk")
+    with pytest.raises(AdapterError, match="few_shot_task.safetensors is not the one that .* was saved with"):
+        MetaLoRAForFewShotClassification.from_pretrained(tmp_path)
+    repair_checksums(tmp_path)
     with pytest.raises(AdapterError, match="the fitted task cannot be read"):
         MetaLoRAForFewShotClassification.from_pretrained(tmp_path)
 

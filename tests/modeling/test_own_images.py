@@ -4,7 +4,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers_tiny import tiny_backbone, tiny_vit
+from helpers_tiny import random_pixels, tiny_backbone, tiny_vit
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import CLIPImageProcessorPil
@@ -213,3 +213,14 @@ def test_a_transposed_or_masked_photo_is_classified_as_one_sees_it(model, photos
     hidden.putalpha(0)
     white = Image.new("RGB", hidden.size, "white")
     assert torch.equal(task.predict_proba(hidden), task.predict_proba(white))
+
+
+@pytest.mark.parametrize(("one", "other"), [(1, "1"), (1, True), (2, 2.0), (True, "True")])
+def test_labels_that_would_pass_for_one_class_are_refused(model, one, other):
+    images = random_pixels(4)
+    with pytest.raises(DataError, match=f"The labels .*{one!r}.* would pass for one class. Give all labels one type"):
+        model.fit(images, [one, one, other, other])
+    model.fit(images, [one, one, "x", "x"])
+    with pytest.raises(DataError, match="would pass for one class"):
+        model.add_classes(images, [other] * 4)
+    assert set(model.label_names) == {one, "x"}

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import Dinov2Config, Dinov2Model, ViTForImageClassification
 
 from lora_recycle.adapters.pull import find_adapters, pull_adapter
-from lora_recycle.errors import ConfigError, DataError
+from lora_recycle.errors import ConfigError, DataError, StorageError
 from lora_recycle.images.labelled import LabelledImages
 from lora_recycle.pool import training as tuning
 from lora_recycle.pool.config import TuningConfig
@@ -132,12 +133,31 @@ def test_a_pool_resumes_where_it_stopped(image_folder, tiny_backbone_path, tmp_p
     assert set(pull_adapter(folders[0]).labels) <= {"class 0", "class 1", "class 2"}
     times = [(f / "adapter_model.safetensors").stat().st_mtime_ns for f in folders]
     before = (folders[1] / "adapter_model.safetensors").read_bytes()
-    (folders[1] / "adapter_config.json").unlink()
+    shutil.rmtree(folders[1])
+    left = tmp_path / "pool" / ".images-001.0123456789abcdef.partial"  # by a run that was killed
+    left.mkdir()
+    (left / ".lora-recycle.lock").touch()
     again = tune_pool(image_folder, tmp_path / "pool", config, str(tiny_backbone_path), progress=False)
     assert [r["adapter"] for r in again] == [str(folders[1])]
     after = [(f / "adapter_model.safetensors").stat().st_mtime_ns for f in folders]
     assert after[0] == times[0] and after[2] == times[2] and after[1] > times[1]
-    assert (folders[1] / "adapter_model.safetensors").read_bytes() == before
+    assert (folders[1] / "adapter_model.safetensors").read_bytes() == before and not left.exists()
+
+
+def test_a_folder_of_the_user_is_not_replaced(image_folder, tiny_backbone_path, tmp_path, file_size_limit):
+    config = TuningConfig(tasks=2, classes=2, epochs=1, rank=2, targets="q_proj", batch_size=8)
+    mine = tmp_path / "pool" / "images-001"
+    mine.mkdir(parents=True)
+    (mine / "holiday.jpg").touch()
+    with pytest.raises(StorageError, match=r"images-001: holds other files \(holiday.jpg\), which is not replaced"):
+        tune_pool(image_folder, tmp_path / "pool", config, str(tiny_backbone_path), progress=False)
+    assert [path.name for path in (tmp_path / "pool").rglob("*")] == ["images-001", "holiday.jpg"]  # told at once
+    (mine / "holiday.jpg").unlink()
+    with file_size_limit(1000), pytest.raises(StorageError, match="images-000 cannot be written: File too large"):
+        tune_pool(image_folder, tmp_path / "pool", config, str(tiny_backbone_path), progress=False)
+    assert [path.name for path in (tmp_path / "pool").rglob("*")] == ["images-001"]
+    tune_pool(image_folder, tmp_path / "pool", config, str(tiny_backbone_path), progress=False)
+    assert len(find_adapters(tmp_path / "pool")) == 2
 
 
 def test_too_few_classes(image_folder, tiny_backbone_path, tmp_path):

@@ -17,7 +17,7 @@ import torch
 
 import lora_recycle.distillation.saving  # noqa: F401
 from lora_recycle.cli.main import main
-from lora_recycle.distillation.judging import Judgements
+from lora_recycle.distillation.selection import CheckpointSelection
 from lora_recycle.distillation.trainer import MetaLoraTrainer
 from lora_recycle.errors import DataError
 from lora_recycle.runtime.launch import deal, process_state
@@ -28,7 +28,7 @@ def run(scenario) -> int:
     if scenario.get("fault"):
         plant(*scenario["fault"])
     if scenario.get("best"):
-        judge_best(scenario["best"])
+        script_errors(scenario["best"])
     for command in scenario["commands"]:
         if code := deal_out(command[1]) if command[0] == "deal" else main(command):
             return code
@@ -50,14 +50,14 @@ def plant(kind: str, process: int) -> None:
     MetaLoraTrainer._losses = faulty
 
 
-def judge_best(best: int) -> None:
+def script_errors(best: int) -> None:
     """The students of this step err least, whatever their weights: which truly do differs between processors."""
-    add = Judgements.add
+    add = CheckpointSelection.add
 
-    def told(self, step, blend, errors, parameters):
-        add(self, step, blend, torch.full_like(errors, 30.0 + abs(step - best)), parameters)
+    def scripted(self, step, candidate, errors, parameters):
+        add(self, step, candidate, torch.full_like(errors, 30.0 + abs(step - best)), parameters)
 
-    Judgements.add = told
+    CheckpointSelection.add = scripted
 
 
 def deal_out(count: str) -> int:
