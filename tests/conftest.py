@@ -42,11 +42,10 @@ from helpers_tiny import TINY_LAYERS, save_tiny_adapter, save_tiny_backbone, toy
 
 from lora_recycle.backbones.backbone import Backbone  # noqa: E402
 from lora_recycle.distillation.config import DistillationConfig  # noqa: E402
-from lora_recycle.distillation.saving import wrap_student  # noqa: E402
-from lora_recycle.distillation.trainer import MetaLoraTrainer  # noqa: E402
+from lora_recycle.distillation.trainer import MetaLoRATrainer  # noqa: E402
 from lora_recycle.hub import download as snapshots  # noqa: E402
 from lora_recycle.inversion.config import InversionConfig  # noqa: E402
-from lora_recycle.inversion.inverter import LoraInverter  # noqa: E402
+from lora_recycle.inversion.inverter import LoRAInverter  # noqa: E402
 from lora_recycle.pool.pool import AdapterPool  # noqa: E402
 
 
@@ -154,7 +153,7 @@ def tiny_pool(tiny_pool_path):
     return AdapterPool(stored.backbone, list(stored))
 
 
-class GivenImages(LoraInverter):
+class GivenImages(LoRAInverter):
     """Stores toy images of the classes, dimmed and noisy, where an inversion would optimise them."""
 
     def _optimise(self, index, starts, labels, generator):
@@ -192,7 +191,7 @@ def make_model(hub, tiny_backbone_path, tiny_pool_path, tiny_surrogate):
         backbone.revision = hub.repo("org/tiny-vit").resolve("main").sha
         pool = AdapterPool.from_pretrained([f"org/adapter-{i}" for i in range(len(licenses))], backbone=backbone)
         settings = DistillationConfig(**{"steps": 0, "rank": 4, **config})
-        return wrap_student(MetaLoraTrainer(pool, surrogate, settings))
+        return MetaLoRATrainer(pool, surrogate, settings).to_model()
 
     return make
 

@@ -103,7 +103,7 @@ def make_pool(work: Path) -> None:
     draw_photos(work / "photos")
     HUB.hub.put("owner/base", save_tiny_backbone(work / "base"))
     sizes = ("--classes", 3, "--epochs", 1, "--rank", 2, "--tasks", 2)
-    succeed("tune-pool", work / "photos", "--output", work / "pool", "--base-model", "owner/base", *sizes)
+    succeed("train-adapters", work / "photos", "--output", work / "pool", "--base-model", "owner/base", *sizes)
 
 
 def import_adapter(work: Path) -> None:
@@ -139,7 +139,7 @@ def use_meta_lora(work: Path) -> None:
     assert "n0" in succeed("predict", meta, "--support", work / "photos", work / "photos" / "n0")
     for format in ("torch", "transformers"):
         succeed("export", meta, "--format", format, "--output", work / format)
-    succeed("quantise", meta, "--bits", 8, "--output", work / "small")
+    succeed("quantize", meta, "--bits", 8, "--output", work / "small")
     succeed("push", meta, "owner/meta")
     assert "byte-identical" in succeed("reproduce", meta, work / "pool", "--output", work / "again")
 

@@ -36,7 +36,7 @@ class ServedModels:
         """The meta-LoRA of a folder or repo id, for one thread at a time.
 
         Raises:
-            LoraRecycleError: it cannot be loaded.
+            LoRARecycleError: it cannot be loaded.
         """
         with self._lock:
             yield self._current(name)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.sources import one_id
-from ..errors import ConfigError, DataError, LoraRecycleError
+from ..errors import ConfigError, DataError, LoRARecycleError
 from ..hub.markdown import code
 from ..modeling.meta_lora import MetaLoRAForFewShotClassification
 from .answers import STYLE, answers_html
@@ -76,7 +76,7 @@ def build_page(model: str = "demo", *, device: Any = None, folders: bool = True)
         folders: whether visitors may name folders of this machine, or only repo ids.
 
     Raises:
-        LoraRecycleError: it cannot be loaded.
+        LoRARecycleError: it cannot be loaded.
     """
     upload_folder()  # before Gradio asks where it is
     models = ServedModels(device)
@@ -130,7 +130,7 @@ def launch(
         hosts: further names under which browsers reach the page, as of a proxy; others are refused.
 
     Raises:
-        LoraRecycleError: the model cannot be loaded, or the port is taken.
+        LoRARecycleError: the model cannot be loaded, or the port is taken.
     """
     page = build_page(model, device=device, folders=_is_this_machine(host) if folders is None else folders)
     try:
@@ -225,7 +225,7 @@ def _told(function: Callable) -> Callable:
     def wrapped(*arguments: Any) -> Any:
         try:
             return function(*arguments)
-        except (LoraRecycleError, OSError) as error:
+        except (LoRARecycleError, OSError) as error:
             raise gr.Error(escape(without_folder(str(error))), print_exception=False) from error
 
     return wrapped
@@ -269,7 +269,7 @@ def _about_repo(models: ServedModels, name: str) -> str:
             raise DataError(f"{repo} lies on this machine.")
         with models.use(name) as model:
             return _about(name, model, folders=False)
-    except (LoraRecycleError, OSError) as error:
+    except (LoRARecycleError, OSError) as error:
         told = f"{name}: no meta-LoRA that this page can load. `lora-recycle inspect {name}` elsewhere tells why."
         raise DataError(told) from error
 

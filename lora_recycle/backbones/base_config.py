@@ -1,7 +1,7 @@
 """A base model's `config.json`, which anyone may have written: bounded before transformers or memory sees it.
 
 Only settings that are named here, with their bounds, reach transformers. All others, such as an attention kernel, a
-file name of weights or an attribute of Python's own, are left out; those that ask for code or quantised weights are
+file name of weights or an attribute of Python's own, are left out; those that ask for code or quantized weights are
 refused, for the model would not be what the file says.
 """
 
@@ -63,7 +63,7 @@ _SIDES = ("image_size", "patch_size")
 # settings without which the weights mean something else, or that name code
 _REFUSED = {
     "auto_map": "it names custom code (auto_map), which is never run",
-    "quantization_config": "its weights are quantised (quantization_config); name the base model that they come from",
+    "quantization_config": "its weights are quantized (quantization_config); name the base model that they come from",
 }
 
 
@@ -71,7 +71,7 @@ def read_base_settings(folder: Path, where: str) -> dict[str, Any]:
     """The parsed `config.json` of a base model whose type is known.
 
     Raises:
-        AdapterError: it is missing or no plain JSON object, names code, is quantised, or is no image encoder's.
+        AdapterError: it is missing or no plain JSON object, names code, is quantized, or is no image encoder's.
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
@@ -88,7 +88,7 @@ def read_base_settings(folder: Path, where: str) -> dict[str, Any]:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The parsed file. Raises `ValueError` where it is no JSON object, names code, or is of quantised weights."""
+    """The parsed file. Raises `ValueError` where it is no JSON object, names code, or is of quantized weights."""
     settings = parse_json(read_text(path))
     if not isinstance(settings, dict):
         raise ValueError(f"it must be a JSON object, got a {type(settings).__name__}")

@@ -41,13 +41,13 @@ examples:
   lora-recycle evaluate demo --data photos --methods average ties nearest-group
   lora-recycle evaluate demo --data photos --heads lda transductive_em     other few-shot heads as well
 
-methods: frozen (class centres on the bare backbone) and meta-lora, always; frozen-centred, frozen-euclidean. With a
+methods: frozen (prototypes on the bare backbone) and meta-lora, always; frozen-centred, frozen-euclidean. With a
 pool, none of them tuned: average (of all weight changes), average-rank-16, ensemble (all adapters, one forward each),
 random (a control), magnitude, dare, ties, knots (merges), restored, undiluted, group-sum, nearest-group (groups of
 like adapters), class-statistics (the adapter whose classes the support set is most like; needs heads), arrow (routes
 tokens to adapters). docs/methods.md says which to use when.
 
-heads, each on frozen and on meta-lora: cosine_centres, euclidean_centres, lda, logistic_regression,
+heads, each on frozen and on meta-lora: cosine_prototypes, euclidean_prototypes, lda, logistic_regression,
 transductive_laplacian, transductive_transport, transductive_em; the transductive ones see all queries of an episode at
 once. docs/concepts.md says what they assume.
 """

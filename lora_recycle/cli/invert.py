@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from ..adapters.zero_shot_heads import PROMPT
-    from ..inversion.inverter import LoraInverter
+    from ..inversion.inverter import LoRAInverter
     from ..runtime.launch_checks import check_same
     from ..runtime.outputs import check_output
     from ..surrogate.dataset import OUTPUT
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
         dtype=getattr(torch, args.dtype) if args.dtype else None,
     )
     check_same(verb=args.verb, settings=config.to_dict(), adapters=[info.sha256 for info in pool.infos])
-    inverter = LoraInverter(pool, config)
+    inverter = LoRAInverter(pool, config)
     surrogate = inverter.run(args.output, progress=not args.quiet, resume=args.resume)
     if not is_main_process():
         return

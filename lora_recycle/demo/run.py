@@ -15,8 +15,8 @@ from PIL import Image
 
 from ..distillation.checkpoints import OUTPUT as CHECKPOINTS
 from ..distillation.config import DistillationConfig
-from ..distillation.saving import save_meta_lora, wrap_student
-from ..distillation.trainer import MetaLoraTrainer
+from ..distillation.saving import save_meta_lora
+from ..distillation.trainer import MetaLoRATrainer
 from ..errors import ConfigError
 from ..evaluation.config import EvaluationConfig
 from ..evaluation.evaluate import evaluate
@@ -24,7 +24,7 @@ from ..hub.cards import usage_lines
 from ..hub.embedded import pool_path
 from ..images.labelled import LabelledImages, load_labelled_images
 from ..inversion.config import InversionConfig
-from ..inversion.inverter import LoraInverter
+from ..inversion.inverter import LoRAInverter
 from ..modeling.serialization import OUTPUT as META_LORA
 from ..pool.pool import AdapterPool
 from ..reports.training_report import write_training_report
@@ -76,7 +76,7 @@ def run_demo(
 
     Raises:
         ConfigError: a recipe with an unknown section or key.
-        LoraRecycleError: adapters or images that cannot be used, or an output folder that holds something else.
+        LoRARecycleError: adapters or images that cannot be used, or an output folder that holds something else.
     """
     output = Path(output)
     check_output(output, OUTPUT)
@@ -87,11 +87,11 @@ def run_demo(
     sets = _real_images(data, adapters)  # read first: a wrong path is found before the work is done
     claim_output(output, OUTPUT)
     surrogate, inversion_losses = _invert(adapters, inversion, output, progress)
-    trainer = MetaLoraTrainer(adapters, surrogate, distillation)
+    trainer = MetaLoRATrainer(adapters, surrogate, distillation)
     meta_lora = output / "meta_lora"
     claim_output(meta_lora, META_LORA)
     _train(trainer, meta_lora / "work", progress)
-    model = wrap_student(trainer)
+    model = trainer.to_model()
     save_meta_lora(model, meta_lora)
     config = EvaluationConfig(episodes=episodes, batch_size=_BATCH)
     results = [evaluate(images, model, config, pool=adapters, progress=progress) for images in sets]
@@ -143,7 +143,7 @@ def _invert(
     pool: AdapterPool, config: InversionConfig, output: Path, progress: bool
 ) -> tuple[SurrogateDataset, list[float]]:
     """The surrogate data and the mean loss of each iteration, which lies beside the shards for the next run."""
-    inverter, path = LoraInverter(pool, config), output / "surrogate" / "losses.json"
+    inverter, path = LoRAInverter(pool, config), output / "surrogate" / "losses.json"
     curves: dict[str, list[float]] = json.loads(path.read_text()) if path.is_file() else {}
 
     def remember(name: str, _: Shard) -> None:
@@ -161,7 +161,7 @@ def _invert(
     return surrogate, [sum(values) / len(known) for values in zip(*known, strict=True)]
 
 
-def _train(trainer: MetaLoraTrainer, work: Path, progress: bool) -> None:
+def _train(trainer: MetaLoRATrainer, work: Path, progress: bool) -> None:
     """Train, going on from the demo's checkpoint of the same settings and throwing away one of other settings."""
     parts = [trainer.config.to_dict(), [info.sha256 for info in trainer.pool.infos]]
     parts.append([entry["sha256"] for entry in trainer.surrogate.manifest["shards"]])

@@ -60,7 +60,7 @@ def prepare(
     """
     images = match_shards(pool, surrogate, config.use_masks)
     alike = pool.groups() if config.groups == "auto" else [list(range(len(pool)))]
-    held_out = hold_out(alike, images, config.held_out)
+    held_out = hold_out(alike, images, config.validation_fraction)
     teachers = [[i for i in members if i not in held_out] for members in alike]
     groups = teach_all(pool, images, teachers, config, store.folder, store.shared, store.progress)
     sampler = make_sampler(images, config, groups, held_out)

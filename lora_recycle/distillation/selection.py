@@ -160,7 +160,7 @@ class CheckpointSelection:
         if not self.steps:
             return (
                 f"Nothing was evaluated, so the last step is kept: an evaluation takes {SMALLEST_GROUP} adapters that "
-                "are alike, with 2 images of a class. Add adapters, or set `held_out` to 0."
+                "are alike, with 2 images of a class. Add adapters, or set `validation_fraction` to 0."
             )
         first, best, last = self.figures[0], self.figures[self._best], self.figures[-1]
         where, start = f"on the classes of {self.evidence}", "average" if self._against_average else "start"

@@ -1,4 +1,4 @@
-"""MetaLoraTrainer: surrogate data of many adapters into one meta-LoRA (stage 2)."""
+"""MetaLoRATrainer: surrogate data of many adapters into one meta-LoRA (stage 2)."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ logger = logging.getLogger(__name__)
 Flag = TypeVar("Flag", bool, torch.Tensor)
 
 
-class MetaLoraTrainer:
+class MetaLoRATrainer:
     """Distils the surrogate data of a pool into one LoRA.
 
-    [`~MetaLoraTrainer.train`] does it all. To time or inspect single steps, `prepare` once and call `step` for one
+    [`~MetaLoRATrainer.train`] does it all. To time or inspect single steps, `prepare` once and call `step` for one
     step number after the other; each is forward, backward and optimiser step on the batch that `train` would use:
 
-        trainer = MetaLoraTrainer(pool, surrogate, DistillationConfig(steps=1000, relational_batch=32))
+        trainer = MetaLoRATrainer(pool, surrogate, DistillationConfig(steps=1000, relational_batch=32))
         trainer.prepare()
         for i in range(10):
             losses = trainer.step(i)  # name to a tensor without gradient, still on the device
@@ -63,7 +63,7 @@ class MetaLoraTrainer:
     Args:
         pool ([`AdapterPool`]): the adapters that the surrogate data came from. They give the initialisation and teach
             the relational loss; their real training data is never needed.
-        surrogate ([`SurrogateDataset`], *optional*): from [`LoraInverter`]; not needed where `config.steps` is 0. It
+        surrogate ([`SurrogateDataset`], *optional*): from [`LoRAInverter`]; not needed where `config.steps` is 0. It
             stays on disk: memory does not grow with it, but for 8 bytes an image.
         config ([`DistillationConfig`]): how.
         callbacks (`Sequence[TrainerCallback]`): see the numbers of each step, and may stop the training early.
@@ -166,7 +166,7 @@ class MetaLoraTrainer:
 
     def _report_selection(self) -> None:
         """Warn where the start is kept or nothing was evaluated; the progress bar is closed by now."""
-        if self.accelerator.is_main_process and self.config.held_out and not self.selection.best_step:
+        if self.accelerator.is_main_process and self.config.validation_fraction and not self.selection.best_step:
             logger.warning(self.selection.verdict())
 
     @property
@@ -179,9 +179,7 @@ class MetaLoraTrainer:
         Ctrl-C and SIGTERM are seen after every step; several processes agree on them when they read their losses.
         """
         last = step == self.config.steps
-        saving, evaluating = (
-            last or step % every == 0 for every in (self.config.checkpoint_every, self.config.judge_every)
-        )
+        saving, evaluating = (last or step % every == 0 for every in (self.config.save_steps, self.config.eval_steps))
         stopping = False
         looking = saving or evaluating or len(self._unread) >= READ_EVERY
         if looking or self.accelerator.num_processes == 1:

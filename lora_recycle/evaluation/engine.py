@@ -17,7 +17,7 @@ from ..fewshot.episodes import EpisodeSet
 from ..fewshot.heads import HEADS, make_head
 from ..finetuning import TaskTuning, TaskTuningConfig, tuning_methods
 from ..images.labelled import LabelledImages
-from ..merging import Composition, Selection, tuning_free_methods
+from ..merging import MergingMethod, Selection, tuning_free_methods
 from ..modeling.meta_lora import MetaLoRAForFewShotClassification
 from ..modeling.tuning import default_config
 from ..pool.pool import AdapterPool
@@ -25,7 +25,7 @@ from .config import FROZEN_METHODS
 from .memory import peak_bytes
 from .recipe import TUNED
 from .selection import selected_accuracy
-from .tuned import MetaLoraTuning, tuned_accuracy
+from .tuned import MetaLoRATuning, tuned_accuracy
 
 
 #: Methods that use the backbone alone, whatever the pool.
@@ -134,7 +134,7 @@ class EvaluationEngine:
         changed = self.tuning.get(method, {})
         model = self.models.get(method.removesuffix(TUNED)) if method.endswith(TUNED) else None
         if model is not None:
-            return MetaLoraTuning(model, TaskTuningConfig(**{**default_config(model.head).to_dict(), **changed}))
+            return MetaLoRATuning(model, TaskTuningConfig(**{**default_config(model.head).to_dict(), **changed}))
         kind = type(tuning_methods()[method])
         return kind(TaskTuningConfig(**{**kind.defaults, **changed}))
 
@@ -175,7 +175,7 @@ class EvaluationEngine:
         return accuracies, [network], images, time.perf_counter() - started
 
     def _features_of_baseline(
-        self, method: str, baseline: Composition, pool: AdapterPool, measure_memory: bool
+        self, method: str, baseline: MergingMethod, pool: AdapterPool, measure_memory: bool
     ) -> list[NetworkFeatures]:
         keys = [key for key in self._features if key.startswith(f"{method}/")]
         if not keys:

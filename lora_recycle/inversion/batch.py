@@ -50,7 +50,7 @@ class Objective:
 
 
 class InversionBatch:
-    """The images of one batch while they are optimised. [`LoraInverter.batch`] makes it.
+    """The images of one batch while they are optimised. [`LoRAInverter.batch`] makes it.
 
     Args:
         objective ([`Objective`]): gives the loss of images and labels.

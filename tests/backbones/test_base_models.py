@@ -230,7 +230,7 @@ def test_an_image_processor_that_python_made_is_checked_too():
         ({"model_type": "llama"}, "backbones of type llama are not supported .vit, deit"),
         ({"model_type": None}, "backbones of type None are not supported"),
         ({"model_type": ["vit"]}, "are not supported"),
-        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "its weights are quantised"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "its weights are quantized"),
         ({"auto_map": {"AutoModel": "evil.Evil"}}, "it names custom code"),
     ],
 )

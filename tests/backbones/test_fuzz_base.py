@@ -36,7 +36,7 @@ from transformers import (
 )
 
 from lora_recycle.backbones.backbone import Backbone, check_embeddings
-from lora_recycle.errors import LoraRecycleError
+from lora_recycle.errors import LoRARecycleError
 from lora_recycle.modeling.preprocessing import to_pixel_values
 
 
@@ -178,7 +178,7 @@ def attempt(folder: Path, files: dict[str, bytes]) -> str:
         pixel_values = to_pixel_values(PICTURE[None], backbone)
         features = backbone.features(pixel_values)
         check_embeddings(features, pixel_values, backbone.name)
-    except LoraRecycleError as error:
+    except LoRARecycleError as error:
         assert folder.name in str(error), f"the error does not say where: {error}"
         return str(error)
     assert features.shape == (1, backbone.hidden_size) and features.norm().isfinite()

@@ -47,7 +47,7 @@ def commands(work, tmp_path):
         "invert anew": ["invert", work / "pool", *quick, "--no-resume"],
         "distill": distill,
         "distill anew": [*distill, "--no-resume"],
-        "quantise": ["quantise", work / "meta", "--bits", 8],
+        "quantize": ["quantize", work / "meta", "--bits", 8],
         "export": ["export", work / "meta", "--format", "torch"],
         "export a checkpoint": ["export", work / "meta", "--format", "transformers"],
         "demo": ["demo", "--pool", work / "pool"],
@@ -60,7 +60,7 @@ VERBS = (
     "invert anew",
     "distill",
     "distill anew",
-    "quantise",
+    "quantize",
     "export",
     "export a checkpoint",
     "demo",
@@ -103,7 +103,7 @@ def test_tune_pool_leaves_a_folder_of_the_user(work, tmp_path, fails):
     mine.mkdir(parents=True)
     (mine / "holiday.jpg").write_text("mine")
     quick = ["--classes", 4, "--epochs", 1, "--rank", 2, "--tasks", 1, "--base-model", work / "base", "--quiet"]
-    line = fails("tune-pool", work / "photos", "--output", tmp_path / "pool", *quick)
+    line = fails("train-adapters", work / "photos", "--output", tmp_path / "pool", *quick)
     assert "photos-000: holds other files (holiday.jpg), which is not replaced" in line
     assert content(tmp_path) == {"pool/photos-000/holiday.jpg": b"mine"}
 
@@ -166,7 +166,7 @@ def test_inspect_replaces_only_a_page_of_its_own(work, tmp_path, run, fails):
     assert page.read_text() == "<html>mine</html>"
 
 
-@pytest.mark.parametrize("verb", ["quantise", "export"])
+@pytest.mark.parametrize("verb", ["quantize", "export"])
 def test_after_a_full_disk_the_same_command_works(commands, work, tmp_path, run, fails, file_size_limit, verb):
     command = [*commands[verb], "--output", tmp_path / "out", "--quiet"]
     with file_size_limit(2000):
@@ -177,7 +177,7 @@ def test_after_a_full_disk_the_same_command_works(commands, work, tmp_path, run,
 
 
 def test_quantise_after_a_kill_clears_away_and_works(commands, tmp_path, run, monkeypatch):
-    command = [*commands["quantise"], "--output", tmp_path / "out", "--quiet"]
+    command = [*commands["quantize"], "--output", tmp_path / "out", "--quiet"]
     with monkeypatch.context() as patch:  # nothing is cleared away, as by SIGKILL
         patch.setattr("lora_recycle.runtime.files.shutil.rmtree", lambda *args, **options: None)
         patch.setattr("pathlib.Path.rename", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -195,7 +195,7 @@ def test_an_export_in_another_format_takes_another_folder(commands, tmp_path, ru
 
 
 def test_reproduce_says_before_the_work_that_it_cannot_compare_codes(work, tmp_path, run, fails, monkeypatch):
-    assert run("quantise", work / "meta", "--bits", 8, "--output", tmp_path / "small", "--quiet")[0] == 0
+    assert run("quantize", work / "meta", "--bits", 8, "--output", tmp_path / "small", "--quiet")[0] == 0
     monkeypatch.setattr("lora_recycle.distillation.reproduction._pool", lambda *a, **k: pytest.fail("it worked"))
     line = fails("reproduce", tmp_path / "small", work / "pool", "--output", tmp_path / "again", "--quiet")
     assert "its weights are stored in 8 bits" in line and "Name the meta-LoRA that it was made from" in line

@@ -44,7 +44,7 @@ def test_a_row_for_each_method(result):
 @pytest.mark.parametrize("method", tuning_free_methods())
 def test_many_tasks_at_once_are_one_task_at_a_time(data, tiny_pool, result, method):
     drawn = sample_episodes(data.labels, WAYS, SHOTS, QUERIES, EPISODES, 0)
-    composition, labels = tuning_free_methods(0)[method], torch.arange(WAYS).repeat_interleave(SHOTS)
+    merging, labels = tuning_free_methods(0)[method], torch.arange(WAYS).repeat_interleave(SHOTS)
     for i, episode in enumerate(drawn.episodes[:2]):
         support, queries = data.pixels[episode.support.flatten()], data.pixels[episode.query]
         guesses = composition.classify(tiny_pool, support, labels, queries).argmax(1)

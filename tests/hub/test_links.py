@@ -48,7 +48,7 @@ def test_a_link_out_of_the_folder_is_refused_on_every_way(folder, hub, tmp_path,
         write_adapter(pull_adapter(folder), tmp_path / "small", 8)
     with pytest.raises(AdapterError, match=refused):
         push_adapter_folder(folder, "org/new")
-    assert main(["quantise", str(folder), "--bits", "32", "--output", str(tmp_path / "small")]) == 1
+    assert main(["quantize", str(folder), "--bits", "32", "--output", str(tmp_path / "small")]) == 1
     told = capsys.readouterr().err
     assert "is a link that leaves" in told and "cp -L" not in told
     assert not (tmp_path / "small").exists() and not hub.exists("org/new")
