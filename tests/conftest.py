@@ -38,10 +38,10 @@ from helpers_tiny import save_tiny_backbone, toy_images  # noqa: E402
 
 from lora_recycle.hub import download as snapshots  # noqa: E402
 from lora_recycle.inversion.config import InversionConfig  # noqa: E402
-from lora_recycle.inversion.inverter import LoraInverter  # noqa: E402
-from lora_recycle.pool.config import TuningConfig  # noqa: E402
+from lora_recycle.inversion.inverter import LoRAInverter  # noqa: E402
+from lora_recycle.pool.config import AdapterTrainingConfig  # noqa: E402
 from lora_recycle.pool.pool import AdapterPool  # noqa: E402
-from lora_recycle.pool.training import tune_adapter  # noqa: E402
+from lora_recycle.pool.training import train_adapter  # noqa: E402
 
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, database=None, max_examples=25, deadline=None)
@@ -126,11 +126,11 @@ def tiny_pool_path(tmp_path_factory, tiny_backbone_path, toy_data):
     folder = tmp_path_factory.mktemp("pool")
     kinds = [("LORA", "all"), ("LORA", "q_proj,v_proj"), ("DORA", "all"), ("LOHA", "all")]
     for task, (kind, targets) in enumerate(kinds):
-        config = TuningConfig(
+        config = AdapterTrainingConfig(
             peft_type=kind, targets=targets, epochs=6, lr=8e-3, rank=4, keep_ratio=1.0, batch_size=16
         )
         classes = [task, task + 1, task + 2, task + 3]
-        tune_adapter(toy_data, classes, folder / f"adapter-{task}", config, str(tiny_backbone_path), seed=task)
+        train_adapter(toy_data, classes, folder / f"adapter-{task}", config, str(tiny_backbone_path), seed=task)
     return folder
 
 
@@ -145,7 +145,7 @@ def tiny_surrogate(tmp_path_factory, tiny_pool):
     config = InversionConfig(images_per_class=6, iterations=5, keep_ratio=0.5, jitter=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return LoraInverter(tiny_pool, config).run(tmp_path_factory.mktemp("surrogate"), progress=False)
+        return LoRAInverter(tiny_pool, config).run(tmp_path_factory.mktemp("surrogate"), progress=False)
 
 
 @pytest.fixture

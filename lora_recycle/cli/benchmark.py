@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     if args.data_root is not None and not Path(args.data_root).is_dir():
         raise ConfigError(f"--data-root {args.data_root}: no such folder.")
     from ..evaluation.recipe import BenchmarkRecipe
-    from ..evaluation.suite import Benchmark
+    from ..evaluation.benchmark import Benchmark
     from ..runtime.config import read_yaml
 
     given = {"episodes": args.episodes, "tuning_episodes": args.tuning_episodes}

@@ -27,7 +27,7 @@ class Cell:
 
     Args:
         label: of its rows: the method, and the pool where that is not the data set's first.
-        kind: `frozen`, `rival`, `meta-lora` or `tuned`.
+        kind: `frozen`, `rival` (a baseline), `meta-lora` or `tuned`.
         transductive: whether it sees an episode's queries together.
         identity: all that its numbers depend on.
     """

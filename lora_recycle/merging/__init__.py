@@ -1,7 +1,7 @@
-"""Ways to use a pool without tuning, the rivals of a meta-LoRA: peers, one a file, on the base in `base.py`."""
+"""Ways to use a pool without tuning, the baselines of a meta-LoRA: peers, one a file, on the base in `base.py`."""
 
 from .arrow import Arrow
-from .base import Composition, Merge, Selection
+from .base import MergingMethod, Merge, Selection
 from .class_statistics import ClassStatistics
 from .controls import RandomAverage, shuffled_heads
 from .dare import Dare
@@ -10,14 +10,14 @@ from .groups import GroupSum, NearestGroup, Restored, Undiluted, separability
 from .knots import Knots
 from .magnitude import MagnitudePruning
 from .ties import Ties
-from .uniform import Uniform
+from .average import Average
 
 
-def tuning_free_methods(seed: int = 0) -> dict[str, Composition]:
-    """The compositions that `evaluate` offers, by name. `seed` is of those that draw at random."""
+def tuning_free_methods(seed: int = 0) -> dict[str, MergingMethod]:
+    """The merging_methods that `evaluate` offers, by name. `seed` is of those that draw at random."""
     return {
-        "average": Uniform(),
-        "average-rank-16": Uniform(rank=16),
+        "average": Average(),
+        "average-rank-16": Average(rank=16),
         "ensemble": Ensemble(),
         "random": RandomAverage(seed),
         "magnitude": MagnitudePruning(),
@@ -36,7 +36,7 @@ def tuning_free_methods(seed: int = 0) -> dict[str, Composition]:
 __all__ = [
     "Arrow",
     "ClassStatistics",
-    "Composition",
+    "MergingMethod",
     "Dare",
     "Ensemble",
     "GroupSum",
@@ -49,7 +49,7 @@ __all__ = [
     "Selection",
     "Ties",
     "Undiluted",
-    "Uniform",
+    "Average",
     "separability",
     "shuffled_heads",
     "tuning_free_methods",

@@ -43,7 +43,7 @@ def read_sidecar(path: Path, head: str | None = None) -> dict[str, Any]:
         raise AdapterError(
             f"{path}: temperature must be a positive number, {_LEAST} to {_MOST}, got {_short(temperature)}."
         )
-    _check_head(head or settings.get("head", "class_centres"), settings, path)
+    _check_head(head or settings.get("head", "prototypes"), settings, path)
     return settings
 
 

@@ -4,8 +4,7 @@ import pytest
 
 from lora_recycle.backbones.backbone import Backbone
 from lora_recycle.distillation.config import DistillationConfig
-from lora_recycle.distillation.saving import wrap_student
-from lora_recycle.distillation.trainer import MetaLoraTrainer
+from lora_recycle.distillation.trainer import MetaLoRATrainer
 from lora_recycle.pool.pool import AdapterPool
 
 
@@ -29,7 +28,7 @@ def make_model(hub, tiny_backbone_path, tiny_pool_path, tiny_surrogate):
         backbone.revision = hub.repo("org/tiny-vit").resolve("main").sha
         pool = AdapterPool.from_pretrained([f"org/adapter-{i}" for i in range(len(licenses))], backbone=backbone)
         settings = DistillationConfig(**{"steps": 0, "rank": 4, **config})
-        return wrap_student(MetaLoraTrainer(pool, surrogate, settings))
+        return MetaLoRATrainer(pool, surrogate, settings).to_model()
 
     return make
 

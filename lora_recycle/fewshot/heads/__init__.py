@@ -7,7 +7,7 @@ from typing import Any
 
 from ...errors import ConfigError
 from .base import FewShotHead
-from .centres import ClassCentreHead, CosineCentreHead, EuclideanCentreHead
+from .prototypes import PrototypeHead, CosinePrototypeHead, EuclideanPrototypeHead
 from .discriminant import DiscriminantHead
 from .laplacian import LaplacianHead
 from .logistic import LogisticRegressionHead
@@ -19,9 +19,9 @@ from .unrolled_em import UnrolledEMHead
 HEADS: dict[str, type[FewShotHead]] = {
     head.name: head
     for head in (
-        ClassCentreHead,
-        CosineCentreHead,
-        EuclideanCentreHead,
+        PrototypeHead,
+        CosinePrototypeHead,
+        EuclideanPrototypeHead,
         DiscriminantHead,
         LogisticRegressionHead,
         LaplacianHead,
@@ -53,10 +53,10 @@ def make_head(name: str, settings: Mapping[str, Any]) -> FewShotHead:
 
 __all__ = [
     "HEADS",
-    "ClassCentreHead",
-    "CosineCentreHead",
+    "PrototypeHead",
+    "CosinePrototypeHead",
     "DiscriminantHead",
-    "EuclideanCentreHead",
+    "EuclideanPrototypeHead",
     "FewShotHead",
     "LaplacianHead",
     "LogisticRegressionHead",
