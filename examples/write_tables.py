@@ -4,7 +4,8 @@
 
 Reads `docs/benchmarks/**/results.json` of `lora-recycle benchmark` and `docs/results/*.json`, as `lora-recycle
 evaluate --json` and the scripts choose_recipe.py, choose_tuning.py, benchmark.py, scale.py and efficiency.py write
-them, and replaces what stands between `<!-- NAME -->` and `<!-- /NAME -->` in README.md and docs/*.md.
+them, and replaces what stands between `<!-- NAME -->` and `<!-- /NAME -->` in README.md, docs/*.md and
+docs/studies/*.md.
 """
 
 import json
@@ -22,13 +23,16 @@ RESULTS = ROOT / "docs" / "results"
 BENCHMARKS = ROOT / "docs" / "benchmarks"
 HOME = ("cifar_fs", "mini_imagenet", "vgg_flower", "omniglot_small")
 GROUPED = ("restored", "undiluted", "group-sum", "nearest-group")
-BASELINES = ("frozen", *GROUPED, "ties", "dare", "knots", "magnitude", "arrow")
+RIVALS = ("frozen", *GROUPED, "ties", "dare", "knots", "magnitude", "arrow")
 #: folder of the results of one pool's benchmark, and the methods shown beside frozen, random and average
 POOLS = {
     "mixed-100": (*GROUPED, "undiluted-16", "judged", "learnt", "last-step", "real-data", "ensemble"),
     "cifar-100": ("average-rank-16", "judged", "last-step", "real-data", "ensemble"),
     "second-backbone": (*GROUPED, "undiluted-16", "judged", "learnt", "last-step", "real-data", "ensemble"),
 }
+#: the columns of docs/benchmarks.md beside frozen and average, and what the pools of POOLS call the meta-LoRA
+FRONT = ("restored", "undiluted", "nearest-group", "meta-lora", "ensemble", "real-data")
+DEFAULT_RECIPE = {"meta-lora": "judged"}
 METHODS = ("frozen", "frozen-centred", "random", "average", "meta-lora", "ensemble")
 IN_DOMAIN = ("frozen", "random", "average", "meta-lora", "magnitude", "dare", "ties", "knots", "arrow", "ensemble")
 TUNED = (
@@ -99,6 +103,23 @@ def pool_benchmark_table(name: str, methods: tuple[str, ...]) -> str:
     return "\n".join(lines)
 
 
+def front_table(*paths: Path, names: dict[str, str] | None = None) -> str:
+    """The methods that decide: accuracies, and paired differences to the average. `names` are those in the files."""
+    found = [json.loads(path.read_text()) for path in paths if path.exists()]
+    rows = {(row["data"], row["shots"], row["method"]): row for file in reversed(found) for row in file["rows"]}
+    details = {(row["data"], row["shots"], row["method"]): row for file in reversed(found) for row in file["details"]}
+    header = ["data", "shots", "frozen", "average", *FRONT]
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    for data, shots in dict.fromkeys(key[:2] for key in rows):
+        cells = [data, str(shots), *(f"{rows[data, shots, name]['accuracy']:.1f}" for name in ("frozen", "average"))]
+        for method in FRONT:
+            key = data, shots, (names or {}).get(method, method)
+            delta, half = (details[key][f"delta_vs_average{end}"] for end in ("", "_ci95"))
+            cells.append(f"{rows[key]['accuracy']:.1f} ({delta:+.1f} ± {half:.1f})")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def choice_table() -> str:
     """Each variant's paired gain over the exact average, 1-shot / 5-shot, and the seconds it took."""
     results = json.loads((RESULTS / "choice.json").read_text())
@@ -134,9 +155,9 @@ def tuning_table(path: Path) -> str:
 
 
 def pool_table() -> str:
-    """Held-out accuracy of the embedded adapters, as their cards say."""
+    """Accuracy of the shipped adapters on unseen images, as their cards say."""
     lines = [
-        "| adapter | classes | adapter and layers | held-out accuracy | frozen prototypes |",
+        "| adapter | classes | adapter and layers | accuracy on unseen images | frozen backbone, prototypes |",
         "|---|---|---|---|---|",
     ]
     for card in sorted((ROOT / "lora_recycle" / "demo" / "assets" / "pool").glob("*/README.md")):
@@ -172,19 +193,29 @@ def scale_table() -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def efficiency_table() -> str:
+    return price.table(json.loads((RESULTS / "efficiency.json").read_text()))
+
+
+def tables() -> dict[str, str]:
+    """Name of each generated table to its Markdown."""
     judged, chosen = rows_of(BENCHMARKS / "results.json"), rows_of(BENCHMARKS / "validation" / "results.json")
     home = [row for row in judged if row["data"].split("/")[0] in HOME]
     real = [row for row in rows_of(BENCHMARKS / "real-data" / "results.json") if row["method"] == "real-data"]
     frozen = rows_of(*(RESULTS / f"frozen_{name}.json" for name in FROZEN_SETS))
     starts = ("frozen", "average", *GROUPED, "meta-lora", "learnt")
-    tables = {
+    return {
+        "front-shipped": front_table(BENCHMARKS / "results.json", BENCHMARKS / "real-data" / "results.json"),
+        **{
+            f"front-{name}": front_table(BENCHMARKS / name / "results.json", names=DEFAULT_RECIPE)
+            for name in ("mixed-100", "second-backbone")
+        },
         "results": evaluation_table(home, ("frozen", "average", "meta-lora")),
         "test": evaluation_table(judged + real, (*METHODS, "real-data")),
         "in-domain": evaluation_table(rows_of(BENCHMARKS / "in-domain" / "results.json"), IN_DOMAIN),
         "in-domain-tuned": tuned_table(rows_of(BENCHMARKS / "in-domain" / "results.json")),
-        "tuning-baselines": tuned_table(rows_of(BENCHMARKS / "tuning" / "results.json")),
-        "baselines": evaluation_table(judged, BASELINES),
+        "tuning-rivals": tuned_table(rows_of(BENCHMARKS / "tuning" / "results.json")),
+        "rivals": evaluation_table(judged, RIVALS),
         "validation": evaluation_table(chosen, starts),
         **{name: pool_benchmark_table(name, methods) for name, methods in POOLS.items()},
         "backbone": evaluation_table(frozen, ("frozen", "frozen-centred")),
@@ -195,19 +226,30 @@ def main() -> None:
         "tuning_test": tuning_table(RESULTS / "tuning_test.json"),
         "speed": speed_tables(),
         "scale": scale_table(),
+        "efficiency": efficiency_table() if (RESULTS / "efficiency.json").exists() else "",
         **more_tables(RESULTS),
     }
+
+
+def pages() -> list[Path]:
+    """The pages that hold tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs/studies").glob("*.md"))]
+
+
+def fill(text: str, tables: dict[str, str]) -> str:
+    """A page with what stands between its markers replaced."""
+    for name, table in tables.items():
+        replacement = f"<!-- {name} -->\n{table}\n<!-- /{name} -->"
+        text = re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, t=replacement: t, text, flags=re.DOTALL)
+    return text
+
+
+def main() -> None:
+    made = tables()
+    for path in pages():
+        path.write_text(fill(path.read_text(), made))
     if (RESULTS / "efficiency.json").exists():
-        rows = json.loads((RESULTS / "efficiency.json").read_text())
-        tables["efficiency"] = price.table(rows)
-        (RESULTS / "efficiency.svg").write_text(price.curves(rows))
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
-        text = path.read_text()
-        for name, table in tables.items():
-            pattern = rf"<!-- {name} -->.*?<!-- /{name} -->"
-            replacement = f"<!-- {name} -->\n{table}\n<!-- /{name} -->"
-            text = re.sub(pattern, lambda _, text=replacement: text, text, flags=re.DOTALL)
-        path.write_text(text)
+        (RESULTS / "efficiency.svg").write_text(price.curves(json.loads((RESULTS / "efficiency.json").read_text())))
 
 
 FROZEN_SETS = (

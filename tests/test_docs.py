@@ -31,11 +31,8 @@ from lora_recycle.runtime.config import RecipeConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = {str(path.relative_to(ROOT)): path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))}
-#: Pages whose blocks are compiled and parsed only.
-COMPILED = {
-    "docs/benchmarks.md": "hours, and data sets that are not shipped",
-    "docs/embedded.md": "hours, and data sets that are not shipped",
-}
+#: Pages whose blocks are compiled and parsed only, because they take hours, and data sets that are not shipped.
+COMPILED = {"docs/benchmarks.md", "docs/embedded.md", *(page for page in PAGES if page.startswith("docs/studies/"))}
 #: Programs and verbs that no page runs here; what follows them is parsed all the same.
 ELSEWHERE = {
     "accelerate": "starts several processes",
@@ -72,7 +69,7 @@ def blocks(page: str) -> list[Block]:
     pattern = r"^(?:<!-- not run: (?P<reason>[^>]+) -->\n)?```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$"
     for match in re.finditer(pattern, text, re.M | re.S):
         line = text.count("\n", 0, match.start("code")) + 1
-        reason = COMPILED.get(page, match["reason"])
+        reason = "hours, and data sets that are not shipped" if page in COMPILED else match["reason"]
         found.append(Block(match["language"], match["code"], line, reason))
     return found
 

@@ -1,4 +1,4 @@
-"""The scripts behind "What distillation adds" in docs/benchmarks.md, on tiny inputs."""
+"""The scripts behind docs/studies/merging.md and checkpoints.md, on tiny inputs."""
 
 import group_weights
 import pytest

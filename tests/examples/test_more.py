@@ -1,4 +1,4 @@
-"""The parts of the examples behind docs/more.md, on tiny inputs."""
+"""The scripts behind the studies that docs/more.md links to, on tiny inputs."""
 
 import adapter_types
 import choose_adapters
