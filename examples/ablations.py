@@ -189,7 +189,9 @@ class Lab:
         if point.tuned is None:
             return AdapterPool.from_pretrained([pool_path() / name for name in point.adapters], device=self.device)
         folder = self.work / f"pool-{_digest(point.tuned)}"
-        train_adapters(self.data / "cifar_fs" / "train.parquet", folder, AdapterTrainingConfig(**point.tuned), device=self.device)
+        train_adapters(
+            self.data / "cifar_fs" / "train.parquet", folder, AdapterTrainingConfig(**point.tuned), device=self.device
+        )
         return AdapterPool.from_pretrained(folder, device=self.device)
 
     def surrogate(self, pool: AdapterPool, config: InversionConfig) -> SurrogateDataset:

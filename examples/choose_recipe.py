@@ -164,7 +164,9 @@ def try_variant(pool, invert, distill, folder, data, sets, episodes, average) ->
     surrogate = LoRAInverter(pool, InversionConfig(**{**BASE_INVERT, **invert})).run(folder)
     if own_images:
         surrogate = with_own_images(surrogate, data, own_images, pool.backbone)
-    student = MetaLoRATrainer(pool, surrogate, DistillationConfig(validation_fraction=0.0, **{**BASE_DISTILL, **distill})).train()
+    student = MetaLoRATrainer(
+        pool, surrogate, DistillationConfig(validation_fraction=0.0, **{**BASE_DISTILL, **distill})
+    ).train()
     seconds = round(time.perf_counter() - started)
     accuracy = judge(student.backbone, sets, episodes)
     return {key: confidence(accuracy[key] - average[key]) for key in average} | {"seconds": seconds}

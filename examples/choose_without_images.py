@@ -26,7 +26,7 @@ from lora_recycle.backbones.backbone import extract_features
 from lora_recycle.distillation.callbacks import TrainerCallback
 from lora_recycle.fewshot.accuracy import prototype_accuracy
 from lora_recycle.fewshot.episodes import sample_episodes
-from lora_recycle.fewshot.prototypes import prototype_logits, class_prototypes
+from lora_recycle.fewshot.prototypes import class_prototypes, prototype_logits
 from lora_recycle.fewshot.relations import relational_divergence
 from lora_recycle.hub.embedded import pool_path
 from lora_recycle.runtime.files import atomic_write

@@ -25,7 +25,7 @@ from lora_recycle import AdapterPool, Backbone, DistillationConfig
 from lora_recycle.distillation.checkpoints import Checkpoints
 from lora_recycle.distillation.schedule import learning_rate
 from lora_recycle.distillation.student import Student
-from lora_recycle.fewshot.prototypes import prototype_logits, class_prototypes
+from lora_recycle.fewshot.prototypes import class_prototypes, prototype_logits
 from lora_recycle.hub.embedded import backbone_name, pool_path
 from lora_recycle.images.labelled import LabelledImages, load_labelled_images
 from lora_recycle.pool.training import augment

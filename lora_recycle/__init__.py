@@ -56,6 +56,7 @@ _LAZY = {
 __all__ = [
     "AdapterError",
     "AdapterPool",
+    "AdapterTrainingConfig",
     "Backbone",
     "ConfigError",
     "DataError",
@@ -69,7 +70,6 @@ __all__ = [
     "PushError",
     "SurrogateDataset",
     "TaskTuningConfig",
-    "AdapterTrainingConfig",
     "__version__",
     "evaluate",
     "export",

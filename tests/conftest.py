@@ -38,8 +38,7 @@ from helpers_tiny import save_tiny_backbone, toy_images  # noqa: E402
 
 from lora_recycle.backbones.backbone import Backbone  # noqa: E402
 from lora_recycle.distillation.config import DistillationConfig  # noqa: E402
-from lora_recycle.distillation.saving import wrap_student  # noqa: E402
-from lora_recycle.distillation.trainer import MetaLoraTrainer  # noqa: E402
+from lora_recycle.distillation.trainer import MetaLoRATrainer  # noqa: E402
 from lora_recycle.hub import download as snapshots  # noqa: E402
 from lora_recycle.inversion.config import InversionConfig  # noqa: E402
 from lora_recycle.inversion.inverter import LoRAInverter  # noqa: E402
@@ -172,7 +171,7 @@ def make_model(hub, tiny_backbone_path, tiny_pool_path, tiny_surrogate):
         backbone.revision = hub.repo("org/tiny-vit").resolve("main").sha
         pool = AdapterPool.from_pretrained([f"org/adapter-{i}" for i in range(len(licenses))], backbone=backbone)
         settings = DistillationConfig(**{"steps": 0, "rank": 4, **config})
-        return wrap_student(MetaLoraTrainer(pool, surrogate, settings))
+        return MetaLoRATrainer(pool, surrogate, settings).to_model()
 
     return make
 

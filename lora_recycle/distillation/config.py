@@ -123,9 +123,13 @@ class DistillationConfig(RecipeConfig):
             f"spike_factor must be 0 or more than 1, got {self.spike_factor}",
         )
         self.require(0 <= self.min_confidence < 1, f"min_confidence must be in [0, 1), got {self.min_confidence}")
-        self.require(0 <= self.validation_fraction <= 0.5, f"validation_fraction must be in [0, 0.5], got {self.validation_fraction}")
         self.require(
-            self.patience == 0 or self.validation_fraction > 0, "patience needs judgements: set validation_fraction above 0, say to 0.2"
+            0 <= self.validation_fraction <= 0.5,
+            f"validation_fraction must be in [0, 0.5], got {self.validation_fraction}",
+        )
+        self.require(
+            self.patience == 0 or self.validation_fraction > 0,
+            "patience needs judgements: set validation_fraction above 0, say to 0.2",
         )
         total = sum(getattr(self, name) for name in weights)
         self.require(self.steps == 0 or total > 0, "all losses have weight 0: nothing to learn in `steps` steps")

@@ -194,8 +194,8 @@ class Judgements:
         """For the sidecar, JSON; None where nothing was judged."""
         if not self.steps:
             return None
-        told = {name: list(getattr(self, name)) for name in ("adapters", "groups", *SERIES)}
-        return {"who": self.who} | told | {"best_step": self.best_step, "best_blend": self.blends[self._best]}
+        series = {name: list(getattr(self, name)) for name in ("adapters", "groups", *SERIES)}
+        return {"who": self.who} | series | {"best_step": self.best_step, "best_blend": self.blends[self._best]}
 
     @property
     def who(self) -> str:

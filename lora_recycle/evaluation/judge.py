@@ -100,7 +100,11 @@ class Judge:
         base, _, head = method.partition(" + ")
         trained = self.models[base].settings if base in self.models else {}
         known = ("metric", "temperature", "head_parameters")
-        return {"head": head, **PROTOTYPE_METHODS.get(method, {}), **{key: trained[key] for key in known if key in trained}}
+        return {
+            "head": head,
+            **PROTOTYPE_METHODS.get(method, {}),
+            **{key: trained[key] for key in known if key in trained},
+        }
 
     def judge(self, method: str, shots: int) -> Verdict:
         """The verdict on one method at one number of shots."""

@@ -126,7 +126,9 @@ class BenchmarkRecipe:
         taken = self.meta_loras & (baselines | tuned | set(PROTOTYPE_METHODS))
         if taken:
             raise ConfigError(f"{where}: a meta-LoRA cannot be called {sorted(taken)[0]!r}, that is a method.")
-        known = baselines | tuned | set(PROTOTYPE_METHODS) | self.meta_loras | {name + TUNED for name in self.meta_loras}
+        known = (
+            baselines | tuned | set(PROTOTYPE_METHODS) | self.meta_loras | {name + TUNED for name in self.meta_loras}
+        )
         for name, pool in self.pools.items():
             if more := sorted(set(pool.methods) - {"frozen", "average", *self.episodes.methods}):
                 raise ConfigError(f"{where}: pools: {name}: {more[0]!r} is not among the recipe's methods.")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from ..backbones.backbone import Backbone
 from ..errors import DataError
-from ..fewshot.prototypes import prototype_logits, class_prototypes
+from ..fewshot.prototypes import class_prototypes, prototype_logits
 from ..pool.pool import AdapterPool
 from .config import TaskTuningConfig
 
@@ -155,7 +155,9 @@ def leave_one_out_logits(
     counts = torch.bincount(labels, minlength=ways).to(features)[labels, None]  # (S, 1)
     prototypes = class_prototypes(features, labels, ways)
     logits = prototype_logits(features, prototypes, metric, temperature)
-    own = torch.where(counts > 1, (prototypes[labels] * counts - features) / (counts - 1).clamp_min(1), prototypes[labels])
+    own = torch.where(
+        counts > 1, (prototypes[labels] * counts - features) / (counts - 1).clamp_min(1), prototypes[labels]
+    )
     if metric == "euclidean":
         without = -torch.linalg.vector_norm(features - own, dim=1) / temperature
     else:
@@ -194,7 +196,9 @@ class TaskTuning(abc.ABC):
         """Tune on the support set's `tokens` and score the tokens of the queries: (Q, ways) on the CPU."""
         prototypes = self.tune(network, tokens, labels, ways)
         with torch.no_grad():
-            logits = prototype_logits(network.features(queries), prototypes, self.config.metric, self.config.temperature)
+            logits = prototype_logits(
+                network.features(queries), prototypes, self.config.metric, self.config.temperature
+            )
         return logits.cpu()
 
     def classify(

@@ -1,7 +1,8 @@
 """Ways to use a pool without tuning, the baselines of a meta-LoRA: peers, one a file, on the base in `base.py`."""
 
 from .arrow import Arrow
-from .base import MergingMethod, Merge, Selection
+from .average import Average
+from .base import Merge, MergingMethod, Selection
 from .class_statistics import ClassStatistics
 from .controls import RandomAverage, shuffled_heads
 from .dare import Dare
@@ -10,7 +11,6 @@ from .groups import GroupSum, NearestGroup, Restored, Undiluted, separability
 from .knots import Knots
 from .magnitude import MagnitudePruning
 from .ties import Ties
-from .average import Average
 
 
 def tuning_free_methods(seed: int = 0) -> dict[str, MergingMethod]:
@@ -35,21 +35,21 @@ def tuning_free_methods(seed: int = 0) -> dict[str, MergingMethod]:
 
 __all__ = [
     "Arrow",
+    "Average",
     "ClassStatistics",
-    "MergingMethod",
     "Dare",
     "Ensemble",
     "GroupSum",
     "Knots",
     "MagnitudePruning",
     "Merge",
+    "MergingMethod",
     "NearestGroup",
     "RandomAverage",
     "Restored",
     "Selection",
     "Ties",
     "Undiluted",
-    "Average",
     "separability",
     "shuffled_heads",
     "tuning_free_methods",

@@ -17,7 +17,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.weight_deltas import split_changes
 from ..backbones.backbone import Backbone, extract_features
 from ..errors import AdapterError, ConfigError, DataError
-from ..fewshot.prototypes import prototype_logits, class_prototypes
+from ..fewshot.prototypes import class_prototypes, prototype_logits
 from ..pool.pool import AdapterPool
 
 

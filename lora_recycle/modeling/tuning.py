@@ -9,7 +9,7 @@ import torch
 from ..adapters.peft_wrap import tuner_layers
 from ..backbones.backbone import Backbone
 from ..errors import ConfigError
-from ..fewshot.heads import PrototypeHead, FewShotHead
+from ..fewshot.heads import FewShotHead, PrototypeHead
 from ..finetuning.base import TaskNetwork, tune_task
 from ..finetuning.config import TaskTuningConfig
 from .preprocessing import as_batch, pixel_batches

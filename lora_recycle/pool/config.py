@@ -14,7 +14,9 @@ class AdapterTrainingConfig(RecipeConfig):
     tasks: int = field(10, "adapters to make, each on its own draw of classes")
     classes: int = field(10, "classes of each task")
     images_per_class: int = field(200, "training images of each class, fewer where the set has fewer")
-    validation_images: int = field(20, "images of each class kept back to measure the adapter, at most a fifth of the class")
+    validation_images: int = field(
+        20, "images of each class kept back to measure the adapter, at most a fifth of the class"
+    )
     epochs: int = field(4, "passes over the training images")
     lr: float = field(2e-3, "peak step size of AdamW; warm-up of 5 % and cosine decay")
     batch_size: int = field(16, "images of a step")

@@ -21,7 +21,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 from ..backbones.backbone import Backbone, extract_features
 from ..backbones.token_selection import num_kept
 from ..errors import DataError
-from ..fewshot.prototypes import prototype_logits, class_prototypes
+from ..fewshot.prototypes import class_prototypes, prototype_logits
 from ..hub.embedded import backbone_name, resolve_backbone
 from ..images.labelled import LabelledImages, load_labelled_images
 from ..runtime.launch import claim_indices, mixed_precision, process_state
@@ -87,7 +87,9 @@ def start_head(view: Backbone, head: torch.nn.Linear, train: Task, held: Task) -
     with torch.no_grad():
         head.weight.copy_(scale * (prototypes - prototypes.mean(0)))
         head.bias.copy_(scale * 0.5 * (prototypes.mean(0).square().sum() - prototypes.square().sum(1)))
-    scores = prototype_logits(extract_features(view, held_images), class_prototypes(features, labels, head.out_features))
+    scores = prototype_logits(
+        extract_features(view, held_images), class_prototypes(features, labels, head.out_features)
+    )
     return (scores.argmax(1) == held_labels).float().mean().item() * 100
 
 

@@ -167,8 +167,8 @@ def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def _seal(tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> str:
-    told = json.dumps(header, sort_keys=True)
-    return hashlib.sha256((told + tensors_sha256(tensors)).encode()).hexdigest()
+    text = json.dumps(header, sort_keys=True)
+    return hashlib.sha256((text + tensors_sha256(tensors)).encode()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:

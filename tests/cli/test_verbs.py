@@ -20,7 +20,15 @@ CLASSES, IMAGES = 6, 8
 def test_tune_pool_keeps_what_is_there_and_prints_accuracies(work, tmp_path, run):
     shutil.copytree(work / "pool", tmp_path / "pool")
     shutil.rmtree(tmp_path / "pool" / "photos-001")
-    command = ["train-adapters", work / "photos", "--output", tmp_path / "pool", "--base-model", work / "base", "--quiet"]
+    command = [
+        "train-adapters",
+        work / "photos",
+        "--output",
+        tmp_path / "pool",
+        "--base-model",
+        work / "base",
+        "--quiet",
+    ]
     code, out, err = run(*command, "--classes", 4, "--epochs", 1, "--tasks", 3, "--rank", 2)
     header, row = out.splitlines()
     assert code == 0 and "held-out accuracy" in header and "frozen prototypes" in header

@@ -9,11 +9,11 @@ from PIL import Image
 
 from lora_recycle import DistillationConfig, MetaLoRAForFewShotClassification, MetaLoRATrainer
 from lora_recycle.errors import ConfigError, DataError
+from lora_recycle.evaluation.benchmark import Benchmark
 from lora_recycle.evaluation.evaluate import evaluate
 from lora_recycle.evaluation.judge import Judge
 from lora_recycle.evaluation.recipe import BenchmarkRecipe
 from lora_recycle.evaluation.results import confidence
-from lora_recycle.evaluation.benchmark import Benchmark
 from lora_recycle.evaluation.summary import markdown, rows_and_details
 from lora_recycle.images.labelled import load_labelled_images
 from lora_recycle.reports.benchmark_page import benchmark_page

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lora_recycle.fewshot.prototypes import prototype_logits, class_prototypes
+from lora_recycle.fewshot.prototypes import class_prototypes, prototype_logits
 from lora_recycle.fewshot.relations import (
     cosine_similarity,
     principal_directions,

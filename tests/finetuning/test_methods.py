@@ -9,7 +9,7 @@ from helpers_tiny import copied_state, random_pixels, same_weights
 
 from lora_recycle.backbones.backbone import extract_features
 from lora_recycle.errors import ConfigError, DataError
-from lora_recycle.fewshot.prototypes import prototype_logits, class_prototypes
+from lora_recycle.fewshot.prototypes import class_prototypes, prototype_logits
 from lora_recycle.finetuning import (
     LearnedComposition,
     LinearProbe,
@@ -172,7 +172,9 @@ def test_leave_one_out_needs_company(tiny_pool, task):
     network = TaskNetwork(backbone, last_layers=0)
     features = network.tokens(task[0])
     with torch.no_grad():  # nothing can learn
-        assert torch.equal(tune_task(network, features, LABELS, WAYS, config), class_prototypes(features, LABELS, WAYS))
+        assert torch.equal(
+            tune_task(network, features, LABELS, WAYS, config), class_prototypes(features, LABELS, WAYS)
+        )
 
 
 def test_wrong_settings_and_labels(tiny_pool, task):

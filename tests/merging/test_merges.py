@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from peft.utils import merge_utils
 
 from lora_recycle.errors import AdapterError, ConfigError
-from lora_recycle.merging import Dare, Ensemble, GroupSum, Knots, MagnitudePruning, Restored, Ties, Undiluted, Average
+from lora_recycle.merging import Average, Dare, Ensemble, GroupSum, Knots, MagnitudePruning, Restored, Ties, Undiluted
 from lora_recycle.merging.base import dense_changes
 from lora_recycle.merging.knots import shared_bases
 from lora_recycle.merging.magnitude import keep_largest

@@ -142,7 +142,9 @@ def test_a_pool_resumes_where_it_stopped(image_folder, tiny_backbone_path, tmp_p
 
 def test_too_few_classes(image_folder, tiny_backbone_path, tmp_path):
     with pytest.raises(DataError, match="images has 3 classes, fewer than the 4 of a task"):
-        train_adapters(image_folder, tmp_path / "pool", AdapterTrainingConfig(classes=4), str(tiny_backbone_path), progress=False)
+        train_adapters(
+            image_folder, tmp_path / "pool", AdapterTrainingConfig(classes=4), str(tiny_backbone_path), progress=False
+        )
     assert not (tmp_path / "pool").exists()
 
 

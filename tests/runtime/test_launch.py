@@ -18,7 +18,18 @@ DISTILL = ["--steps", "6", "--rank", "4", "--relational-batch", "16", "--save-st
 DISTILL += ["--ways", "3", "--queries", "3", "--episodes", "2", "--kl-weight", "1", "--interpolation-weight", "1"]
 DISTILL += ["--gradient-accumulation-steps", "2", "--max-grad-norm", "0.5", "--validation-fraction", "0"]
 #: From here the best of the judged steps is neither the first nor the last.
-BEST_WITHIN = ["--validation-fraction", "0.2", "--groups", "one", "--eval-steps", "2", "--init", "zero", "--lr", "0.03"]
+BEST_WITHIN = [
+    "--validation-fraction",
+    "0.2",
+    "--groups",
+    "one",
+    "--eval-steps",
+    "2",
+    "--init",
+    "zero",
+    "--lr",
+    "0.03",
+]
 #: The pool's average is judged, and blends of what is learnt.
 PART = ["--validation-fraction", "0.2", "--groups", "one", "--eval-steps", "2"]
 

@@ -8,7 +8,7 @@ import torch
 from lora_recycle.cli.main import main
 from lora_recycle.errors import ConfigError, ProcessError
 from lora_recycle.runtime import launch as processes
-from lora_recycle.runtime.launch import collective_timeout, claim_indices, process_state
+from lora_recycle.runtime.launch import claim_indices, collective_timeout, process_state
 
 
 @pytest.mark.parametrize(

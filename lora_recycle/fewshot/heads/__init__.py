@@ -7,10 +7,10 @@ from typing import Any
 
 from ...errors import ConfigError
 from .base import FewShotHead
-from .prototypes import PrototypeHead, CosinePrototypeHead, EuclideanPrototypeHead
 from .discriminant import DiscriminantHead
 from .laplacian import LaplacianHead
 from .logistic import LogisticRegressionHead
+from .prototypes import CosinePrototypeHead, EuclideanPrototypeHead, PrototypeHead
 from .transport import TransportHead
 from .unrolled_em import UnrolledEMHead
 
@@ -53,13 +53,13 @@ def make_head(name: str, settings: Mapping[str, Any]) -> FewShotHead:
 
 __all__ = [
     "HEADS",
-    "PrototypeHead",
     "CosinePrototypeHead",
     "DiscriminantHead",
     "EuclideanPrototypeHead",
     "FewShotHead",
     "LaplacianHead",
     "LogisticRegressionHead",
+    "PrototypeHead",
     "TransportHead",
     "UnrolledEMHead",
     "make_head",
