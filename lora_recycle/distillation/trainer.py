@@ -302,10 +302,10 @@ class MetaLoRATrainer:
             with self._timed("host"):
                 batch = self._prefetcher.get(number)
             with self._timed("model"):
-                found = self._losses(batch.map(lambda t: t.to(self.accelerator.device, non_blocking=True)))
-                total = cast(torch.Tensor, sum(found.values()))
+                batch_losses = self._losses(batch.map(lambda t: t.to(self.accelerator.device, non_blocking=True)))
+                total = cast(torch.Tensor, sum(batch_losses.values()))
                 (total * (self._parallel.loss_scale / batches)).backward()
-                for name, value in found.items():
+                for name, value in batch_losses.items():
                     losses[name] = losses.get(name, 0.0) + value.detach() / batches
         with self._timed("model"):
             norm = self._parallel.gradient_norm(self.config.max_grad_norm)
@@ -321,11 +321,11 @@ class MetaLoRATrainer:
     def _read_losses(self) -> None:
         """Move the losses of the last steps to `history`: the one place that waits for the device."""
         with self._timed("model"):
-            found = [
+            unread = [
                 (step, rate, {name: v.item() for name, v in values.items()}) for step, rate, values in self._unread
             ]
         self._unread.clear()
-        for step, rate, values in found:
+        for step, rate, values in unread:
             norm, skip = values.pop("grad_norm"), values.pop("skip")
             for name, value in values.items():
                 self.history.setdefault(name, []).append(value)

@@ -75,9 +75,9 @@ def evolve(loss: Callable[[torch.Tensor], float], start: torch.Tensor, steps: in
     for _ in range(steps - 1):
         step = spread * torch.randn(best.shape, generator=generator)
         candidate = (best + step).clamp(-BOUND, BOUND)
-        found = loss(candidate)
-        if found < lowest:
-            best, lowest, spread = candidate, found, spread * GROWTH
+        value = loss(candidate)
+        if value < lowest:
+            best, lowest, spread = candidate, value, spread * GROWTH
         else:
             spread *= GROWTH**-0.25  # balanced where one of five succeeds
     return best

@@ -24,8 +24,8 @@ def refuse_other_recipe(folder: Path, identities: dict[str, str], config: dict[s
         identities: file name of each shard to what it depends on, as `shard_config_id` tells it.
         config: the settings, to tell which of them differ.
     """
-    found = {name: shard_config_id(folder / "shards" / name) for name in identities}
-    others = [name for name, there in found.items() if there not in (None, identities[name])]
+    stored = {name: shard_config_id(folder / "shards" / name) for name in identities}
+    others = [name for name, there in stored.items() if there not in (None, identities[name])]
     if not others:
         return
     reason = "another adapter, backbone, precision or data, or other settings"

@@ -129,17 +129,17 @@ class Heartbeat:
 
     def silent(self, limit: float) -> dict[int, str]:
         """Processes without progress for more than `limit` seconds, and what is known of each."""
-        found, now = {}, time.monotonic()
+        complaints, now = {}, time.monotonic()
         for rank, seen in enumerate(self._seen):
             if seen.left:
                 continue
             if now - seen.alive_at > limit:
-                found[rank] = f"process {rank}{seen.who} has not answered for {now - seen.alive_at:.0f} s"
+                complaints[rank] = f"process {rank}{seen.who} has not answered for {now - seen.alive_at:.0f} s"
             elif now - seen.beat_at > limit and seen.doing != _WAITING:
-                found[rank] = f"process {rank}{seen.who} has made no progress for {now - seen.beat_at:.0f} s"
-            if rank in found:
-                found[rank] += f"; it was last at: {seen.doing}"
-        return found
+                complaints[rank] = f"process {rank}{seen.who} has made no progress for {now - seen.beat_at:.0f} s"
+            if rank in complaints:
+                complaints[rank] += f"; it was last at: {seen.doing}"
+        return complaints
 
     def _run(self) -> None:
         try:

@@ -37,9 +37,9 @@ def check_same(**parts: Any) -> None:
     with Heartbeat("begin"):
         everyone = gather_object([(_this_process(), json.loads(json.dumps(mine)))])
     first, expected = everyone[0]
-    for other, found in everyone:
-        if differing := [name for name in expected | found if expected.get(name) != found.get(name)]:
-            reason = ", ".join(f"{name}{_both(expected.get(name), found.get(name))}" for name in differing)
+    for other, actual in everyone:
+        if differing := [name for name in expected | actual if expected.get(name) != actual.get(name)]:
+            reason = ", ".join(f"{name}{_both(expected.get(name), actual.get(name))}" for name in differing)
             raise ConfigError(
                 f"{first} and {other} of this launch do not do the same: they differ in {reason}. Start the same "
                 "command on all machines, with the same files and packages."

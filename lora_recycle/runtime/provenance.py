@@ -29,8 +29,13 @@ PACKAGES = (
 
 def versions() -> dict[str, str]:
     """Versions of this library, of Python and of `PACKAGES`."""
-    found = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {"lora_recycle": __version__, "python": platform.python_version(), **found, "torch": str(torch.__version__)}
+    packages = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {
+        "lora_recycle": __version__,
+        "python": platform.python_version(),
+        **packages,
+        "torch": str(torch.__version__),
+    }
 
 
 def hardware(device: torch.device, num_processes: int = 1, mixed_precision: str = "no") -> dict[str, Any]:
