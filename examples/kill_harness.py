@@ -123,8 +123,9 @@ def attempt(stage: Stage, folder: Path, resume: bool, kill: Kill | None) -> tupl
 def _become(command: list[str], told: IO[str]) -> None:
     """Turn a forked process into one of `lora-recycle`, whose errors go to `told`."""
     os.dup2(told.fileno(), 2)
-    sys.stdout, sys.stderr = open(os.devnull, "w"), told
-    sys.exit(run_command(command))
+    with open(os.devnull, "w") as nowhere:
+        sys.stdout, sys.stderr = nowhere, told
+        sys.exit(run_command(command))
 
 
 def _wait_for_moment(process: BaseProcess, output: Path, kill: Kill) -> None:

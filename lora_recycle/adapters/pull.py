@@ -119,15 +119,15 @@ def find_adapters(folder: str | Path) -> list[Path]:
     if (folder / CONFIG_FILE).is_file():
         return [folder]
     # a hidden folder is one that a writer has not finished
-    found = sorted(p.parent for p in folder.glob(f"*/{CONFIG_FILE}") if not p.parent.name.startswith("."))
-    if outside := [path for path in found if not path.resolve().is_relative_to(folder.resolve())]:
+    folders = sorted(p.parent for p in folder.glob(f"*/{CONFIG_FILE}") if not p.parent.name.startswith("."))
+    if outside := [path for path in folders if not path.resolve().is_relative_to(folder.resolve())]:
         raise AdapterError(
             f"{folder}: {outside[0].name} is a link that leaves the folder, to {outside[0].resolve()}. To use that "
             "adapter, name its own folder."
         )
-    if not found:
+    if not folders:
         raise AdapterError(f"{folder}: no adapter here; neither it nor its sub-folders hold {CONFIG_FILE}.")
-    return found
+    return folders
 
 
 def pull_adapter(

@@ -218,7 +218,7 @@ def _paths(images: list[tuple[str, str | None]] | None) -> list[str]:
     return paths
 
 
-def _told(function: Callable) -> Callable:
+def _with_reason(function: Callable) -> Callable:
     """What the user can act on appears on the page."""
 
     @functools.wraps(function)
@@ -236,7 +236,7 @@ def _classify(models: ServedModels) -> Callable:
         with models.use(name) as model:
             return answers_html(_session(model, slots).classify(_paths(queries)), model.backbone.patch_size)
 
-    return _told(classify)
+    return _with_reason(classify)
 
 
 def _save(models: ServedModels, page: gr.Blocks) -> Callable:
@@ -245,7 +245,7 @@ def _save(models: ServedModels, page: gr.Blocks) -> Callable:
             packed = _session(model, slots).save()
         return gr.File(save_bytes_to_cache(packed, ZIP_NAME, page.GRADIO_CACHE), visible=True)
 
-    return _told(save)
+    return _with_reason(save)
 
 
 def _choose(models: ServedModels, folders: bool) -> Callable:
@@ -256,7 +256,7 @@ def _choose(models: ServedModels, folders: bool) -> Callable:
         with models.use(name) as model:
             return name, _about(name, model, folders)
 
-    return _told(choose)
+    return _with_reason(choose)
 
 
 def _about_repo(models: ServedModels, name: str) -> str:

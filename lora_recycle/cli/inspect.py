@@ -21,9 +21,9 @@ from .common import (
     echo,
     hint,
     note,
+    notify_skipped,
     sources,
     table,
-    tell_skipped,
 )
 
 
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> None:
         parts += [_surrogate_text(surrogate) for surrogate in surrogates]
         if parts:
             echo("\n\n".join(parts))
-    tell_skipped(bad.skipped, len(infos))
+    notify_skipped(bad.skipped, len(infos))
     if not infos or args.short or any(found.usable is not False for found in checked):
         hint(_next(args, infos, bool(surrogates)))
 

@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             sys.excepthook = _print_trace
             raise
-        note(f"lora-recycle: {_process()}{_told(error)}")
+        note(f"lora-recycle: {_process()}{_reason(error)}")
         return 1
     return code or 0
 
@@ -206,7 +206,7 @@ def _way_on(args: argparse.Namespace, argv: list[str]) -> str:
     return f"; what was finished is kept. To go on: {shlex.join(['lora-recycle', *again, '--resume'])}"
 
 
-def _told(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     """What the user reads: an error's one line, or that this is no error of theirs and where its trace is."""
     if _is_expected(error):
         return f"error: {one_line(error)}"

@@ -13,6 +13,7 @@ from typing import TypeVar, cast
 import torch
 
 from ..errors import ConfigError
+from ..modeling.meta_lora import MetaLoRAForFewShotClassification
 from ..pool.pool import AdapterPool
 from ..runtime.heartbeat import Heartbeat, beat
 from ..runtime.launch import mixed_precision
@@ -26,6 +27,7 @@ from .config import DistillationConfig
 from .losses import weighted_losses
 from .parallel import ParallelStudent
 from .preparation import Store, prepare
+from .saving import sidecar_settings
 from .schedule import learning_rate
 from .selection import CheckpointSelection, StudentCandidates, keep_best
 from .spikes import SpikeGuard, longest_tail, refuse_too_many
@@ -163,6 +165,14 @@ class MetaLoRATrainer:
                 self._notify("on_train_end")
         self._report_selection()
         return self.student
+
+    def to_model(self) -> MetaLoRAForFewShotClassification:
+        """The student as the model that users load; its sidecar says where it came from."""
+        settings = sidecar_settings(self.pool, self.surrogate, self.config, self.selection, self.accelerator)
+        model = self.student.to_model(settings)
+        if self.surrogate is not None:
+            model.picture = self.surrogate.picture()
+        return model
 
     def _report_selection(self) -> None:
         """Warn where the start is kept or nothing was evaluated; the progress bar is closed by now."""

@@ -71,12 +71,12 @@ def markdown(rows: Sequence[dict[str, Any]], details: Sequence[dict[str, Any]]) 
 def overview(rows: Sequence[dict[str, Any]], details: Sequence[dict[str, Any]]) -> str:
     """Accuracies of all methods on all tasks."""
     tasks = list(dict.fromkeys((row["data"], row["shots"]) for row in rows))
-    found = {(row["method"], row["data"], row["shots"]): row for row in rows}
+    row_of = {(row["method"], row["data"], row["shots"]): row for row in rows}
     named = {detail["method"]: _escaped_name(detail) for detail in details}
     lines = ["| method | " + " | ".join(f"{text(data)} {shots}-shot" for data, shots in tasks) + " |"]
     lines.append("|---|" + "---|" * len(tasks))
     for method, name in named.items():
-        cells = [found.get((method, *task)) for task in tasks]
+        cells = [row_of.get((method, *task)) for task in tasks]
         shown = [f"{cell['accuracy']:.1f} ± {cell['ci95']:.1f}" if cell else "" for cell in cells]
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
     return "\n".join(lines)

@@ -21,6 +21,7 @@ from ..runtime.files import remove_abandoned, replacing_files
 from ..runtime.outputs import OutputKind, check_output, holds_json
 from ..version import __version__
 from .merge_layers import worn_for_saving
+from .sidecar import FORMAT_VERSION
 from .task import FewShotTask, save_task
 
 
@@ -97,6 +98,7 @@ def _own_settings(model: SavableModel) -> dict[str, Any]:
         "metric": model.settings.get("metric", "cosine"),
         "temperature": model.settings.get("temperature", 0.1),
         "image_processor": model.backbone.processor_settings(),
+        "format_version": FORMAT_VERSION,
         "lora_recycle_version": __version__,
         "num_classes": None if model._task is None else len(model._task.label_names),
     }
