@@ -12,6 +12,8 @@ import numbers
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.activations import ACT2CLS
 
@@ -209,6 +211,18 @@ def check_processor(processor: Any, where: str) -> None:
                     f"{where}: image processor: {name}: {side} must be a whole number from 1 to {most}, got "
                     f"{str(length)[:80]}."
                 )
+    _try_processor(processor, where)
+
+
+def _try_processor(processor: Any, where: str) -> None:
+    """Settings that are sound alone may still fail together, which one small image shows."""
+    try:
+        values = processor(images=[Image.new("RGB", (5, 4))], return_tensors="np")["pixel_values"]
+        sound = values.ndim == 4 and values.shape[:2] == (1, 3) and bool(np.isfinite(values).all())
+    except Exception as error:  # noqa: BLE001 - transformers raises anything for settings of a stranger
+        raise AdapterError(f"{where}: image processor: it fails on an image ({_first_line(error)}).") from error
+    if not sound:
+        raise AdapterError(f"{where}: image processor: of an image it makes {values.shape}, or what is not finite.")
 
 
 def _is_real(value: Any, least: float) -> bool:

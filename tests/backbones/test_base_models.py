@@ -185,6 +185,7 @@ def test_weights_that_are_no_safetensors_are_not_read(base):
         ({"size": {"height": 10**9, "width": 10**9}}, "size: height must be a whole number from 1 to 4096"),
         ({"size": {"height": 0, "width": 0}}, "size: height must be a whole number"),
         ({"size": "large"}, "base: the backbone cannot be loaded"),
+        ({"size": {"longest_edge": 32}}, "image processor: it fails on an image ."),
         ({"image_processor_type": "NoneSuch", "auto_map": {"AutoImageProcessor": "evil.Evil"}}, "custom code"),
     ],
 )
