@@ -14,6 +14,7 @@ import torch
 
 from ..backbones.backbone import Backbone
 from ..errors import DataError
+from ..fewshot.domains import SHARED
 from ..modeling.classifier import SharedTask
 from ..modeling.meta_lora import MetaLoRAForFewShotClassification
 
@@ -90,10 +91,11 @@ class FewShotSession:
         if not images:
             raise DataError("Add new images to classify first.")
         _check_number(len(images), "new images")
-        task, backbone = self.fit(), self.model.backbone
-        pixels = self.model.preprocess(images)
+        task = self.fit()
+        domain = task.domain.name if task.domain else SHARED
+        backbone, pixels = self.model.network(domain), self.model.preprocess(images)
         with torch.inference_mode():
-            rows = task.probabilities(torch.cat([self.model.features(part) for part in pixels.split(64)]))
+            rows = task.probabilities(torch.cat([self.model.features(part, domain) for part in pixels.split(64)]))
         attention = torch.cat([patch_attention(backbone, part) for part in pixels.split(64)]).cpu()
         names, seen = task.label_names, _as_seen(backbone, pixels)
         return [

@@ -37,6 +37,12 @@ class DistillationConfig(RecipeConfig):
         "what of the learnt change is kept, beside init for the rest, where init is an average: a LORA then begins to "
         "learn where every group of like adapters has its full strength; 1: it begins at init, and all is kept",
     )
+    experts: bool = field(
+        True,
+        "beside the meta-LoRA keep an expert for each domain of a mixed pool, the average of its adapters, from which "
+        "each task chooses; a pool of one domain has none",
+    )
+    expert_rank: int = field(32, "most that an expert's rank may be; it is exact where its adapters need less")
     first_layer: int = field(
         0,
         "layers before it keep the initialisation; what enters it is computed once and kept on disk",
@@ -103,7 +109,7 @@ class DistillationConfig(RecipeConfig):
         weights = ("relational_weight", "kl_weight", "interpolation_weight")
         for name in ("steps", "first_layer", *weights, "max_grad_norm", "patience"):
             self.require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
-        counts = ("rank", "max_teachers", "episodes", "shots", "queries", "save_steps", "eval_steps")
+        counts = ("rank", "expert_rank", "max_teachers", "episodes", "shots", "queries", "save_steps", "eval_steps")
         for name in (*counts, "gradient_accumulation_steps"):
             self.require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         self.require(
