@@ -5,7 +5,9 @@ import json
 import torch
 from helpers_tiny import planted_adapter, random_factors
 
+from lora_recycle import DistillationConfig, MetaLoRAForFewShotClassification, MetaLoRATrainer
 from lora_recycle.adapters.files import checksums
+from lora_recycle.backbones.backbone import Backbone
 from lora_recycle.pool.pool import AdapterPool
 
 
@@ -41,3 +43,9 @@ def repair_expert(folder, number):
     settings = json.loads(path.read_text())
     settings["domains"]["experts"][number - 1]["checksums"] = checksums(folder / "experts" / str(number))
     path.write_text(json.dumps(settings))
+
+
+def mixed_model(path) -> MetaLoRAForFewShotClassification:
+    """A meta-LoRA of that pool, with its experts, on the tiny backbone at `path`."""
+    pool = domain_pool(Backbone.from_pretrained(path))
+    return MetaLoRATrainer(pool, None, DistillationConfig(steps=0, rank=8, expert_rank=8)).to_model()

@@ -7,6 +7,7 @@ from html import escape
 
 import torch
 
+from ..fewshot.domains import SHARED
 from ..reports.gallery import data_uri, show_attention
 from .session import Answer
 
@@ -33,7 +34,10 @@ STYLE = """
 def answers_html(answers: Sequence[Answer], patch_size: int) -> str:
     """All answers, in the order of the images."""
     figures = [_figure(number, answer, patch_size) for number, answer in enumerate(answers, 1)]
-    return f'<div class="answers">{"".join(figures)}</div>'
+    domain = answers[0].domain if answers else None
+    where = "no domain of the adapters: the shared network answers" if domain == SHARED else f"domain {domain}"
+    told = f"<p>By the examples: {escape(where)}.</p>" if domain else ""
+    return f'{told}<div class="answers">{"".join(figures)}</div>'
 
 
 def _figure(number: int, answer: Answer, patch_size: int) -> str:

@@ -6,15 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers_domains import MEMBERS, domain_pool, repair_expert
+from helpers_domains import MEMBERS, mixed_model, repair_expert
 from huggingface_hub import HfApi
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, ViTModel
 
-from lora_recycle import DistillationConfig, MetaLoRATrainer
 from lora_recycle.adapters.pull import pull_adapter
-from lora_recycle.backbones.backbone import Backbone
 from lora_recycle.errors import AdapterError, ConfigError, DataError, StorageError
 from lora_recycle.fewshot.domains import DomainChoice
 from lora_recycle.modeling import domains
@@ -25,15 +23,10 @@ from lora_recycle.modeling.publishing import write_adapter
 SCORES = {"birds": {"separability": 0.5, "displacement": 2.0}}
 
 
-def made(path):
-    pool = domain_pool(Backbone.from_pretrained(path))
-    return MetaLoRATrainer(pool, None, DistillationConfig(steps=0, rank=8, expert_rank=8)).to_model()
-
-
 @pytest.fixture(scope="module")
 def saved(tiny_backbone_path, tmp_path_factory):
     folder = tmp_path_factory.mktemp("mixed") / "meta"
-    made(tiny_backbone_path).save_pretrained(folder)
+    mixed_model(tiny_backbone_path).save_pretrained(folder)
     return folder
 
 
@@ -287,7 +280,7 @@ def test_a_folder_without_experts_is_as_it_was(folder, toy_data, tmp_path):
 
 def test_experts_travel_to_the_hub_and_back(hub, tiny_backbone_path, toy_data):
     hub.put("org/tiny-vit", tiny_backbone_path)
-    model = made("org/tiny-vit")
+    model = mixed_model("org/tiny-vit")
     model.push_to_hub("org/mixed")
     loaded = MetaLoRAForFewShotClassification.from_pretrained("org/mixed")
     assert loaded.domains == model.domains
