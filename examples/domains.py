@@ -1,35 +1,38 @@
 """What choosing a domain is worth: every data set with the network that each task's support images choose.
 
-    lora-recycle distill demo --steps 0 --output runs/mixed     # or a meta-LoRA that was distilled
-    python examples/domains.py --data DATA --model runs/mixed --json docs/results/domains.json \
+    python examples/domains.py --data DATA --work runs/domains --json docs/results/domains.json \
         --figure docs/figures/domains.svg                                                            # 15 minutes
 
 5-way, 1,000 episodes, 15 queries, at most 40 images a class, on the validation and the test splits of the embedded
 pool's data sets and on three sets of other kinds. Omniglot_small has no validation split; the 33 characters of its
-training split that no adapter saw stand in for it. DATA holds `<set>/<split>.parquet`. The rows: the shared network
+training split that no adapter saw stand in for it. DATA holds `<set>/<split>.parquet`. The experts are the exact
+averages of the pool's domains, before they are cut to a rank. Features lie in `--work`, so that a run that was cut
+short goes on. The rows: the shared network
 alone; the pool's exact average; the average of the nearest of the three groups; the average of the domain's own
 adapters, which knows the domain; the best network of each episode, which knows the answers; and the choice of `fit`.
 """
 
 import argparse
 import json
-import time
 from collections import Counter, defaultdict
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from lora_recycle import AdapterPool, MetaLoRAForFewShotClassification
 from lora_recycle.backbones.backbone import extract_features
+from lora_recycle.distillation.experts import pool_domains, reference_spread
 from lora_recycle.evaluation.results import confidence
 from lora_recycle.evaluation.selection import selected_accuracy
 from lora_recycle.fewshot.accuracy import prototype_accuracy
-from lora_recycle.fewshot.domains import SHARED, DomainRule, separability
+from lora_recycle.fewshot.domains import SHARED, DomainRule, Expert, choose_domain, separability
 from lora_recycle.fewshot.episodes import EpisodeSet, sample_episodes
 from lora_recycle.hub.embedded import pool_path
 from lora_recycle.images.labelled import LabelledImages, load_labelled_images
 from lora_recycle.modeling.domains import FROZEN
-from lora_recycle.runtime.files import atomic_write
+from lora_recycle.runtime.files import atomic_save_tensors, atomic_write
 
 
 HOME = ("cifar_fs", "mini_imagenet", "vgg_flower", "omniglot_small")
@@ -57,35 +60,43 @@ def splits(data: Path, size: int, resample: int) -> list[LabelledImages]:
 
 
 def all_features(
-    model: MetaLoRAForFewShotClassification, pool: AdapterPool, pixels: torch.Tensor
+    model: MetaLoRAForFewShotClassification, pool: AdapterPool, data: LabelledImages, work: Path
 ) -> dict[str, torch.Tensor]:
-    """Features (N, D) by the bare backbone, the shared network, each expert, the average and each group's average."""
-    found = {FROZEN: extract_features(model.domain_networks.frozen, pixels)}
-    found |= {name: extract_features(model.network(name), pixels) for name in model.domains}
-    with pool.folded() as backbone:
-        found[AVERAGE] = extract_features(backbone, pixels)
-    for number, group in enumerate(pool.groups()):
-        with pool.subset(group).folded() as backbone:
-            found[f"{GROUP}{number}"] = extract_features(backbone, pixels)
+    """Features (N, D) by the bare backbone, the shared network, each domain's average, the whole average and that of
+    each group."""
+    path = work / f"{data.name.replace('/', '-')}.safetensors"
+    found = load_file(path) if path.exists() else {}
+    members = {AVERAGE: list(range(len(pool)))} | {expert.name: group for expert, group in pool_domains(pool)}
+    members |= {f"{GROUP}{number}": group for number, group in enumerate(pool.groups())}
+    for name, group in {FROZEN: [], SHARED: [], **members}.items():
+        if name in found:
+            continue
+        worn = (
+            pool.subset(group).folded() if group else nullcontext(pool.backbone if name == FROZEN else model.network())
+        )
+        with worn as backbone:
+            found[name] = extract_features(backbone, data.pixels)
+        atomic_save_tensors(path, found, "{}")
     return found
 
 
 def cell(
-    model: MetaLoRAForFewShotClassification, features: dict[str, torch.Tensor], episodes: EpisodeSet, own: str
+    features: dict[str, torch.Tensor], episodes: EpisodeSet, experts: list[Expert], spread: float, own: str
 ) -> dict:
     """Gains over the bare backbone, paired, with what was chosen and the mean scores of each expert."""
-    names = [FROZEN, *model.domains]
+    domains = [expert.name for expert in experts]
+    names = [FROZEN, SHARED, *domains]
     scores: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
 
     def choice(look, labels):
-        found = model.domain_networks.choose({name: look(i) for i, name in enumerate(names)}, labels)
+        found = choose_domain(look(0), look(1), {n: look(i) for i, n in enumerate(names)}, labels, experts, spread)
         for expert, numbers in found.scores.items():
             for key, value in numbers.items():
                 scores[expert][key].append(value)
         return names.index(found.name)
 
     selected = selected_accuracy([features[name] for name in names], episodes, choice)
-    groups = [features[name] for name in features if name.startswith(GROUP)]
+    groups = [features[name] for name in sorted(features) if name.startswith(GROUP)]
 
     def nearest(look, labels):
         return int(torch.stack([separability(look(i), labels) for i in range(len(groups))]).argmax())
@@ -95,8 +106,8 @@ def cell(
         SHARED: by_name[SHARED],
         AVERAGE: by_name[AVERAGE],
         "nearest-group": selected_accuracy(groups, episodes, nearest).accuracies,
-        "best of each episode": torch.stack([by_name[name] for name in model.domains]).max(0).values,
         "chosen": selected.accuracies,
+        "best of each episode": torch.stack([by_name[name] for name in (SHARED, *domains)]).max(0).values,
     }
     if own in by_name:
         methods["own average"] = by_name[own]
@@ -110,26 +121,6 @@ def cell(
             expert: {key: [float(torch.tensor(v).mean()), float(torch.tensor(v).std())] for key, v in numbers.items()}
             for expert, numbers in scores.items()
         },
-    }
-
-
-def seconds_of_fit(model: MetaLoRAForFewShotClassification, data: LabelledImages) -> dict[str, float]:
-    """The least of five runs on 25 images: with the choice, with a domain that is given, and of one prediction."""
-    rows = torch.cat([data.by_class()[c][:5] for c in range(5)])
-    images, labels = data.pixels[rows], data.labels[rows].tolist()
-
-    def least(work) -> float:
-        times = []
-        for _ in range(5):
-            started = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - started)
-        return min(times)
-
-    return {
-        "fit": least(lambda: model.fit(images, labels)),
-        "fit, domain given": least(lambda: model.fit(images, labels, domain=SHARED)),
-        "predict one image": least(lambda: model.predict(images[:1])),
     }
 
 
@@ -177,27 +168,23 @@ def figure(found: dict) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, metavar="DATA")
-    parser.add_argument("--model", default="demo", help="a meta-LoRA of the embedded pool, with experts")
+    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="keeps the features")
     parser.add_argument("--episodes", type=int, default=1000)
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     parser.add_argument("--figure", type=Path, metavar="FILE")
     args = parser.parse_args(arguments)
-    model = MetaLoRAForFewShotClassification.from_pretrained(args.model)
+    model = MetaLoRAForFewShotClassification.from_pretrained("demo")
     pool = AdapterPool.from_pretrained(pool_path())
-    rows, sets = [], splits(args.data, model.backbone.image_size, int(model.backbone.processor.resample))
-    for data in sets:
-        features = all_features(model, pool, data.pixels)
+    experts, spread, rows = [expert for expert, _ in pool_domains(pool)], reference_spread(pool.backbone), []
+    for data in splits(args.data, model.backbone.image_size, int(model.backbone.processor.resample)):
+        features = all_features(model, pool, data, args.work)
         for shots in (1, 5):
             episodes = sample_episodes(data.labels, 5, shots, 15, args.episodes, 0, data.label_names, data.name)
-            own = data.name.split("/")[0]
-            rows.append({"data": data.name, "shots": shots, **cell(model, features, episodes, own)})
-            print(data.name, shots, {name: round(gain[0], 2) for name, gain in rows[-1]["gains"].items()}, flush=True)
-    found = {
-        "episodes": args.episodes,
-        "rule": vars(DomainRule()),
-        "seconds": seconds_of_fit(model, sets[0]),
-        "rows": rows,
-    }
+            row = cell(features, episodes, experts, spread, data.name.split("/")[0])
+            rows.append({"data": data.name, "shots": shots, **row})
+            print(data.name, shots, {name: round(gain[0], 2) for name, gain in row["gains"].items()}, flush=True)
+    found = {"episodes": args.episodes, "reference_spread": spread, "rule": vars(DomainRule()), "rows": rows}
+    found["experts"] = [vars(expert) for expert in experts]
     atomic_write(args.json, json.dumps(found, indent=1, allow_nan=False).encode())
     if args.figure:
         atomic_write(args.figure, figure(found).encode())
