@@ -23,15 +23,15 @@ import torch
 from ablation_plots import draw
 from choose_recipe import BASE_INVERT, FROM_INIT
 
-from lora_recycle import AdapterPool, DistillationConfig, InversionConfig, LoraInverter, MetaLoraTrainer
+from lora_recycle import AdapterPool, DistillationConfig, InversionConfig, LoRAInverter, MetaLoRATrainer
 from lora_recycle.backbones.backbone import extract_features
 from lora_recycle.evaluation.results import confidence
 from lora_recycle.fewshot.accuracy import prototype_accuracy
 from lora_recycle.fewshot.episodes import sample_episodes
 from lora_recycle.hub.embedded import pool_path
 from lora_recycle.images.labelled import load_labelled_images
-from lora_recycle.pool.config import TuningConfig
-from lora_recycle.pool.training import tune_pool
+from lora_recycle.pool.config import AdapterTrainingConfig
+from lora_recycle.pool.training import train_adapters
 from lora_recycle.runtime.files import atomic_write
 from lora_recycle.runtime.launch import choose_device
 from lora_recycle.surrogate.dataset import SurrogateDataset
@@ -66,7 +66,7 @@ class Point:
 
     def config(self) -> tuple[InversionConfig, DistillationConfig]:
         return InversionConfig(**{**BASE_INVERT, **self.invert}), DistillationConfig(
-            held_out=0.0, **{**BASE_DISTILL, **self.distill}
+            validation_fraction=0.0, **{**BASE_DISTILL, **self.distill}
         )
 
     def minutes(self) -> float:
@@ -189,13 +189,15 @@ class Lab:
         if point.tuned is None:
             return AdapterPool.from_pretrained([pool_path() / name for name in point.adapters], device=self.device)
         folder = self.work / f"pool-{_digest(point.tuned)}"
-        tune_pool(self.data / "cifar_fs" / "train.parquet", folder, TuningConfig(**point.tuned), device=self.device)
+        train_adapters(
+            self.data / "cifar_fs" / "train.parquet", folder, AdapterTrainingConfig(**point.tuned), device=self.device
+        )
         return AdapterPool.from_pretrained(folder, device=self.device)
 
     def surrogate(self, pool: AdapterPool, config: InversionConfig) -> SurrogateDataset:
         """Made once for all points that want the same; goes on after a kill."""
         folder = self.work / f"surrogate-{_digest([config.to_dict(), [info.sha256 for info in pool.infos]])}"
-        return LoraInverter(pool, config).run(folder)
+        return LoRAInverter(pool, config).run(folder)
 
     def judge(self, network, point: Point) -> dict[str, list[float]]:
         """Per-episode accuracies by "<set> <ways>-way <shots>-shot"."""
@@ -222,7 +224,7 @@ class Lab:
         with pool.folded() as averaged:
             found["average"] = self.judge(averaged, point)
         for init in ("zero", "average"):
-            trainer = MetaLoraTrainer(pool, surrogate, dataclasses.replace(distill, init=init))
+            trainer = MetaLoRATrainer(pool, surrogate, dataclasses.replace(distill, init=init))
             found[f"from {init}"] = self.judge(trainer.train().backbone, point)
         return found
 

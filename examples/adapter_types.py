@@ -20,12 +20,11 @@ from lora_recycle import (
     AdapterPool,
     DistillationConfig,
     MetaLoRAForFewShotClassification,
-    MetaLoraTrainer,
+    MetaLoRATrainer,
     SurrogateDataset,
 )
 from lora_recycle.adapters.pull import find_adapters, pull_adapter
 from lora_recycle.distillation.config import PRINCIPAL_STARTS
-from lora_recycle.distillation.saving import wrap_student
 from lora_recycle.evaluation.results import confidence
 from lora_recycle.fewshot.episodes import sample_episodes
 from lora_recycle.hub.embedded import pool_path
@@ -81,7 +80,7 @@ def main() -> None:
 
 
 def try_variant(pool, surrogate, settings, folder, sets, episodes, frozen) -> dict:
-    trainer = MetaLoraTrainer(pool, surrogate, DistillationConfig(held_out=0.0, **settings))
+    trainer = MetaLoRATrainer(pool, surrogate, DistillationConfig(validation_fraction=0.0, **settings))
     trainer.prepare(folder.parent, progress=False)  # what the teachers say lies there, once for all variants
     started = time.process_time()
     for step in range(trainer.config.steps):
@@ -90,7 +89,7 @@ def try_variant(pool, surrogate, settings, folder, sets, episodes, frozen) -> di
     trainer.close()
     half = 2 if trainer.config.init in PRINCIPAL_STARTS else 1  # the other half of their rank stays as it is
     learning = sum(p.numel() for p in trainer.student.trainable()) // half
-    wrap_student(trainer).save_pretrained(folder)
+    trainer.to_model().save_pretrained(folder)
     found = judge(MetaLoRAForFewShotClassification.from_pretrained(folder).backbone, sets, episodes)
     info = pull_adapter(folder)
     gains = {key: [round(number, 2) for number in confidence(found[key] - frozen[key])] for key in frozen}

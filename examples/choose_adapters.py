@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from lora_recycle import AdapterPool, DistillationConfig, MetaLoraTrainer, SurrogateDataset
+from lora_recycle import AdapterPool, DistillationConfig, MetaLoRATrainer, SurrogateDataset
 from lora_recycle.adapters.pull import find_adapters, pull_adapter
 from lora_recycle.backbones.backbone import extract_features
 from lora_recycle.evaluation.results import confidence
 from lora_recycle.fewshot.accuracy import prototype_accuracy
 from lora_recycle.fewshot.episodes import sample_episodes
-from lora_recycle.fewshot.prototypes import centre_logits, class_centres
+from lora_recycle.fewshot.prototypes import class_prototypes, prototype_logits
 from lora_recycle.fewshot.relations import relational_divergence
 from lora_recycle.hub.embedded import pool_path
 from lora_recycle.images.labelled import load_labelled_images
@@ -31,7 +31,7 @@ from lora_recycle.runtime.files import atomic_write
 
 
 LR = 3e-4
-SHOTS = 5  # target images of each class: two of them make its centre, three are asked
+SHOTS = 5  # target images of each class: two of them make its prototype, three are asked
 BATCH = 16  # surrogate images of a step
 WAYS_A_STEP = 4
 
@@ -112,7 +112,7 @@ def main() -> None:
     drawn = {k: sample_episodes(data.labels[held], 5, k, 15, 600, seed=1) for k in (1, 5)}
     rows, average = [], None
     for name, bandit in {"average of the adapters": None, **WAYS}.items():
-        student = MetaLoraTrainer(pool, None, DistillationConfig(steps=0, rank=16, init="average")).student
+        student = MetaLoRATrainer(pool, None, DistillationConfig(steps=0, rank=16, init="average")).student
         picks = None if average is None else learn(student, bandit, surrogate, shown, args.steps)
         features = extract_features(student.backbone, data.pixels[held])
         found = {k: prototype_accuracy(features, episodes) for k, episodes in drawn.items()}
@@ -148,13 +148,13 @@ def learn(student, bandit, surrogate: SurrogateDataset, shown: torch.Tensor, ste
 
 
 def target_loss(student, shown: torch.Tensor, ways: int, generator: torch.Generator) -> torch.Tensor:
-    """Cross-entropy of some images of some classes against centres of the others: (classes, SHOTS, 3, H, W)."""
+    """Cross-entropy of some images of some classes against prototypes of the others: (classes, SHOTS, 3, H, W)."""
     chosen = shown[torch.randperm(len(shown), generator=generator)[:ways]]
     chosen = chosen[:, torch.randperm(SHOTS, generator=generator)]
     features = student(student.backbone.normalize(chosen.flatten(0, 1))).float().unflatten(0, (ways, SHOTS))
     way = torch.arange(ways)
-    centres = class_centres(features[:, :2].flatten(0, 1), way.repeat_interleave(2), ways)
-    logits = centre_logits(features[:, 2:].flatten(0, 1), centres, temperature=0.1)
+    prototypes = class_prototypes(features[:, :2].flatten(0, 1), way.repeat_interleave(2), ways)
+    logits = prototype_logits(features[:, 2:].flatten(0, 1), prototypes, temperature=0.1)
     return F.cross_entropy(logits, way.repeat_interleave(SHOTS - 2))
 
 

@@ -1,4 +1,4 @@
-"""Compare few-shot heads and their settings on validation classes, as differences to class centres.
+"""Compare few-shot heads and their settings on validation classes, as differences to prototypes.
 
     python examples/choose_heads.py --data DATA --surrogate runs/surrogate --json docs/results/heads.json
 
@@ -26,7 +26,7 @@ LAYERS = 10
 
 
 def variants() -> dict:
-    found = {name: make_head(name, {}) for name in HEADS if name not in ("class_centres", "cosine_centres")}
+    found = {name: make_head(name, {}) for name in HEADS if name not in ("prototypes", "cosine_prototypes")}
     for shrinkage in (0.5, 0.7, 0.8, 0.9, 0.95, 0.98):
         found[f"lda, shrinkage {shrinkage}"] = HEADS["lda"](shrinkage)
     for neighbours in (2, 4):
@@ -68,8 +68,8 @@ def main() -> None:
         features = extract_features(model.backbone, data.pixels)
         for shots in args.shots:
             drawn = sample_episodes(data.labels, 5, shots, 15, args.episodes, 0)
-            base = head_accuracy(features, drawn, HEADS["class_centres"]())
-            print(f"{name}, {shots}-shot, class centres {base.mean():.2f}")
+            base = head_accuracy(features, drawn, HEADS["prototypes"]())
+            print(f"{name}, {shots}-shot, prototypes {base.mean():.2f}")
             for label, head in heads.items():
                 delta, ci95 = confidence(head_accuracy(features, drawn, head) - base)
                 rows.append({"data": name, "shots": shots, "head": label, "delta": round(delta, 2)})

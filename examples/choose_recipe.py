@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from make_pool import HELD_BACK
 
-from lora_recycle import AdapterPool, Backbone, DistillationConfig, InversionConfig, LoraInverter, MetaLoraTrainer
+from lora_recycle import AdapterPool, Backbone, DistillationConfig, InversionConfig, LoRAInverter, MetaLoRATrainer
 from lora_recycle.backbones.backbone import extract_features
 from lora_recycle.evaluation.results import confidence
 from lora_recycle.fewshot.accuracy import prototype_accuracy
@@ -161,10 +161,12 @@ def try_variant(pool, invert, distill, folder, data, sets, episodes, average) ->
         invert = {"iterations": 0}
     if "start_images" in invert:
         invert = {**invert, "start_images": str(data / invert["start_images"])}
-    surrogate = LoraInverter(pool, InversionConfig(**{**BASE_INVERT, **invert})).run(folder)
+    surrogate = LoRAInverter(pool, InversionConfig(**{**BASE_INVERT, **invert})).run(folder)
     if own_images:
         surrogate = with_own_images(surrogate, data, own_images, pool.backbone)
-    student = MetaLoraTrainer(pool, surrogate, DistillationConfig(held_out=0.0, **{**BASE_DISTILL, **distill})).train()
+    student = MetaLoRATrainer(
+        pool, surrogate, DistillationConfig(validation_fraction=0.0, **{**BASE_DISTILL, **distill})
+    ).train()
     seconds = round(time.perf_counter() - started)
     accuracy = judge(student.backbone, sets, episodes)
     return {key: confidence(accuracy[key] - average[key]) for key in average} | {"seconds": seconds}

@@ -20,7 +20,7 @@ import torch
 
 from lora_recycle import AdapterPool, MetaLoRAForFewShotClassification, TaskTuningConfig
 from lora_recycle.evaluation.results import confidence
-from lora_recycle.evaluation.tuned import MetaLoraTuning, tuned_accuracy
+from lora_recycle.evaluation.tuned import MetaLoRATuning, tuned_accuracy
 from lora_recycle.fewshot.episodes import EpisodeSet, sample_episodes
 from lora_recycle.finetuning import TaskTuning, tuning_methods
 from lora_recycle.hub.embedded import pool_path
@@ -37,8 +37,8 @@ MAX_IMAGES = 30
 VARIANTS = {
     "untuned": lambda own: {"steps": 0, "last_layers": 0},
     "default": lambda own: {},
-    "class centres alone": lambda own: {**_free(own), "last_layers": 0, "steps": 20},
-    "free class centres": lambda own: _free(own),
+    "prototypes alone": lambda own: {**_free(own), "last_layers": 0, "steps": 20},
+    "free prototypes": lambda own: _free(own),
     "no consistency": lambda own: {"consistency": 0.0},
     "a third of the step size": lambda own: {"lr": own["lr"] / 3},
     "two layers": lambda own: {"last_layers": 2},
@@ -55,7 +55,7 @@ def make_method(name: str, model: MetaLoRAForFewShotClassification, variant: str
     """The method with the settings of a variant; `tune` stands for `model.tune`."""
     if name == "tune":
         own = default_config(model.head).to_dict()
-        return MetaLoraTuning(model, TaskTuningConfig(**{**own, **VARIANTS[variant](own)}))
+        return MetaLoRATuning(model, TaskTuningConfig(**{**own, **VARIANTS[variant](own)}))
     kind = type(tuning_methods()[name])
     own = TaskTuningConfig(**kind.defaults).to_dict()
     return kind(TaskTuningConfig(**{**own, **VARIANTS[variant](own)}))

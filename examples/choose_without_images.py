@@ -21,12 +21,12 @@ import torch.nn.functional as F
 from choose_recipe import FROM_INIT, judge, validation_sets
 from scipy.stats import spearmanr
 
-from lora_recycle import AdapterPool, DistillationConfig, MetaLoraTrainer
+from lora_recycle import AdapterPool, DistillationConfig, MetaLoRATrainer
 from lora_recycle.backbones.backbone import extract_features
 from lora_recycle.distillation.callbacks import TrainerCallback
 from lora_recycle.fewshot.accuracy import prototype_accuracy
 from lora_recycle.fewshot.episodes import sample_episodes
-from lora_recycle.fewshot.prototypes import centre_logits, class_centres
+from lora_recycle.fewshot.prototypes import class_prototypes, prototype_logits
 from lora_recycle.fewshot.relations import relational_divergence
 from lora_recycle.hub.embedded import pool_path
 from lora_recycle.runtime.files import atomic_write
@@ -67,7 +67,7 @@ RUNS = {
 
 #: What is measured on surrogate images of an adapter; lower is better. `divergence`: of the similarities between
 #: images from those that the adapter itself finds, which saw them whole. The others are of 5-way 1-shot episodes of
-#: its classes: per cent of queries that go to the wrong class centre, cross-entropy of the answers, and their KL to
+#: its classes: per cent of queries that go to the wrong prototype, cross-entropy of the answers, and their KL to
 #: the adapter's own head.
 KINDS = ("divergence", "episode error", "episode loss", "episode KL")
 #: the same of adapters that taught nothing, and of as many that did
@@ -103,8 +103,8 @@ class Judge(TrainerCallback):
         episodes = sample_episodes(shard.labels, min(5, len(shard.labels.unique())), 1, 3, 60, seed=0)
         divergences, losses = [], []
         for one in episodes:
-            centres = class_centres(features[one.support.flatten()], torch.arange(episodes.ways), episodes.ways)
-            said = centre_logits(features[one.query], centres, temperature=TEMPERATURE).log_softmax(1)
+            prototypes = class_prototypes(features[one.support.flatten()], torch.arange(episodes.ways), episodes.ways)
+            said = prototype_logits(features[one.query], prototypes, temperature=TEMPERATURE).log_softmax(1)
             ways = shard.labels[one.support[:, 0]]
             own = shard.teacher_logits[one.query][:, ways].float().log_softmax(1)
             losses.append(F.nll_loss(said, one.query_labels).item())
@@ -175,7 +175,7 @@ def main() -> None:
             look = Judge(
                 surrogate, pool.subset(unseen), pool.subset(taught), sets, episodes, {config.steps // 3, config.steps}
             )
-            trainer = MetaLoraTrainer(teachers, surrogate, config, [look])
+            trainer = MetaLoRATrainer(teachers, surrogate, config, [look])
             points = [look.look(trainer.student.backbone, 0)]
             stored = args.work / path.stem / "stored"
             if not stored.exists():  # what the teachers say is the same for many runs

@@ -25,7 +25,7 @@ from accelerate.state import AcceleratorState
 from choose_recipe import judge
 from speed.trials import Lbfgs, Mixtures, PreviousBatch
 
-from lora_recycle import AdapterPool, DistillationConfig, InversionConfig, LoraInverter, MetaLoraTrainer
+from lora_recycle import AdapterPool, DistillationConfig, InversionConfig, LoRAInverter, MetaLoRATrainer
 from lora_recycle.evaluation.results import confidence
 from lora_recycle.fewshot.episodes import sample_episodes
 from lora_recycle.hub.embedded import pool_path
@@ -86,9 +86,9 @@ def run(name: str, pool: AdapterPool, folder: Path, sets, episodes) -> dict:
     if "start_images" in invert:
         others = AdapterPool.from_pretrained([pool_path() / other for other in OTHERS])
         path = folder.parent / invert["start_images"]
-        make_images(LoraInverter(others, InversionConfig(**BASE_INVERT)), path)
+        make_images(LoRAInverter(others, InversionConfig(**BASE_INVERT)), path)
         invert = {**invert, "start_images": str(path)}
-    inverter = INVERTERS.get(name, LoraInverter)(pool, InversionConfig(**{**BASE_INVERT, **invert}))
+    inverter = INVERTERS.get(name, LoRAInverter)(pool, InversionConfig(**{**BASE_INVERT, **invert}))
     surrogate, seconds, image_iterations = make_images(inverter, folder)
     shards = [surrogate.shard(i) for i in range(surrogate.num_shards)]
     images = sum(len(shard) for shard in shards)
@@ -100,8 +100,8 @@ def run(name: str, pool: AdapterPool, folder: Path, sets, episodes) -> dict:
         "surrogate_confidence": sum(shard.confidence * len(shard) for shard in shards) / images,
     }
     for init in ("zero", "average"):
-        trainer = MetaLoraTrainer(
-            pool, surrogate, DistillationConfig(held_out=0.0, **{**BASE_DISTILL, **distill, "init": init})
+        trainer = MetaLoRATrainer(
+            pool, surrogate, DistillationConfig(validation_fraction=0.0, **{**BASE_DISTILL, **distill, "init": init})
         )
         started = time.process_time()
         student = trainer.train(progress=False)
@@ -111,7 +111,7 @@ def run(name: str, pool: AdapterPool, folder: Path, sets, episodes) -> dict:
     return row
 
 
-def make_images(inverter: LoraInverter, folder: Path) -> tuple[SurrogateDataset, float, int]:
+def make_images(inverter: LoRAInverter, folder: Path) -> tuple[SurrogateDataset, float, int]:
     """The surrogate images, the seconds that they took, and their iterations in all."""
     notes = folder / "inversion.json"
     if not notes.is_file():

@@ -25,7 +25,7 @@ from lora_recycle.images.labelled import load_labelled_images
 from lora_recycle.runtime.files import atomic_write
 
 
-HEADS = ("cosine_centres", "lda")
+HEADS = ("cosine_prototypes", "lda")
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from choose_recipe import FROM_INIT, judge, validation_sets
 
-from lora_recycle import AdapterPool, DistillationConfig, MetaLoraTrainer, SurrogateDataset
+from lora_recycle import AdapterPool, DistillationConfig, MetaLoRATrainer, SurrogateDataset
 from lora_recycle.adapters.trainable import adapted_layers, linear_layers
 from lora_recycle.evaluation.results import confidence
 from lora_recycle.fewshot.episodes import sample_episodes
@@ -151,7 +151,7 @@ def cut(changes: Changes, rank: int) -> Changes:
 
 def distilled(pool: AdapterPool, surrogate: SurrogateDataset, settings: dict, work: str) -> Merge:
     """What distillation makes of the pool. What the teachers say lies in `work`, for the next recipe too."""
-    trainer = MetaLoraTrainer(pool, surrogate, DistillationConfig(held_out=0.0, **settings))
+    trainer = MetaLoRATrainer(pool, surrogate, DistillationConfig(validation_fraction=0.0, **settings))
     layers = adapted_layers(trainer.train(work, progress=False, resume=False).backbone.model)
     change = {f"{n}.weight": m.get_delta_weight("default").detach().float() for n, m in layers.items()}
     return Weighted([change], (1,), None)

@@ -54,8 +54,8 @@ def stages(adapters: int, iterations: int, steps: int) -> list[Stage]:
     pool = [str(path) for path in found[:: len(found) // adapters][:adapters]]
     invert = ["--output", "{}/surrogate", "--images-per-class", "3", "--max-classes", "5"]
     distill = ["--surrogate", "{}/surrogate", "--output", "{}/meta_lora", "--rank", "4", "--relational-batch", "16"]
-    distill += ["--kl-weight", "1", "--episodes", "1", "--queries", "1", "--checkpoint-every", "5"]
-    distill += ["--groups", "one", "--judge-every", "4", "--init", "zero"]
+    distill += ["--kl-weight", "1", "--episodes", "1", "--queries", "1", "--save-steps", "5"]
+    distill += ["--groups", "one", "--eval-steps", "4", "--init", "zero"]
     return [
         Stage("invert", [*pool, *invert, "--iterations", str(iterations)]),
         Stage("distill", [*pool, *distill, "--steps", str(steps)]),

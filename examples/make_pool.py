@@ -27,15 +27,15 @@ from tqdm.auto import tqdm
 from lora_recycle.backbones.backbone import Backbone
 from lora_recycle.hub.embedded import BACKBONE_NAME
 from lora_recycle.images.labelled import load_labelled_images
-from lora_recycle.pool.config import TuningConfig
-from lora_recycle.pool.training import tune_adapter
+from lora_recycle.pool.config import AdapterTrainingConfig
+from lora_recycle.pool.training import train_adapter
 from lora_recycle.runtime.launch import choose_device, process_state
 
 
 #: data set: (settings of all its tasks, settings of each task)
 PLAN = {
     "cifar_fs": (
-        {"classes": 10, "images_per_class": 200, "held_out": 50, "epochs": 4},
+        {"classes": 10, "images_per_class": 200, "validation_images": 50, "epochs": 4},
         [
             {"classes": 64, "images_per_class": 50, "rank": 16},
             {"classes": 20, "images_per_class": 120, "rank": 16},
@@ -54,7 +54,7 @@ PLAN = {
         ],
     ),
     "mini_imagenet": (
-        {"classes": 10, "images_per_class": 200, "held_out": 50, "epochs": 5},
+        {"classes": 10, "images_per_class": 200, "validation_images": 50, "epochs": 5},
         [
             {"classes": 20, "images_per_class": 120, "rank": 16},
             {"classes": 15, "images_per_class": 150},
@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(PLAN), help="data sets")
     parser.add_argument("--count", nargs="*", type=int, help="adapters of each of these sets (default: the plan's)")
     parser.add_argument("--max-per-class", type=int, help="read at most so many images of each class")
-    parser.add_argument("--lr", type=float, help="peak step size (default: that of tune-pool)")
+    parser.add_argument("--lr", type=float, help="peak step size (default: that of train-adapters)")
     parser.add_argument("--device", help="as torch names it")
     args = parser.parse_args()
     counts = args.count or [len(PLAN[name][1]) for name in args.only]
@@ -165,14 +165,14 @@ def main() -> None:
             **(own[i] if i < len(own) else {"rank": FURTHER_RANKS[i % len(FURTHER_RANKS)], "keep_ratio": 0.5}),
         }
         legacy = settings.pop("legacy", False) and args.backbone == "demo"  # the old names of other families differ
-        config = TuningConfig(**settings, **({"lr": args.lr} if args.lr else {}))
+        config = AdapterTrainingConfig(**settings, **({"lr": args.lr} if args.lr else {}))
         seed = 100 * config.seed + i
         draw = torch.Generator().manual_seed(seed)
         available = len(data[name].label_names) - HELD_BACK.get(name, 0)
         classes = torch.randperm(available, generator=draw)[: config.classes].tolist()
         base = BACKBONE_NAME if args.backbone == "demo" else args.backbone
         unfinished = args.output / f".{target.name}"
-        results = tune_adapter(data[name], classes, unfinished, config, base, seed, device)
+        results = train_adapter(data[name], classes, unfinished, config, base, seed, device)
         if legacy:
             rename_to_transformers_4(unfinished)
         unfinished.rename(target)

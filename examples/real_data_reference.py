@@ -1,4 +1,4 @@
-"""The upper bound with real images: the same LoRA, trained by class centres on the real images of training classes.
+"""The upper bound with real images: the same LoRA, trained by prototypes on the real images of training classes.
 
     python examples/real_data_reference.py --data DATA/cifar_fs/train.parquet --output runs/real/cifar_fs
     lora-recycle evaluate runs/real/cifar_fs --data DATA/cifar_fs/test.parquet --pool demo
@@ -25,7 +25,7 @@ from lora_recycle import AdapterPool, Backbone, DistillationConfig
 from lora_recycle.distillation.checkpoints import Checkpoints
 from lora_recycle.distillation.schedule import learning_rate
 from lora_recycle.distillation.student import Student
-from lora_recycle.fewshot.prototypes import centre_logits, class_centres
+from lora_recycle.fewshot.prototypes import class_prototypes, prototype_logits
 from lora_recycle.hub.embedded import backbone_name, pool_path
 from lora_recycle.images.labelled import LabelledImages, load_labelled_images
 from lora_recycle.pool.training import augment
@@ -46,12 +46,12 @@ def draw_episode(data: LabelledImages, classes: dict[int, torch.Tensor], config,
 
 
 def episode_loss(features: torch.Tensor, config: DistillationConfig) -> torch.Tensor:
-    """Cross-entropy of the queries against the support's class centres: (W x (S + Q), D) to a scalar."""
+    """Cross-entropy of the queries against the support's prototypes: (W x (S + Q), D) to a scalar."""
     features = features.view(-1, config.shots + config.queries, features.shape[-1])
     support, query = features[:, : config.shots], features[:, config.shots :]
     ways = torch.arange(len(features), device=features.device)
-    centres = class_centres(support.flatten(0, 1), ways.repeat_interleave(config.shots), len(ways))
-    logits = centre_logits(query.flatten(0, 1), centres, config.metric, config.temperature)
+    prototypes = class_prototypes(support.flatten(0, 1), ways.repeat_interleave(config.shots), len(ways))
+    logits = prototype_logits(query.flatten(0, 1), prototypes, config.metric, config.temperature)
     return F.cross_entropy(logits, ways.repeat_interleave(config.queries))
 
 
@@ -93,7 +93,7 @@ def train(
         loss.backward()
         optimizer.step()
         history.setdefault("prototype", []).append(loss.item())
-        if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+        if (step + 1) % config.save_steps == 0 or step + 1 == config.steps:
             checkpoints.save(parameters, optimizer, step + 1, history)
     return student
 

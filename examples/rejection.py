@@ -3,7 +3,7 @@
     python examples/rejection.py --data DATA --surrogate runs/surrogate --json docs/results/rejection.json
 
 Tasks of 5 ways whose queries are half from 5 other classes; 600 episodes, seed 0, 15 queries a class, at most 20
-images of each class; class centres by cosine. Calibration (ECE) is of the queries that belong to a class.
+images of each class; prototypes by cosine. Calibration (ECE) is of the queries that belong to a class.
 Temperatures: 0.1, the default; `surrogate`, what `fit_head` learns on surrogate episodes of 1 shot;
 `validation`, learned on episodes of validation classes, which shows what is to be had. The surrogate
 images are those of docs/embedded.md.

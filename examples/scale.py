@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 from transformers.utils import logging
 
-from lora_recycle import AdapterPool, DistillationConfig, InversionConfig, LoraInverter, MetaLoraTrainer
+from lora_recycle import AdapterPool, DistillationConfig, InversionConfig, LoRAInverter, MetaLoRATrainer
 from lora_recycle.surrogate.dataset import SurrogateDataset
 
 
@@ -133,10 +133,10 @@ def do_stage(stage: str, pool: AdapterPool, folders: list[Path], output: Path, i
         pool.groups()
     elif stage == "invert":
         config = InversionConfig(images_per_class=2, iterations=iterations, stop_at=1.0, keep_ratio=1.0)
-        LoraInverter(pool, config).run(output, progress=False)
+        LoRAInverter(pool, config).run(output, progress=False)
     else:
         data = SurrogateDataset.from_pretrained(output)
-        MetaLoraTrainer(pool, data, DistillationConfig(steps=5, max_teachers=TEACHERS, held_out=0.0)).train(
+        MetaLoRATrainer(pool, data, DistillationConfig(steps=5, max_teachers=TEACHERS, validation_fraction=0.0)).train(
             progress=False
         )
 

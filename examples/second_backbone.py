@@ -12,7 +12,7 @@ which was trained after block 12; `fresh` with one of unit weights.
 
 `--check` compares the tokens after every block with those of the ONNX file, at the file's own size. `--choose`
 measures all cuts on validation classes: DATA holds `<set>/validation.parquet` of cifar_fs, mini_imagenet and
-vgg_flower; class centres by cosine, 5 ways, 15 queries, at most 40 images of each class. No test class is read.
+vgg_flower; prototypes by cosine, 5 ways, 15 queries, at most 40 images of each class. No test class is read.
 
 The defaults are the cheapest cut (tokens times blocks) whose mean accuracy is within 3 points of the best: CLS is
 best after block 11, at every size, with the trained norm, and 84 pixels cost a quarter less than 98.

@@ -214,7 +214,7 @@ def tables() -> dict[str, str]:
         "test": evaluation_table(judged + real, (*METHODS, "real-data")),
         "in-domain": evaluation_table(rows_of(BENCHMARKS / "in-domain" / "results.json"), IN_DOMAIN),
         "in-domain-tuned": tuned_table(rows_of(BENCHMARKS / "in-domain" / "results.json")),
-        "tuning-rivals": tuned_table(rows_of(BENCHMARKS / "tuning" / "results.json")),
+        "tuning-baselines": tuned_table(rows_of(BENCHMARKS / "tuning" / "results.json")),
         "rivals": evaluation_table(judged, RIVALS),
         "validation": evaluation_table(chosen, starts),
         **{name: pool_benchmark_table(name, methods) for name, methods in POOLS.items()},

@@ -38,14 +38,13 @@ from helpers_tiny import save_tiny_backbone, toy_images  # noqa: E402
 
 from lora_recycle.backbones.backbone import Backbone  # noqa: E402
 from lora_recycle.distillation.config import DistillationConfig  # noqa: E402
-from lora_recycle.distillation.saving import wrap_student  # noqa: E402
-from lora_recycle.distillation.trainer import MetaLoraTrainer  # noqa: E402
+from lora_recycle.distillation.trainer import MetaLoRATrainer  # noqa: E402
 from lora_recycle.hub import download as snapshots  # noqa: E402
 from lora_recycle.inversion.config import InversionConfig  # noqa: E402
-from lora_recycle.inversion.inverter import LoraInverter  # noqa: E402
-from lora_recycle.pool.config import TuningConfig  # noqa: E402
+from lora_recycle.inversion.inverter import LoRAInverter  # noqa: E402
+from lora_recycle.pool.config import AdapterTrainingConfig  # noqa: E402
 from lora_recycle.pool.pool import AdapterPool  # noqa: E402
-from lora_recycle.pool.training import tune_adapter  # noqa: E402
+from lora_recycle.pool.training import train_adapter  # noqa: E402
 
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, database=None, max_examples=25, deadline=None)
@@ -130,11 +129,11 @@ def tiny_pool_path(tmp_path_factory, tiny_backbone_path, toy_data):
     folder = tmp_path_factory.mktemp("pool")
     kinds = [("LORA", "all"), ("LORA", "q_proj,v_proj"), ("DORA", "all"), ("LOHA", "all")]
     for task, (kind, targets) in enumerate(kinds):
-        config = TuningConfig(
+        config = AdapterTrainingConfig(
             peft_type=kind, targets=targets, epochs=6, lr=8e-3, rank=4, keep_ratio=1.0, batch_size=16
         )
         classes = [task, task + 1, task + 2, task + 3]
-        tune_adapter(toy_data, classes, folder / f"adapter-{task}", config, str(tiny_backbone_path), seed=task)
+        train_adapter(toy_data, classes, folder / f"adapter-{task}", config, str(tiny_backbone_path), seed=task)
     return folder
 
 
@@ -149,7 +148,7 @@ def tiny_surrogate(tmp_path_factory, tiny_pool):
     config = InversionConfig(images_per_class=6, iterations=5, keep_ratio=0.5, jitter=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return LoraInverter(tiny_pool, config).run(tmp_path_factory.mktemp("surrogate"), progress=False)
+        return LoRAInverter(tiny_pool, config).run(tmp_path_factory.mktemp("surrogate"), progress=False)
 
 
 def files_with_license(folder, license):
@@ -172,7 +171,7 @@ def make_model(hub, tiny_backbone_path, tiny_pool_path, tiny_surrogate):
         backbone.revision = hub.repo("org/tiny-vit").resolve("main").sha
         pool = AdapterPool.from_pretrained([f"org/adapter-{i}" for i in range(len(licenses))], backbone=backbone)
         settings = DistillationConfig(**{"steps": 0, "rank": 4, **config})
-        return wrap_student(MetaLoraTrainer(pool, surrogate, settings))
+        return MetaLoRATrainer(pool, surrogate, settings).to_model()
 
     return make
 

@@ -25,7 +25,7 @@ from lora_recycle.cli.main import build_parser, main
 from lora_recycle.evaluation import evaluate as benchmark
 from lora_recycle.fewshot.episodes import sample_episodes
 from lora_recycle.fewshot.heads import HEADS
-from lora_recycle.merging import __all__ as compositions
+from lora_recycle.merging import __all__ as merging_methods
 from lora_recycle.runtime.config import RecipeConfig
 
 
@@ -245,7 +245,7 @@ def test_links_of_the_readme_lead_somewhere():  # those between the pages are ch
 
 def test_the_reference_holds_every_public_name():
     told = " ".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "api").glob("*.md"))
-    missing = [name for name in (*__all__, *compositions) if not re.search(rf"\b{name}\b", told)]
+    missing = [name for name in (*__all__, *merging_methods) if not re.search(rf"\b{name}\b", told)]
     assert set(missing) <= {"__version__", *(name for name in __all__ if name.endswith("Error"))}
 
 

@@ -86,8 +86,8 @@ def distillation_step(student: PeftModel, teacher: PeftModel, images, labels, dr
             pixel_values = normalize(images[chosen])
             with autocast():
                 features = student(pixel_values=pixel_values).last_hidden_state[:, 0].float()
-            centres = features[: support.numel()].view(*support.shape, -1).mean(1)
-            scores = F.normalize(features[support.numel() :], dim=-1) @ F.normalize(centres, dim=-1).T / 0.1
+            prototypes = features[: support.numel()].view(*support.shape, -1).mean(1)
+            scores = F.normalize(features[support.numel() :], dim=-1) @ F.normalize(prototypes, dim=-1).T / 0.1
             with torch.no_grad(), autocast():
                 target = teacher(pixel_values=pixel_values[support.numel() :]).logits[:, classes].float()
             loss = F.kl_div(scores.log_softmax(1), target.log_softmax(1), log_target=True, reduction="batchmean")
@@ -105,14 +105,14 @@ def embed(model: PeftModel, pixel_values: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def fit(model: PeftModel, pixel_values: torch.Tensor, labels: torch.Tensor, ways: int) -> torch.Tensor:
-    """Class centres (ways, D), class by class."""
+    """Prototypes (ways, D), class by class."""
     return torch.stack([embed(model, pixel_values[labels == c]).mean(0) for c in range(ways)])
 
 
 @torch.inference_mode()
-def predict(model: PeftModel, pixel_values: torch.Tensor, centres: torch.Tensor) -> list[int]:
+def predict(model: PeftModel, pixel_values: torch.Tensor, prototypes: torch.Tensor) -> list[int]:
     """The class of each image."""
-    scores = F.normalize(embed(model, pixel_values), dim=-1) @ F.normalize(centres, dim=-1).T / 0.1
+    scores = F.normalize(embed(model, pixel_values), dim=-1) @ F.normalize(prototypes, dim=-1).T / 0.1
     return scores.softmax(-1).argmax(-1).tolist()
 
 
@@ -122,7 +122,7 @@ def evaluate(model: PeftModel, images: torch.Tensor, episodes) -> float:
     normalize, correct = Normalize(), []
     for episode in episodes:
         ways, shots = episode.support.shape
-        centres = embed(model, normalize(images[episode.support.flatten()])).view(ways, shots, -1).mean(1)
-        found = predict(model, normalize(images[episode.query]), centres)
+        prototypes = embed(model, normalize(images[episode.support.flatten()])).view(ways, shots, -1).mean(1)
+        found = predict(model, normalize(images[episode.query]), prototypes)
         correct.append((torch.tensor(found) == episode.query_labels).float().mean())
     return torch.stack(correct).mean().item()

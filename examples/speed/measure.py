@@ -1,4 +1,4 @@
-"""What a step costs: seconds beside its rivals, FLOPs, memory, and the operations that it spends its time in."""
+"""What a step costs: seconds beside its baselines, FLOPs, memory, and the operations that it spends its time in."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
 
-from lora_recycle import AdapterPool, Backbone, DistillationConfig, InversionConfig, LoraInverter, MetaLoraTrainer
+from lora_recycle import AdapterPool, Backbone, DistillationConfig, InversionConfig, LoRAInverter, MetaLoRATrainer
 from lora_recycle.backbones.backbone import extract_features
 from lora_recycle.distillation.student import Student
 from lora_recycle.fewshot.accuracy import prototype_accuracy
@@ -107,7 +107,7 @@ def inversion(world: World) -> Iterator[list[Case]]:
     cases = []
     with world.pool.folded(0):
         for name, prune in (("plain", {}), ("pruned_75", {last: 0.25})):
-            inverter = LoraInverter(world.pool, InversionConfig(prune=prune, stop_at=1.0))
+            inverter = LoRAInverter(world.pool, InversionConfig(prune=prune, stop_at=1.0))
             batch = inverter.batch(0, starts, labels, torch.Generator().manual_seed(0))
             kept = (last + 1 + 0.25 * (layers - last - 1)) / layers if prune else 1.0
             cases.append(Case(f"inversion_{name}", batch.step, count, kept))
@@ -125,7 +125,7 @@ def distillation(world: World) -> Iterator[list[Case]]:
     config = DistillationConfig(
         steps=10**6,
         rank=baselines.RANK,
-        held_out=0.0,
+        validation_fraction=0.0,
         relational_weight=0.0,
         kl_weight=1.0,
         episodes=episodes,
@@ -139,7 +139,7 @@ def distillation(world: World) -> Iterator[list[Case]]:
     with contextlib.ExitStack() as stack:
         for masked in MASKED:
             surrogate = save_surrogate(world, images, labels, 1 - masked / 100)
-            trainer = MetaLoraTrainer(world.pool, surrogate, config)
+            trainer = MetaLoRATrainer(world.pool, surrogate, config)
             trainer.prepare(progress=False)
             stack.callback(trainer.close)
             trainers.append(trainer)
@@ -164,7 +164,7 @@ def _counting(step: Callable[[int], object]) -> Callable[[], object]:
     return lambda: step(next(numbers))
 
 
-def _host_share(trainer: MetaLoraTrainer) -> Callable[[], float]:
+def _host_share(trainer: MetaLoRATrainer) -> Callable[[], float]:
     return lambda: trainer.host_share
 
 
@@ -214,14 +214,14 @@ def predict(world: World) -> Iterator[list[Case]]:
     with use(world) as (model, worn):
         backbone = model.backbone  # merged; a copy elsewhere in memory would be up to a tenth faster or slower
         features, bare = (torch.inference_mode()(forward) for forward in (backbone.features, backbone.model))
-        centres = model.prototypes.to(world.dtype)
+        prototypes = model.prototypes.to(world.dtype)
         for count in (1, 64):
             x = normalized(world, count)
             cases += [
                 Case(f"predict_{count}", lambda x=x: model.predict(x), count, 1.0),
                 Case(f"predict_{count}_features", lambda x=x: features(x), count, 1.0),
                 Case(f"predict_{count}_bare", lambda x=x: bare(x), count, 1.0),
-                Case(f"predict_{count}_baseline", lambda x=x: baselines.predict(worn, x, centres), count, 1.0),
+                Case(f"predict_{count}_baseline", lambda x=x: baselines.predict(worn, x, prototypes), count, 1.0),
             ]
         side = 2 * world.backbone.image_size
         rng = np.random.default_rng(0)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import torch
 
-from lora_recycle import LoraInverter
+from lora_recycle import LoRAInverter
 from lora_recycle.inversion import inverter
 from lora_recycle.inversion.batch import InversionBatch
 
 
-class PreviousBatch(LoraInverter):
+class PreviousBatch(LoRAInverter):
     """The images of an adapter, one batch, start where those of the adapter before ended."""
 
     _before: torch.Tensor | None = None
@@ -28,7 +28,7 @@ class PreviousBatch(LoraInverter):
         return super().batch(index, starts, labels, generator)
 
 
-class Mixtures(LoraInverter):
+class Mixtures(LoRAInverter):
     """Every image starts from a random mixture of two of the given starts."""
 
     def batch(self, index, starts, labels, generator) -> InversionBatch:
@@ -88,7 +88,7 @@ class LbfgsBatch(InversionBatch):
         return found
 
 
-class Lbfgs(LoraInverter):
+class Lbfgs(LoRAInverter):
     """Inversion by [`LbfgsBatch`]."""
 
     def batch(self, index, starts, labels, generator) -> InversionBatch:

@@ -54,7 +54,7 @@ _TEXT_ONLY = ("ADAPTION_PROMPT", "SHADOW", "TRAINABLE_TOKENS", "XLORA")
 HEAD = re.compile(
     r"base_model\.model\.(cls_classifier|classifier|head|score|fc|pooled_classifier)(\.modules_to_save(\.\w+)?)?\.(weight|bias)"
 )
-#: A head on the pooled image ([`Backbone.pool`]), not on what the family's own classifier reads.
+#: A head on the pooled image ([`Backbone.pool_features`]), not on what the family's own classifier reads.
 POOLED_HEAD = "base_model.model.pooled_classifier.weight"
 # names that only transformers 4, and only 5, gave to modules
 _GENERATION_4 = re.compile(

@@ -36,7 +36,7 @@ Layers: TypeAlias = dict[str, Any]
 
 @contextlib.contextmanager
 def wear_layers(model: nn.Module, layers: Layers) -> Iterator[None]:
-    """Put PEFT layers (`Adapter.layers`) around the modules of `model`; they are taken off again."""
+    """Put PEFT layers (`Adapter.peft_layers`) around the modules of `model`; they are taken off again."""
     own = {path: model.get_submodule(path) for path in layers}
     try:
         for path, layer in layers.items():

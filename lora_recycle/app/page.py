@@ -10,7 +10,7 @@ from html import escape
 from typing import Any
 
 from ..adapters.sources import one_id
-from ..errors import ConfigError, DataError, LoraRecycleError
+from ..errors import ConfigError, DataError, LoRARecycleError
 from ..hub.cards import is_repo_id
 from ..modeling.meta_lora import MetaLoRAForFewShotClassification
 from .answers import STYLE, answers_html
@@ -66,7 +66,7 @@ def build_page(model: str = "demo", *, device: Any = None, folders: bool = True)
         folders: whether visitors may name folders of this machine, or only repo ids.
 
     Raises:
-        LoraRecycleError: it cannot be loaded.
+        LoRARecycleError: it cannot be loaded.
     """
     load = functools.lru_cache(maxsize=MODELS_KEPT)(functools.partial(load_model, device=device))
     first = load(model)
@@ -114,7 +114,7 @@ def launch(
         port: None takes the first free one from 7860 on.
 
     Raises:
-        LoraRecycleError: the model cannot be loaded, or the port is taken.
+        LoRARecycleError: the model cannot be loaded, or the port is taken.
     """
     page = build_page(model, device=device, folders=folders)
     try:
@@ -142,7 +142,7 @@ def launch(
 
 
 def load_model(name: str, device: Any = None) -> MetaLoRAForFewShotClassification:
-    """The meta-LoRA of a folder or repo id. Raises `LoraRecycleError` where there is none."""
+    """The meta-LoRA of a folder or repo id. Raises `LoRARecycleError` where there is none."""
     repo, revision = one_id(name)
     return MetaLoRAForFewShotClassification.from_pretrained(repo, revision=revision, device=device)
 
@@ -200,7 +200,7 @@ def _told(function: Callable) -> Callable:
     def wrapped(*arguments: Any) -> Any:
         try:
             return function(*arguments)
-        except (LoraRecycleError, OSError) as error:
+        except (LoRARecycleError, OSError) as error:
             raise gr.Error(escape(str(error)), print_exception=False) from error
 
     return wrapped

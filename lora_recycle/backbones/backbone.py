@@ -236,7 +236,7 @@ class Backbone(nn.Module):
         output = layer(hidden, None)
         return output[0] if isinstance(output, tuple) else output
 
-    def pool(self, hidden: torch.Tensor) -> torch.Tensor:
+    def pool_features(self, hidden: torch.Tensor) -> torch.Tensor:
         """The image's feature, the normed CLS token or what the family's pooler gives: (B, T, D) to (B, D)."""
         norm = self.model.get_submodule(self.family.norm)
         if self.family.pooler:
@@ -246,7 +246,7 @@ class Backbone(nn.Module):
     def pool_for_head(self, hidden: torch.Tensor) -> torch.Tensor:
         """What this family's classification heads read: (B, T, D) to (B, `head_size`)."""
         if self.family.head_input == "cls":
-            return self.pool(hidden)
+            return self.pool_features(hidden)
         if not self.family.head_before_norm:
             hidden = self.model.get_submodule(self.family.norm)(hidden)
         patches = hidden[:, self.num_prefix_tokens :].mean(1)
@@ -273,7 +273,7 @@ class Backbone(nn.Module):
         *layers, last = self.layers[first:]
         for layer in layers:
             hidden = self._call(layer, hidden)
-        return self.pool(self._call(last, hidden) if self.family.pooler else cls_layer(last, hidden))
+        return self.pool_features(self._call(last, hidden) if self.family.pooler else cls_layer(last, hidden))
 
 
 def _align(model: nn.Module) -> None:

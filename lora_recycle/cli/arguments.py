@@ -14,7 +14,7 @@ from ..runtime.config import RecipeConfig, read_yaml
 
 
 #: Verbs that have settings. A recipe may hold one section for each.
-SECTIONS = ("tune-pool", "invert", "distill")
+SECTIONS = ("train-adapters", "invert", "distill")
 
 Config = TypeVar("Config", bound=RecipeConfig)
 

@@ -51,8 +51,8 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(f"--part {part} {total}: the parts of {total} are 0 to {total - 1}.")
     if args.data_root is not None and not Path(args.data_root).is_dir():
         raise ConfigError(f"--data-root {args.data_root}: no such folder.")
+    from ..evaluation.benchmark import Benchmark
     from ..evaluation.recipe import BenchmarkRecipe
-    from ..evaluation.suite import Benchmark
     from ..runtime.config import read_yaml
 
     given = {"episodes": args.episodes, "tuning_episodes": args.tuning_episodes}

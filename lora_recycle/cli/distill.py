@@ -72,8 +72,8 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError("distill needs --surrogate DIR (what invert wrote); only --steps 0 goes without.")
     from ..adapters.sources import one_id
     from ..distillation.callbacks import Trackers
-    from ..distillation.saving import save_meta_lora, wrap_student
-    from ..distillation.trainer import MetaLoraTrainer
+    from ..distillation.saving import save_meta_lora
+    from ..distillation.trainer import MetaLoRATrainer
     from ..reports.training_report import write_training_report
     from ..runtime.launch_checks import check_same
     from ..surrogate.dataset import SurrogateDataset
@@ -90,13 +90,13 @@ def run(args: argparse.Namespace) -> None:
     check_same(verb=args.verb, settings=config.to_dict(), adapters=adapters, surrogate=shards)
     folder = Path(args.output) / "work"
     callbacks = [Trackers(args.report_to, folder / "trackers")] if args.report_to else []
-    trainer = MetaLoraTrainer(pool, surrogate, config, callbacks)
+    trainer = MetaLoRATrainer(pool, surrogate, config, callbacks)
     if is_main_process():
         tell_skipped(trainer.excluded, len(trainer.pool))
     trainer.train(folder, progress=not args.quiet, resume=args.resume)
     if not is_main_process():
         return
-    model = wrap_student(trainer)
+    model = trainer.to_model()
     save_meta_lora(model, args.output)
     if trainer.history:
         report = write_training_report(Path(args.output) / "report.html", trainer, model.settings, args.output)

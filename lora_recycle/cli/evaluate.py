@@ -1,4 +1,4 @@
-"""`lora-recycle evaluate`: a meta-LoRA and its rivals on real images, all on the same episodes."""
+"""`lora-recycle evaluate`: a meta-LoRA and its baselines on real images, all on the same episodes."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ examples:
   lora-recycle evaluate demo --data photos --methods average ties nearest-group
   lora-recycle evaluate demo --data photos --head lda transductive_em     other few-shot heads as well
 
-methods: frozen (class centres on the bare backbone) and meta-lora, always; frozen-centred, frozen-euclidean. With a
+methods: frozen (prototypes on the bare backbone) and meta-lora, always; frozen-centred, frozen-euclidean. With a
 pool, none of them tuned: average (of all weight changes), average-rank-16, ensemble (all adapters, one forward each),
 random (a control), magnitude, dare, ties, knots (merges), restored, undiluted, group-sum, nearest-group (groups of
 like adapters), class-statistics (the adapter whose classes the support set is most like; needs heads), arrow (routes
 tokens to adapters). docs/methods.md says which to use when.
 
-heads, each on frozen and on meta-lora: cosine_centres, euclidean_centres, lda, logistic_regression,
+heads, each on frozen and on meta-lora: cosine_prototypes, euclidean_prototypes, lda, logistic_regression,
 transductive_laplacian, transductive_transport, transductive_em; the transductive ones see all queries of an episode at
 once. docs/concepts.md says what they assume.
 """
 
 
 def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParser:
-    summary = "judge a meta-LoRA and its rivals on real images"
+    summary = "judge a meta-LoRA and its baselines on real images"
     parser = subparsers.add_parser("evaluate", help=summary, description=summary, epilog=EPILOG, **options)
     parser.add_argument("model", metavar="MODEL", help=META_LORA_HELP)
     parser.add_argument(

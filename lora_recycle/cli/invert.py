@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from ..adapters.zero_shot_heads import PROMPT
-    from ..inversion.inverter import LoraInverter
+    from ..inversion.inverter import LoRAInverter
     from ..runtime.launch_checks import check_same
 
     pool = load_pool(
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
         dtype=getattr(torch, args.dtype) if args.dtype else None,
     )
     check_same(verb=args.verb, settings=config.to_dict(), adapters=[info.sha256 for info in pool.infos])
-    inverter = LoraInverter(pool, config)
+    inverter = LoRAInverter(pool, config)
     surrogate = inverter.run(args.output, progress=not args.quiet, resume=args.resume)
     if not is_main_process():
         return

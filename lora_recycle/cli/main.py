@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
-from ..errors import ConfigError, LoraRecycleError
+from ..errors import ConfigError, LoRARecycleError
 from ..runtime.signals import Terminated, terminable
 from ..version import __version__
 from . import (
@@ -26,9 +26,9 @@ from . import (
     invert,
     predict,
     push,
-    quantise,
+    quantize,
     reproduce,
-    tune_pool,
+    train_adapters,
 )
 from .common import quieten
 from .completion import PrintCompletion
@@ -36,7 +36,7 @@ from .completion import PrintCompletion
 
 #: In the order of the work. Each imports torch only when it runs, so that the help answers at once.
 VERBS = (
-    tune_pool,
+    train_adapters,
     import_file,
     inspect,
     invert,
@@ -46,19 +46,19 @@ VERBS = (
     predict,
     app,
     export,
-    quantise,
+    quantize,
     push,
     reproduce,
     demo,
 )
 
 #: Verbs whose work several processes share.
-SHARED = ("tune-pool", "invert", "distill")
+SHARED = ("train-adapters", "invert", "distill")
 
 EPILOG = """\
 examples:
   lora-recycle demo                                          the whole way on the shipped adapters
-  lora-recycle tune-pool photos --output pool                make adapters from labelled images
+  lora-recycle train-adapters photos --output pool                make adapters from labelled images
   lora-recycle invert pool --output surrogate                surrogate images from adapters alone
   lora-recycle distill pool --surrogate surrogate --output meta
   lora-recycle evaluate meta --data new_photos --pool pool
@@ -191,7 +191,7 @@ def _told(error: Exception) -> str:
 
 def one_line(error: BaseException) -> str:
     """What went wrong, without line breaks; for the system's errors the file before the reason."""
-    if isinstance(error, OSError) and not isinstance(error, LoraRecycleError) and error.strerror:
+    if isinstance(error, OSError) and not isinstance(error, LoRARecycleError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     else:
         text = str(error) or type(error).__name__
@@ -201,7 +201,7 @@ def one_line(error: BaseException) -> str:
 def _is_expected(error: Exception) -> bool:
     """Whether the user can act on it. safetensors has an error of its own for a full disk, torch for full memory."""
     named = type(error).__name__ in ("SafetensorError", "OutOfMemoryError")
-    return named or isinstance(error, (LoraRecycleError, OSError, MemoryError))
+    return named or isinstance(error, (LoRARecycleError, OSError, MemoryError))
 
 
 def _silence_libraries() -> None:

@@ -36,7 +36,7 @@ examples:
   lora-recycle predict fitted_model photo.jpg                 a model that was saved with its task
   lora-recycle predict --support examples photos/*.jpg        without MODEL: the shipped one
 
-heads: class_centres, cosine_centres, euclidean_centres, lda, logistic_regression; and, for images that come together
+heads: prototypes, cosine_prototypes, euclidean_prototypes, lda, logistic_regression; and, for images that come together
 and belong to the classes shown, transductive_laplacian, transductive_transport, transductive_em.
 """
 

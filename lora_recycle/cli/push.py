@@ -25,7 +25,7 @@ Log in with `hf auth login` or set HF_TOKEN. A push that failed has left nothing
 def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParser:
     summary = "publish a meta-LoRA, surrogate data or an adapter on the Hub"
     parser = subparsers.add_parser("push", help=summary, description=summary, epilog=EPILOG, **options)
-    parser.add_argument("folder", metavar="FOLDER", help="what distill, invert or tune-pool wrote")
+    parser.add_argument("folder", metavar="FOLDER", help="what distill, invert or train-adapters wrote")
     parser.add_argument("repo_id", metavar="REPO_ID", help="owner/name; made if it is new")
     parser.add_argument("--private", action="store_true", default=None, help="make a new repo private")
     parser.add_argument("--revision", metavar="BRANCH", help="branch to push to; made from main if it is new")

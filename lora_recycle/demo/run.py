@@ -15,15 +15,15 @@ import torch
 from PIL import Image
 
 from ..distillation.config import DistillationConfig
-from ..distillation.saving import save_meta_lora, wrap_student
-from ..distillation.trainer import MetaLoraTrainer
+from ..distillation.saving import save_meta_lora
+from ..distillation.trainer import MetaLoRATrainer
 from ..errors import ConfigError
 from ..evaluation.evaluate import evaluate
 from ..hub.cards import usage_lines
 from ..hub.embedded import pool_path
 from ..images.labelled import LabelledImages, load_labelled_images
 from ..inversion.config import InversionConfig
-from ..inversion.inverter import LoraInverter
+from ..inversion.inverter import LoRAInverter
 from ..pool.pool import AdapterPool
 from ..reports.training_report import write_training_report
 from ..runtime.config import read_yaml
@@ -70,17 +70,17 @@ def run_demo(
 
     Raises:
         ConfigError: a recipe with an unknown section or key.
-        LoraRecycleError: adapters or images that cannot be used.
+        LoRARecycleError: adapters or images that cannot be used.
     """
     output = Path(output)
     inversion, distillation = read_recipe(recipe or RECIPE)
     adapters = AdapterPool.from_pretrained(pool or pool_path(), device=device, progress=progress)
     sets = _real_images(data, adapters)  # read first: a wrong path is found before the work is done
     surrogate, inversion_losses = _invert(adapters, inversion, output, progress)
-    trainer = MetaLoraTrainer(adapters, surrogate, distillation)
+    trainer = MetaLoRATrainer(adapters, surrogate, distillation)
     meta_lora = output / "meta_lora"
     _train(trainer, meta_lora / "work", progress)
-    model = wrap_student(trainer)
+    model = trainer.to_model()
     save_meta_lora(model, meta_lora)
     results = [evaluate(images, model, pool=adapters, episodes=episodes, progress=progress) for images in sets]
     rows, notes = [row for r in results for row in r.rows], [text for r in results for text in r.notes]
@@ -131,7 +131,7 @@ def _invert(
     pool: AdapterPool, config: InversionConfig, output: Path, progress: bool
 ) -> tuple[SurrogateDataset, list[float]]:
     """The surrogate data and the mean loss of each iteration, which lies beside the shards for the next run."""
-    inverter, path = LoraInverter(pool, config), output / "surrogate" / "losses.json"
+    inverter, path = LoRAInverter(pool, config), output / "surrogate" / "losses.json"
     curves: dict[str, list[float]] = json.loads(path.read_text()) if path.is_file() else {}
 
     def remember(name: str, _: Shard) -> None:
@@ -149,7 +149,7 @@ def _invert(
     return surrogate, [sum(values) / len(known) for values in zip(*known, strict=True)]
 
 
-def _train(trainer: MetaLoraTrainer, work: Path, progress: bool) -> None:
+def _train(trainer: MetaLoRATrainer, work: Path, progress: bool) -> None:
     """Train, going on from the demo's checkpoint of the same settings and throwing away one of other settings."""
     parts = [trainer.config.to_dict(), [info.sha256 for info in trainer.pool.infos]]
     parts.append([entry["sha256"] for entry in trainer.surrogate.manifest["shards"]])

@@ -16,7 +16,7 @@ from .student import Student
 
 
 class TrainingState(Protocol):
-    """What callbacks see of a [`MetaLoraTrainer`]; they may set `should_stop`."""
+    """What callbacks see of a [`MetaLoRATrainer`]; they may set `should_stop`."""
 
     config: DistillationConfig
     student: Student

@@ -79,18 +79,18 @@ class DistillationConfig(RecipeConfig):
     ways: int = field(5, "classes of an episode")
     shots: int = field(1, "support images of each class")
     queries: int = field(5, "query images of each class")
-    metric: str = field("cosine", "distance of queries to class centres", ("cosine", "euclidean"))
+    metric: str = field("cosine", "distance of queries to prototypes", ("cosine", "euclidean"))
     temperature: float = field(0.1, "divisor of the (negative) distances")
-    held_out: float = field(
+    validation_fraction: float = field(
         0.2,
         "share of each group's adapters that teach nothing, at least one of four, at most 16 in all: by the error on "
         "their classes the student is judged, and the best that makes it larger in no group is kept, which may be the "
         "average (says little if a recipe learns by episodes); 0: the last step is kept",
     )
-    judge_every: int = field(50, "steps between two judgements; the start and the last step are judged in any case")
+    eval_steps: int = field(50, "steps between two judgements; the start and the last step are judged in any case")
     patience: int = field(0, "judgements in a row without a better one after which training ends; 0: all steps")
     use_masks: bool = field(True, "forward only the kept tokens where the surrogate data holds them")
-    checkpoint_every: int = field(50, "steps between checkpoints")
+    save_steps: int = field(50, "steps between checkpoints")
     seed: int = field(0, "seed of the batches and of the initial weights")
 
     @property
@@ -103,7 +103,7 @@ class DistillationConfig(RecipeConfig):
         weights = ("relational_weight", "kl_weight", "interpolation_weight")
         for name in ("steps", "first_layer", *weights, "max_grad_norm", "patience"):
             self.require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
-        counts = ("rank", "max_teachers", "episodes", "shots", "queries", "checkpoint_every", "judge_every")
+        counts = ("rank", "max_teachers", "episodes", "shots", "queries", "save_steps", "eval_steps")
         for name in (*counts, "gradient_accumulation_steps"):
             self.require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         self.require(
@@ -123,9 +123,13 @@ class DistillationConfig(RecipeConfig):
             f"spike_factor must be 0 or more than 1, got {self.spike_factor}",
         )
         self.require(0 <= self.min_confidence < 1, f"min_confidence must be in [0, 1), got {self.min_confidence}")
-        self.require(0 <= self.held_out <= 0.5, f"held_out must be in [0, 0.5], got {self.held_out}")
         self.require(
-            self.patience == 0 or self.held_out > 0, "patience needs judgements: set held_out above 0, say to 0.2"
+            0 <= self.validation_fraction <= 0.5,
+            f"validation_fraction must be in [0, 0.5], got {self.validation_fraction}",
+        )
+        self.require(
+            self.patience == 0 or self.validation_fraction > 0,
+            "patience needs judgements: set validation_fraction above 0, say to 0.2",
         )
         total = sum(getattr(self, name) for name in weights)
         self.require(self.steps == 0 or total > 0, "all losses have weight 0: nothing to learn in `steps` steps")

@@ -67,7 +67,7 @@ class Judge:
     Args:
         held_out: numbers of adapters, from [`hold_out`].
         make_batch: reads this process's share of images.
-        metric: of the class centres, as `prototype_accuracy` has it.
+        metric: of the prototypes, as `prototype_accuracy` has it.
     """
 
     def __init__(self, held_out: list[int], make_batch: BatchMaker, metric: str, seed: int):
@@ -84,7 +84,7 @@ class Judge:
 
     @torch.no_grad()
     def __call__(self, embed: Embed) -> torch.Tensor:
-        """Per cent of queries that go to the wrong class centre, by episode: float32 (E,)."""
+        """Per cent of queries that go to the wrong prototype, by episode: float32 (E,)."""
         features = []
         for index in torch.cat(self._images).split(_BATCH):
             beat("judging")
@@ -207,7 +207,7 @@ class Judgements:
         if not self.steps:
             return (
                 f"Nothing was judged, and the last step is kept: judging takes {SMALLEST_GROUP} adapters that are "
-                "alike, with 2 images of a class. Add adapters, or set `held_out` to 0."
+                "alike, with 2 images of a class. Add adapters, or set `validation_fraction` to 0."
             )
         first, best, last = self.figures[0], self.figures[self._best], self.figures[-1]
         where, start = f"on the classes of {self.who}", "average" if self._against_average else "start"

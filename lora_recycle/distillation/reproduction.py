@@ -18,14 +18,14 @@ from ..errors import AdapterError, DataError
 from ..hub.embedded import BACKBONE_NAME, pool_path, resolve_meta_lora
 from ..hub.repo_files import SIDECAR_FILE, WEIGHTS_FILE
 from ..inversion.config import InversionConfig
-from ..inversion.inverter import LoraInverter
+from ..inversion.inverter import LoRAInverter
 from ..modeling.sidecar import read_sidecar
 from ..pool.pool import AdapterPool
 from ..runtime.files import file_sha256
 from ..surrogate.dataset import SurrogateDataset
 from .config import DistillationConfig
-from .saving import save_meta_lora, wrap_student
-from .trainer import MetaLoraTrainer
+from .saving import save_meta_lora
+from .trainer import MetaLoRATrainer
 
 
 _DTYPES = {"torch.float32": torch.float32, "torch.bfloat16": torch.bfloat16}
@@ -86,9 +86,9 @@ def reproduce(
         distillation = DistillationConfig.from_dict(settings["distillation"], where=f"{info.where}: {SIDECAR_FILE}")
         adapters = _pool(info, settings, pool, torch.float32, device)
         data = _surrogate(info, settings, adapters, pool, surrogate, output, progress) if distillation.steps else None
-        trainer = MetaLoraTrainer(adapters, data, distillation)
+        trainer = MetaLoRATrainer(adapters, data, distillation)
         trainer.train(output / "meta_lora" / "work", progress=progress)
-        model = wrap_student(trainer)
+        model = trainer.to_model()
         save_meta_lora(model, output / "meta_lora")
     return _compare(info, settings, model.settings, output / "meta_lora")
 
@@ -153,7 +153,7 @@ def _surrogate(
     dtype = _DTYPES.get(precision[0] if isinstance(precision, list) and precision else "torch.float32", torch.float32)
     if dtype != torch.float32:
         pool = _pool(info, settings, given, dtype, pool.backbone.device)
-    return LoraInverter(pool, config).run(output / "surrogate", progress=progress)
+    return LoRAInverter(pool, config).run(output / "surrogate", progress=progress)
 
 
 def _compare(info: AdapterInfo, settings: dict, now: dict, folder: Path) -> Reproduction:

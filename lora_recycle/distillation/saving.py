@@ -6,7 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from ..distillation.trainer import MetaLoraTrainer
+from ..distillation.trainer import MetaLoRATrainer
 from ..hub.cards import meta_lora_card
 from ..hub.embedded import backbone_name
 from ..modeling.meta_lora import MetaLoRAForFewShotClassification
@@ -15,7 +15,7 @@ from ..runtime.files import atomic_write, tensors_sha256
 from ..runtime.provenance import hardware, versions
 
 
-def wrap_student(trainer: MetaLoraTrainer) -> MetaLoRAForFewShotClassification:
+def wrap_student(trainer: MetaLoRATrainer) -> MetaLoRAForFewShotClassification:
     """The trainer's student as a model whose sidecar says where it came from."""
     model = trainer.student.to_model(_settings(trainer))
     if trainer.surrogate is not None:
@@ -33,7 +33,7 @@ def save_meta_lora(model: MetaLoRAForFewShotClassification, folder: str | Path) 
     atomic_write(folder / "README.md", card.encode())
 
 
-def _settings(trainer: MetaLoraTrainer) -> dict[str, Any]:
+def _settings(trainer: MetaLoRATrainer) -> dict[str, Any]:
     """All that made the student: recipes and seeds, adapters and surrogate data by checksum, versions, machine."""
     manifest = {} if trainer.surrogate is None else trainer.surrogate.manifest
     backbone, state = trainer.pool.backbone, trainer.accelerator

@@ -20,7 +20,7 @@ from ..pool.pool import AdapterPool
 from ..runtime.array_files import RowFile, open_rows, write_rows
 from ..runtime.files import atomic_write
 from ..runtime.heartbeat import Heartbeat, beat
-from ..runtime.launch import deal
+from ..runtime.launch import claim_indices
 from .config import DistillationConfig
 from .surrogate_images import SurrogateImages
 
@@ -103,7 +103,7 @@ def teach_all(
     chosen = [(members, choose_teachers(members, config.max_teachers)) for members in groups]
     if shared:
         with Heartbeat("ask teachers") as heart:
-            for i in deal(len(chosen)):
+            for i in claim_indices(len(chosen)):
                 teach(pool, images, *chosen[i], folder, progress)
             heart.wait_for_all()
     return [teach(pool, images, members, teachers, folder, progress) for members, teachers in chosen]
@@ -154,7 +154,7 @@ def _views(
             if said is not None:
                 logits = pool[teacher].logits(backbone, hidden)
                 said[start : start + batch_size] = logits.argmax(1).cpu()
-            yield (F.normalize(backbone.pool(hidden).float(), dim=-1).cpu() / of**0.5).half()
+            yield (F.normalize(backbone.pool_features(hidden).float(), dim=-1).cpu() / of**0.5).half()
 
 
 def _join(blocks: list[RowFile], path: Path) -> None:

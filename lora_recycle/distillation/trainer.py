@@ -1,4 +1,4 @@
-"""MetaLoraTrainer: surrogate data of many adapters into one meta-LoRA (stage 2)."""
+"""MetaLoRATrainer: surrogate data of many adapters into one meta-LoRA (stage 2)."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ logger = logging.getLogger(__name__)
 Flag = TypeVar("Flag", bool, torch.Tensor)
 
 
-class MetaLoraTrainer:
+class MetaLoRATrainer:
     """Distils the surrogate data of a pool into one LoRA.
 
-    [`~MetaLoraTrainer.train`] does it all. To time or inspect single steps, `prepare` once and call `step` for one
+    [`~MetaLoRATrainer.train`] does it all. To time or inspect single steps, `prepare` once and call `step` for one
     step number after the other; each is forward, backward and optimiser step on the batch that `train` would use:
 
-        trainer = MetaLoraTrainer(pool, surrogate, DistillationConfig(steps=1000, relational_batch=32))
+        trainer = MetaLoRATrainer(pool, surrogate, DistillationConfig(steps=1000, relational_batch=32))
         trainer.prepare()
         for i in range(10):
             losses = trainer.step(i)  # name to a tensor without gradient, still on the device
@@ -68,7 +68,7 @@ class MetaLoraTrainer:
     Args:
         pool ([`AdapterPool`]): the adapters that the surrogate data came from. They give the initialisation and teach
             the relational loss; their real training data is never needed.
-        surrogate ([`SurrogateDataset`], *optional*): from [`LoraInverter`]; not needed where `config.steps` is 0. It
+        surrogate ([`SurrogateDataset`], *optional*): from [`LoRAInverter`]; not needed where `config.steps` is 0. It
             stays on disk: memory does not grow with it, but for 8 bytes an image.
         config ([`DistillationConfig`]): how.
         callbacks (`Sequence[TrainerCallback]`): who looks on, and may stop it early.
@@ -170,7 +170,7 @@ class MetaLoraTrainer:
 
     def _say_what_is_kept(self) -> None:
         """A warning where that is the start or was not judged; below the progress bar, which is closed by now."""
-        if self.accelerator.is_main_process and self.config.held_out and not self.judged.best_step:
+        if self.accelerator.is_main_process and self.config.validation_fraction and not self.judged.best_step:
             logger.warning(self.judged.verdict())
 
     @property
@@ -183,9 +183,7 @@ class MetaLoraTrainer:
         Ctrl-C and SIGTERM are seen after every step; several processes agree on them when they read their losses.
         """
         last = step == self.config.steps
-        saving, judging = (
-            last or step % every == 0 for every in (self.config.checkpoint_every, self.config.judge_every)
-        )
+        saving, judging = (last or step % every == 0 for every in (self.config.save_steps, self.config.eval_steps))
         stopping = False
         looking = saving or judging or len(self._unread) >= READ_EVERY
         if looking or self.accelerator.num_processes == 1:
@@ -233,7 +231,7 @@ class MetaLoraTrainer:
         state, shown = self.accelerator, progress and self.accelerator.is_main_process
         shared = self._temporary is None
         alike = self.pool.groups() if config.groups == "auto" else [list(range(len(self.pool)))]
-        held_out = hold_out(alike, images, config.held_out)
+        held_out = hold_out(alike, images, config.validation_fraction)
         teachers = [[i for i in members if i not in held_out] for members in alike]
         groups = teach_all(self.pool, images, teachers, config, folder, shared, shown)
         sampler = make_sampler(images, config, groups, held_out)

@@ -15,21 +15,21 @@ from ..fewshot.accuracy import ensemble_accuracy, head_accuracy, prototype_accur
 from ..fewshot.episodes import EpisodeSet, sample_episodes
 from ..fewshot.heads import FewShotHead, make_head
 from ..images.labelled import LabelledImages
-from ..merging import Composition, Selection, tuning_free_methods
+from ..merging import MergingMethod, Selection, tuning_free_methods
 from ..modeling.meta_lora import MetaLoRAForFewShotClassification
 from ..pool.pool import AdapterPool
 from .results import summarise
 from .selection import selected_accuracy
 
 
-#: Class centres on the bare backbone: options of `prototype_accuracy`. All is compared with `frozen`.
-CENTRES: dict[str, dict[str, Any]] = {
+#: Prototypes on the bare backbone: options of `prototype_accuracy`. All is compared with `frozen`.
+PROTOTYPE_METHODS: dict[str, dict[str, Any]] = {
     "frozen": {},
     "frozen-centred": {"centred": True},
     "frozen-euclidean": {"metric": "euclidean"},
 }
 DEFAULT_METHODS = ("frozen-centred", "average", "ensemble", "random")
-ALL_METHODS = (*CENTRES, *tuning_free_methods())
+ALL_METHODS = (*PROTOTYPE_METHODS, *tuning_free_methods())
 
 
 @dataclasses.dataclass
@@ -69,7 +69,7 @@ def evaluate(
         methods: of `ALL_METHODS`; `DEFAULT_METHODS` by default, without a pool those of them that need none. `frozen`
             and a given `model` are always judged.
         heads: names of few-shot heads to judge too, on the frozen backbone and on the meta-LoRA (rows such as
-            `meta-lora + lda`). The methods' own rows are class centres. Queries of an episode are one set to a
+            `meta-lora + lda`). The methods' own rows are prototypes. Queries of an episode are one set to a
             transductive head, which knows more than the other methods: compare it with its own kind.
 
     Raises:
@@ -88,12 +88,12 @@ def evaluate(
     elif backbone is None:
         raise ConfigError("there is nothing to judge: pass a model, a pool or a backbone.")
     frozen = judge.features(backbone)
-    compositions = tuning_free_methods(seed)
+    merging_methods = tuning_free_methods(seed)
     for method in ["frozen", *chosen]:
-        if method in CENTRES:
-            judge.score(method, frozen, **CENTRES[method])
+        if method in PROTOTYPE_METHODS:
+            judge.score(method, frozen, **PROTOTYPE_METHODS[method])
         else:
-            judge.score_composition(method, compositions[method], cast(AdapterPool, pool))  # `chosen` is checked
+            judge.score_merging(method, merging_methods[method], cast(AdapterPool, pool))  # `chosen` is checked
     judge.score_heads("frozen", frozen, worn)
     if model is not None:
         features = judge.features(model.backbone)
@@ -131,15 +131,15 @@ class _Judge:
             for k, drawn in self.episodes.items():
                 self.accuracies[k, f"{method} + {head.name}"] = head_accuracy(features, drawn, head)
 
-    def score_composition(self, method: str, composition: Composition, pool: AdapterPool) -> None:
+    def score_merging(self, method: str, merging: MergingMethod, pool: AdapterPool) -> None:
         """One or several networks: all are heard, or for each episode the one that its support set chooses."""
-        networks, members = list(composition.networks(pool)), []
+        networks, members = list(merging.networks(pool)), []
         self.bar.total += len(networks)
         for network in networks:
             with network as backbone:
                 features = self.features(backbone)
             members.append(features.half() if len(networks) > 1 else features)
-        choice = composition.choice(pool) if isinstance(composition, Selection) else None
+        choice = merging.choice(pool) if isinstance(merging, Selection) else None
         for k, drawn in self.episodes.items():
             if choice:
                 self.accuracies[k, method], _ = selected_accuracy(members, drawn, choice)
@@ -149,11 +149,11 @@ class _Judge:
 
 def _checked_methods(methods: Sequence[str] | None, pool: AdapterPool | None) -> list[str]:
     if methods is None:
-        return [method for method in DEFAULT_METHODS if pool is not None or method in CENTRES]
+        return [method for method in DEFAULT_METHODS if pool is not None or method in PROTOTYPE_METHODS]
     unknown = [method for method in methods if method not in ALL_METHODS]
     if unknown:
         raise ConfigError(f"there is no method {unknown[0]!r}; there are {', '.join(ALL_METHODS)}.")
-    homeless = [method for method in methods if pool is None and method not in CENTRES]
+    homeless = [method for method in methods if pool is None and method not in PROTOTYPE_METHODS]
     if homeless:
         raise ConfigError(f"{homeless[0]} needs a pool of adapters: pass one (--pool), or leave the method out.")
     return list(dict.fromkeys(methods))

@@ -16,19 +16,19 @@ from ..fewshot.episodes import EpisodeSet
 from ..fewshot.heads import HEADS, make_head
 from ..finetuning import TaskTuning, TaskTuningConfig, tuning_methods
 from ..images.labelled import LabelledImages
-from ..merging import Composition, Selection, tuning_free_methods
+from ..merging import MergingMethod, Selection, tuning_free_methods
 from ..modeling.meta_lora import MetaLoRAForFewShotClassification
 from ..modeling.tuning import default_config
 from ..pool.pool import AdapterPool
-from .evaluate import CENTRES
+from .evaluate import PROTOTYPE_METHODS
 from .memory import peak_bytes
 from .recipe import TUNED
 from .selection import selected_accuracy
-from .tuned import MetaLoraTuning, tuned_accuracy
+from .tuned import MetaLoRATuning, tuned_accuracy
 
 
 #: Methods that use the backbone alone, whatever the pool.
-POOLLESS = {*CENTRES, "linear-probe", "full-tuning", "lora-linear"}
+POOLLESS = {*PROTOTYPE_METHODS, "linear-probe", "full-tuning", "lora-linear"}
 
 
 @dataclasses.dataclass
@@ -75,7 +75,7 @@ class Judge:
     ):
         self.data, self.episodes, self.pool, self.models = data, episodes, pool, models
         self.tuning, self.tuning_episodes = tuning, tuning_episodes
-        self.compositions = tuning_free_methods(seed)
+        self.merging_methods = tuning_free_methods(seed)
         self._seen: dict[str, Seen] = {}
 
     def tunes(self, method: str) -> bool:
@@ -95,19 +95,23 @@ class Judge:
             tuning = self._tuning(method)
             own = {key: value for key, value in vars(tuning).items() if isinstance(value, int)}
             return {"kind": type(tuning).__name__, **own, **tuning.config.to_dict()}
-        if method in self.compositions:
-            return {"kind": type(self.compositions[method]).__name__, **vars(self.compositions[method])}
+        if method in self.merging_methods:
+            return {"kind": type(self.merging_methods[method]).__name__, **vars(self.merging_methods[method])}
         base, _, head = method.partition(" + ")
         trained = self.models[base].settings if base in self.models else {}
         known = ("metric", "temperature", "head_parameters")
-        return {"head": head, **CENTRES.get(method, {}), **{key: trained[key] for key in known if key in trained}}
+        return {
+            "head": head,
+            **PROTOTYPE_METHODS.get(method, {}),
+            **{key: trained[key] for key in known if key in trained},
+        }
 
     def judge(self, method: str, shots: int) -> Verdict:
         """The verdict on one method at one number of shots."""
         if self.tunes(method):
             return self._judge_tuning(method, shots)
-        if method in self.compositions:
-            return self._judge_composition(method, shots)
+        if method in self.merging_methods:
+            return self._judge_merging(method, shots)
         base, _, head = method.partition(" + ")
         drawn, seen = self.episodes[shots], self._look_once(base if base in self.models else "frozen")
         settings = self.models[base].settings if base in self.models else {}
@@ -115,7 +119,7 @@ class Judge:
         if head:
             found = head_accuracy(seen.features, drawn, make_head(head, settings))
         else:
-            options = CENTRES.get(method, {"metric": settings.get("metric", "cosine")})
+            options = PROTOTYPE_METHODS.get(method, {"metric": settings.get("metric", "cosine")})
             found = prototype_accuracy(seen.features, drawn, **options)
         return self._verdict(shots, [seen], found, started)
 
@@ -127,7 +131,7 @@ class Judge:
         changed = self.tuning.get(method, {})
         model = self.models.get(method.removesuffix(TUNED)) if method.endswith(TUNED) else None
         if model is not None:
-            return MetaLoraTuning(model, TaskTuningConfig(**{**default_config(model.head).to_dict(), **changed}))
+            return MetaLoRATuning(model, TaskTuningConfig(**{**default_config(model.head).to_dict(), **changed}))
         kind = type(tuning_methods()[method])
         return kind(TaskTuningConfig(**{**kind.defaults, **changed}))
 
@@ -138,11 +142,11 @@ class Judge:
         seconds = costs["image"] * len(self._images_of_a_task(shots)) + costs["task"]
         return Verdict(found, seconds, costs["bytes"] / 1e6)
 
-    def _judge_composition(self, method: str, shots: int) -> Verdict:
-        composition, drawn = self.compositions[method], self.episodes[shots]
-        members = self._members(method, composition)
+    def _judge_merging(self, method: str, shots: int) -> Verdict:
+        merging, drawn = self.merging_methods[method], self.episodes[shots]
+        members = self._members(method, merging)
         features = [seen.features for seen in members]
-        choice = composition.choice(self.pool) if isinstance(composition, Selection) else None
+        choice = merging.choice(self.pool) if isinstance(merging, Selection) else None
         started = time.perf_counter()
         if choice is None:
             return self._verdict(shots, members, ensemble_accuracy(features, drawn), started)
@@ -152,10 +156,10 @@ class Judge:
         forwards = looked * support + len(self._images_of_a_task(shots)) - support
         return self._verdict(shots, members, found, started, forwards)
 
-    def _members(self, method: str, composition: Composition) -> list[Seen]:
+    def _members(self, method: str, merging: MergingMethod) -> list[Seen]:
         keys = [key for key in self._seen if key.startswith(f"{method}/")]
         if not keys:
-            networks = list(composition.networks(self.pool))
+            networks = list(merging.networks(self.pool))
             for i, network in enumerate(networks):
                 seen = self._look(network, measured=i == 0)
                 if len(networks) > 1:  # many networks' features at once

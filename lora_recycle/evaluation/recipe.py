@@ -12,7 +12,7 @@ from ..fewshot.heads import HEADS
 from ..finetuning import TaskTuningConfig, tuning_methods
 from ..merging import tuning_free_methods
 from ..runtime.config import RecipeConfig, field, read_yaml
-from .evaluate import CENTRES
+from .evaluate import PROTOTYPE_METHODS
 
 
 #: Ends the name of a meta-LoRA that is tuned on each support set.
@@ -121,12 +121,14 @@ class BenchmarkRecipe:
         }
 
     def _check(self, where: str) -> None:
-        rivals, tuned = set(tuning_free_methods()), set(tuning_methods())
+        baselines, tuned = set(tuning_free_methods()), set(tuning_methods())
         bases = {"frozen", *self.meta_loras}
-        taken = self.meta_loras & (rivals | tuned | set(CENTRES))
+        taken = self.meta_loras & (baselines | tuned | set(PROTOTYPE_METHODS))
         if taken:
             raise ConfigError(f"{where}: a meta-LoRA cannot be called {sorted(taken)[0]!r}, that is a method.")
-        known = rivals | tuned | set(CENTRES) | self.meta_loras | {name + TUNED for name in self.meta_loras}
+        known = (
+            baselines | tuned | set(PROTOTYPE_METHODS) | self.meta_loras | {name + TUNED for name in self.meta_loras}
+        )
         for name, pool in self.pools.items():
             if more := sorted(set(pool.methods) - {"frozen", "average", *self.episodes.methods}):
                 raise ConfigError(f"{where}: pools: {name}: {more[0]!r} is not among the recipe's methods.")

@@ -14,7 +14,7 @@ from ..merging.base import Choice
 def selected_accuracy(
     features: Sequence[torch.Tensor], episodes: EpisodeSet, choice: Choice
 ) -> tuple[torch.Tensor, float]:
-    """Accuracy, in per cent, of the cosine class centres of the network that each episode's support set chooses.
+    """Accuracy, in per cent, of the cosine prototypes of the network that each episode's support set chooses.
 
     Args:
         features (`Sequence[torch.Tensor]`): T tensors (N, D), one for each network.

@@ -22,7 +22,7 @@ def rows_and_details(cells: Sequence[Cell]) -> tuple[list[dict[str, Any]], list[
     """Rows as [`summarise`] makes them with `tuning_free`, and for each the further differences and costs.
 
     All differences are paired over the episodes of the method itself, which for tuning methods are the first of the
-    others'. The best rival of a pool on a task is the method without tuning that has the highest mean there,
+    others'. The best baseline of a pool on a task is the method without tuning that has the highest mean there,
     meta-LoRAs and transductive heads left out: being the best of many on these very episodes favours it.
     """
     rows, details = [], []
@@ -34,18 +34,18 @@ def rows_and_details(cells: Sequence[Cell]) -> tuple[list[dict[str, Any]], list[
             rows.append({**found, "tuning_free": cell.tuning_free})
             detail = {key: found[key] for key in ("method", "data", "ways", "shots")}
             detail |= {"pool": cell.pool, "kind": cell.kind, "transductive": cell.transductive}
-            rivals = {"average": _average(group, cell.pool), "best_rival": best_rival(group, cell.pool)}
-            for name, rival in rivals.items():
-                delta = confidence(values.double() - rival.judged().accuracies[:count].double())
+            baselines = {"average": _average(group, cell.pool), "best_rival": best_baseline(group, cell.pool)}
+            for name, baseline in baselines.items():
+                delta = confidence(values.double() - baseline.judged().accuracies[:count].double())
                 detail[f"delta_vs_{name}"], detail[f"delta_vs_{name}_ci95"] = (round(x, 3) for x in delta)
-            detail["best_rival"] = rivals["best_rival"].label
+            detail["best_rival"] = baselines["best_rival"].label
             detail["seconds_per_task"] = float(f"{cell.judged().seconds_per_task:.3g}")
             detail["peak_memory_mb"] = float(f"{cell.judged().peak_memory_mb:.3g}")
             details.append(detail)
     return rows, details
 
 
-def best_rival(group: Sequence[Cell], pool: str) -> Cell:
+def best_baseline(group: Sequence[Cell], pool: str) -> Cell:
     """Of one task's cells: the best that needs no tuning, no recycling and no other queries, of `pool` or of none."""
     candidates = [
         cell
@@ -83,9 +83,9 @@ def overview(rows: Sequence[dict[str, Any]], details: Sequence[dict[str, Any]]) 
 
 def task_table(rows: Sequence[dict[str, Any]], details: Sequence[dict[str, Any]], task: tuple[str, int, int]) -> str:
     """Accuracy, paired differences and costs of all methods on one (data, ways, shots)."""
-    header = ("method", "episodes", "accuracy", "vs frozen", "vs average", "vs best rival", "s/task", "MB")
+    header = ("method", "episodes", "accuracy", "vs frozen", "vs average", "vs best baseline", "s/task", "MB")
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
-    rivals = []
+    baselines = []
     for row, detail in zip(rows, details, strict=True):
         if (row["data"], row["ways"], row["shots"]) != task:
             continue
@@ -95,8 +95,8 @@ def task_table(rows: Sequence[dict[str, Any]], details: Sequence[dict[str, Any]]
         cells += [f"{mean:+.2f} ± {half:.2f}" for mean, half in deltas]
         cells += [f"{detail['seconds_per_task']:g}", f"{detail['peak_memory_mb']:g}"]
         lines.append("| " + " | ".join(cells) + " |")
-        rivals.append(f"{detail['best_rival']} (pool {detail['pool']})")
-    return "\n".join(lines) + "\n\nBest rival: " + ", ".join(dict.fromkeys(rivals)) + "."
+        baselines.append(f"{detail['best_rival']} (pool {detail['pool']})")
+    return "\n".join(lines) + "\n\nBest baseline: " + ", ".join(dict.fromkeys(baselines)) + "."
 
 
 def shown_name(detail: dict[str, Any]) -> str:

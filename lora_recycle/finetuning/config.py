@@ -9,19 +9,19 @@ from ..runtime.config import RecipeConfig, field, require_choices
 
 @dataclasses.dataclass
 class TaskTuningConfig(RecipeConfig):
-    """How a network and its class centres learn from a support set."""
+    """How a network and its prototypes learn from a support set."""
 
     steps: int = field(20, "steps of Adam on all support images at once; 0 tunes nothing")
     lr: float = field(1e-3, "first step size for the network, falling to zero along a cosine")
-    head_lr: float = field(0.05, "the same for the class centres, in units of their own size")
+    head_lr: float = field(0.05, "the same for the prototypes, in units of their own size")
     last_layers: int | None = field(
         2, "only so many last layers learn, what enters them is computed once; none: all layers learn"
     )
     consistency: float = field(0.0, "weight of the term that holds embeddings to those of the untuned network")
     leave_one_out: bool = field(
-        False, "score each image by centres made without it; these stay means, and head_lr has no meaning"
+        False, "score each image by prototypes made without it; these stay means, and head_lr has no meaning"
     )
-    metric: str = field("cosine", "distance of images to class centres", ("cosine", "euclidean"))
+    metric: str = field("cosine", "distance of images to prototypes", ("cosine", "euclidean"))
     temperature: float = field(
         0.03, "divisor of the (negative) distances; where it is small, images that are right already teach little"
     )

@@ -52,13 +52,13 @@ class Objective:
         if self.reference is not None:
             with self.accelerator.autocast():
                 other = self.reference.features(pixel_values)
-            teacher = self.backbone.pool(hidden).float()
+            teacher = self.backbone.pool_features(hidden).float()
             loss = loss - self.config.hard_weight * relational_divergence(other.float(), teacher)
         return loss, logits
 
 
 class InversionBatch:
-    """The images of one batch while they are optimised. [`LoraInverter.batch`] makes it.
+    """The images of one batch while they are optimised. [`LoRAInverter.batch`] makes it.
 
     Args:
         objective ([`Objective`]): gives the loss of images and labels.

@@ -23,7 +23,7 @@ from ..errors import ConfigError, DivergenceError
 from ..pool.pool import AdapterPool
 from ..runtime.files import tensors_sha256
 from ..runtime.heartbeat import Heartbeat, beat
-from ..runtime.launch import deal, mixed_precision, process_state
+from ..runtime.launch import claim_indices, mixed_precision, process_state
 from ..runtime.run_lock import only_run_in
 from ..surrogate.dataset import Shard, SurrogateDataset, save_shard, write_manifest
 from ..version import __version__
@@ -34,7 +34,7 @@ from .resume import is_finished, refuse_other_recipe, start_over
 from .starts import draw_starts
 
 
-class LoraInverter:
+class LoRAInverter:
     """Makes the surrogate images of every adapter of a pool.
 
     Args:
@@ -102,7 +102,7 @@ class LoraInverter:
         lost: list[tuple[int, dict[str, str]]] = []
         bar = tqdm(total=len(names), desc="invert", unit="adapter", disable=not (progress and state.is_main_process))
         with bar, Heartbeat("invert") as heart:
-            for i in deal(len(names)):
+            for i in claim_indices(len(names)):
                 bar.update(i - bar.n)  # those before it were dealt too
                 try:
                     self._write_shard(i, output_dir / "shards" / names[i], bar, on_shard)
@@ -219,7 +219,7 @@ class LoraInverter:
             with self.backbone.record_attention(self.mask_layer) as attention:
                 hidden, _ = self.backbone(self.backbone.normalize(part))
             logits.append(adapter.logits(self.backbone, hidden).float().cpu())
-            features.append(self.backbone.pool(hidden).half().cpu())
+            features.append(self.backbone.pool_features(hidden).half().cpu())
             if self.config.keep_ratio < 1:
                 k = num_kept(self.backbone.num_patches, self.config.keep_ratio)
                 scores = attention.row[:, self.backbone.num_prefix_tokens :]

@@ -11,12 +11,12 @@ import torch
 from ..backbones.backbone import Backbone
 from ..errors import ConfigError
 from ..pool.pool import AdapterPool
-from .base import Composition, require_weight_changes
+from .base import MergingMethod, require_weight_changes
 from .factors import Gate, worn_factors
 
 
 @dataclasses.dataclass
-class Arrow(Composition):
+class Arrow(MergingMethod):
     """Retrieval without a support set: in every layer, every token picks the adapters that answer to it.
 
     An adapter's prototype in a layer is the first right singular vector of its change, the input that it amplifies

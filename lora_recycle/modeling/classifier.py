@@ -10,7 +10,7 @@ import torch
 
 from ..errors import DataError
 from ..fewshot.heads import FewShotHead
-from ..fewshot.prototypes import centre_logits
+from ..fewshot.prototypes import prototype_logits
 from .support import support_set, without_failures
 from .task import FewShotTask, save_task
 
@@ -45,8 +45,8 @@ class FewShotClassifier:
 
     @property
     def prototypes(self) -> torch.Tensor:
-        """Class centres of the fitted task: (classes, D)."""
-        return self.head.centres(self._fitted().statistics)
+        """Prototypes of the fitted task: (classes, D)."""
+        return self.head.prototypes(self._fitted().statistics)
 
     def fit(
         self: Self, images: Any, labels: Sequence[Any] | None = None, *, failures: dict[int, str] | None = None
@@ -103,7 +103,7 @@ class FewShotClassifier:
 
         Args:
             failures: takes the images that cannot be read; their labels are None.
-            reject_below (`float`, *optional*): an image less similar than that to the nearest class centre (see
+            reject_below (`float`, *optional*): an image less similar than that to the nearest prototype (see
                 `similarity`) gets None: it may belong to none of the classes.
         """
         task, features = self._fitted(), self._seen(images, failures)
@@ -115,7 +115,7 @@ class FewShotClassifier:
 
     @torch.inference_mode()
     def similarity(self, images: Any, *, failures: dict[int, str] | None = None) -> torch.Tensor:
-        """Cosine of each image's embedding to that of the nearest class centre: (N,), float32 on the CPU.
+        """Cosine of each image's embedding to that of the nearest prototype: (N,), float32 on the CPU.
 
         It tells images of no class better than the probability does, which only says which class is nearer
         (docs/more.md). What is low depends on backbone and task: look at it for images of your own.
@@ -127,8 +127,8 @@ class FewShotClassifier:
         return _with_failures(self._similarity(task, self._seen(images, failures)), failures)
 
     def _similarity(self, task: FewShotTask, features: torch.Tensor) -> torch.Tensor:
-        centres = self.head.centres(task.statistics).to(features.device)
-        return centre_logits(features.float(), centres.float()).amax(1).cpu()
+        prototypes = self.head.prototypes(task.statistics).to(features.device)
+        return prototype_logits(features.float(), prototypes.float()).amax(1).cpu()
 
     def _probabilities(
         self, task: FewShotTask, features: torch.Tensor, failures: dict[int, str] | None = None

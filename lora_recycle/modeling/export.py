@@ -97,7 +97,7 @@ def _check(model: ExportableModel, format: str) -> None:
     if format != "transformers" and model.label_names and model.head.transductive:
         raise ConfigError(
             f"The head {model.head.name} classifies a set of images together, so an exported model would answer by "
-            "what else is in the batch. Load the model with another head, class_centres for instance, and fit it."
+            "what else is in the batch. Load the model with another head, prototypes for instance, and fit it."
         )
 
 

@@ -51,7 +51,7 @@ class FewShotOutput(ModelOutput):
 
 
 class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
-    """A frozen ViT that wears a meta-LoRA and classifies by a few-shot head, class centres by default.
+    """A frozen ViT that wears a meta-LoRA and classifies by a few-shot head, prototypes by default.
 
     `fit`, `predict`, `predict_proba` and `add_classes` are those of [`FewShotClassifier`].
 
@@ -67,7 +67,7 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
     def __init__(self, backbone: Backbone, peft_model: PeftModel, settings: dict[str, Any] | None = None):
         super().__init__()
         self.backbone, self.peft_model, self.settings = backbone, peft_model, dict(settings or {})
-        self.head = make_head(self.settings.get("head", "class_centres"), self.settings)
+        self.head = make_head(self.settings.get("head", "prototypes"), self.settings)
         #: PNG of some of the surrogate images that it learned from, where they are at hand
         self.picture: bytes | None = None
         self._task: FewShotTask | None = None
@@ -171,7 +171,7 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
         statistics = self.head.statistics(support, support_labels, ways)
         logits = self.head.logits(query, self.head.prepare(statistics))
         loss = None if query_labels is None else F.cross_entropy(logits.float(), query_labels.to(self.device))
-        return FewShotOutput(loss=loss, logits=logits, prototypes=self.head.centres(statistics))
+        return FewShotOutput(loss=loss, logits=logits, prototypes=self.head.prototypes(statistics))
 
     def preprocess(self, images: Any) -> torch.Tensor:
         """What the backbone takes: images in any form that `fit` takes to (N, 3, S, S).
@@ -211,7 +211,7 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
     def tune(
         self, images: Any, labels: Sequence[Any] | None = None, config: TaskTuningConfig | None = None
     ) -> MetaLoRAForFewShotClassification:
-        """Learn a task as `fit` does, then tune the meta-LoRA on its support images; the class centres follow.
+        """Learn a task as `fit` does, then tune the meta-LoRA on its support images; the prototypes follow.
 
         By default an image that is alone in its class teaches nothing: with one image of each class this is `fit`.
         Else it takes a second or more where `fit` takes one forward pass; docs/tuning.md says what it gains. It begins
@@ -224,7 +224,7 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
             config ([`TaskTuningConfig`], *optional*): how; by default `modeling.tuning.default_config`.
 
         Raises:
-            ConfigError: the model is merged, or its head does not score by class centres.
+            ConfigError: the model is merged, or its head does not score by prototypes.
             DataError: as `fit`.
         """
         from .tuning import default_config, tuned_task
@@ -240,7 +240,7 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
         """The model as a network whose adapter learns in the last layers, taken back to the adapter as it was loaded.
 
         Raises:
-            ConfigError: the adapter is folded into the weights, the head does not score by class centres, or it does
+            ConfigError: the adapter is folded into the weights, the head does not score by prototypes, or it does
                 so by another metric than `config`.
         """
         from .tuning import adapter_network, check_head

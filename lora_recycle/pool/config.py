@@ -1,4 +1,4 @@
-"""Settings of `tune-pool`, apart from the work itself so that the command line's help needs no torch."""
+"""Settings of `train-adapters`, apart from the work itself so that the command line's help needs no torch."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from ..runtime.config import RecipeConfig, field, require_choices
 
 
 @dataclasses.dataclass
-class TuningConfig(RecipeConfig):
-    """How `tune-pool` tunes its adapters."""
+class AdapterTrainingConfig(RecipeConfig):
+    """How `train-adapters` tunes its adapters."""
 
     tasks: int = field(10, "adapters to make, each on its own draw of classes")
     classes: int = field(10, "classes of each task")
     images_per_class: int = field(200, "training images of each class, fewer where the set has fewer")
-    held_out: int = field(20, "images of each class kept back to measure the adapter, at most a fifth of the class")
+    validation_images: int = field(
+        20, "images of each class kept back to measure the adapter, at most a fifth of the class"
+    )
     epochs: int = field(4, "passes over the training images")
     lr: float = field(2e-3, "peak step size of AdamW; warm-up of 5 % and cosine decay")
     batch_size: int = field(16, "images of a step")

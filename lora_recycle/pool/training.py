@@ -21,18 +21,18 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 from ..backbones.backbone import Backbone, extract_features
 from ..backbones.token_selection import num_kept
 from ..errors import DataError
-from ..fewshot.prototypes import centre_logits, class_centres
+from ..fewshot.prototypes import class_prototypes, prototype_logits
 from ..hub.embedded import backbone_name, resolve_backbone
 from ..images.labelled import LabelledImages, load_labelled_images
-from ..runtime.launch import deal, mixed_precision, process_state
-from .config import TuningConfig
+from ..runtime.launch import claim_indices, mixed_precision, process_state
+from .config import AdapterTrainingConfig
 
 
 #: Images, uint8 (N, 3, H, W), and their labels, int64 (N,).
 Task = tuple[torch.Tensor, torch.Tensor]
 
 
-def adapter_config(config: TuningConfig, model: PreTrainedModel) -> peft.PeftConfig:
+def adapter_config(config: AdapterTrainingConfig, model: PreTrainedModel) -> peft.PeftConfig:
     """The PEFT configuration for one adapter with its head."""
     linear = {name.split(".")[-1] for name, m in model.base_model.named_modules() if isinstance(m, torch.nn.Linear)}
     targets = sorted(linear) if config.targets == "all" else [t.strip() for t in config.targets.split(",")]
@@ -58,14 +58,14 @@ def augment(pixels: torch.Tensor, flip: bool, generator: torch.Generator, reach:
 
 
 def split_task(
-    data: LabelledImages, classes: list[int], config: TuningConfig, generator: torch.Generator
+    data: LabelledImages, classes: list[int], config: AdapterTrainingConfig, generator: torch.Generator
 ) -> tuple[Task, Task]:
     """Training and held-out images of a task, labels renumbered: ((N, 3, H, W), (N,)) twice."""
     train, held = [], []
     by_class = data.by_class()
     for new, old in enumerate(classes):
         index = by_class[old][torch.randperm(len(by_class[old]), generator=generator)]
-        k = min(config.held_out, max(1, len(index) // 5))
+        k = min(config.validation_images, max(1, len(index) // 5))
         if len(index) <= k:
             raise DataError(f"{data.name}: class {data.label_names[old]!r} has {len(index)} image: two are needed.")
         held += [(i, new) for i in index[:k].tolist()]
@@ -75,19 +75,21 @@ def split_task(
 
 
 def start_head(view: Backbone, head: torch.nn.Linear, train: Task, held: Task) -> float:
-    """Set the head to the nearest centre of what it reads on the frozen backbone, so that tuning starts from that.
+    """Set the head to the nearest prototype of what it reads on the frozen backbone, so that tuning starts from that.
 
-    Returns the held-out accuracy of frozen class centres with cosine (per cent): what an adapter must beat.
+    Returns the held-out accuracy of frozen prototypes with cosine (per cent): what an adapter must beat.
     """
     (images, labels), (held_images, held_labels) = train, held
     features, read = _features_and_head_inputs(view, images)
-    centres = class_centres(read, labels, head.out_features)
-    logits = -0.5 * torch.cdist(read, centres).square()
+    prototypes = class_prototypes(read, labels, head.out_features)
+    logits = -0.5 * torch.cdist(read, prototypes).square()
     scale = 2.0 / logits.std(1).mean()  # soft enough to learn from
     with torch.no_grad():
-        head.weight.copy_(scale * (centres - centres.mean(0)))
-        head.bias.copy_(scale * 0.5 * (centres.mean(0).square().sum() - centres.square().sum(1)))
-    scores = centre_logits(extract_features(view, held_images), class_centres(features, labels, head.out_features))
+        head.weight.copy_(scale * (prototypes - prototypes.mean(0)))
+        head.bias.copy_(scale * 0.5 * (prototypes.mean(0).square().sum() - prototypes.square().sum(1)))
+    scores = prototype_logits(
+        extract_features(view, held_images), class_prototypes(features, labels, head.out_features)
+    )
     return (scores.argmax(1) == held_labels).float().mean().item() * 100
 
 
@@ -98,23 +100,23 @@ def _features_and_head_inputs(view: Backbone, images: torch.Tensor) -> tuple[tor
         features = extract_features(view, images)
         return features, features
     hidden = (view(view.normalize(part))[0] for part in images.split(128))
-    pairs = [(view.pool(tokens).float().cpu(), view.pool_for_head(tokens).float().cpu()) for tokens in hidden]
+    pairs = [(view.pool_features(tokens).float().cpu(), view.pool_for_head(tokens).float().cpu()) for tokens in hidden]
     features, read = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     return features, read
 
 
-def tune_adapter(
+def train_adapter(
     data: LabelledImages,
     classes: list[int],
     output: Path,
-    config: TuningConfig,
+    config: AdapterTrainingConfig,
     base_model: str,
     seed: int,
     device: torch.device | str | None = None,
 ) -> dict[str, float]:
     """Tune one adapter with its head on `classes` of `data` and save it with PEFT into `output`.
 
-    Returns its held-out accuracy and that of frozen class centres, in per cent. The folder appears when it is whole.
+    Returns its held-out accuracy and that of frozen prototypes, in per cent. The folder appears when it is whole.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -140,7 +142,7 @@ def tune_adapter(
             parameter.data = parameter.data.half()
     partial = output.with_name(f".{output.name}.{os.getpid()}")
     wrapped.save_pretrained(str(partial), save_embedding_layers=False)
-    results = {"accuracy": round(accuracy, 2), "frozen_class_centres": round(frozen, 2)}
+    results = {"accuracy": round(accuracy, 2), "frozen_prototypes": round(frozen, 2)}
     (partial / "README.md").write_text(_card(output.name.lstrip("."), base_model, data.name, names, results, config))
     if output.exists():
         shutil.rmtree(output)
@@ -160,7 +162,7 @@ def _fit(
     view: Backbone,
     images: torch.Tensor,
     labels: torch.Tensor,
-    config: TuningConfig,
+    config: AdapterTrainingConfig,
     generator: torch.Generator,
 ) -> None:
     parameters = [p for p in wrapped.parameters() if p.requires_grad]
@@ -202,7 +204,7 @@ def _card(
     data_name: str,
     labels: list[str],
     results: dict[str, float],
-    config: TuningConfig,
+    config: AdapterTrainingConfig,
 ) -> str:
     """A model card as people write them; `id2label` in its header is where the class names survive."""
     import yaml
@@ -222,15 +224,15 @@ def _card(
         f"{config.peft_type} adapter (rank {config.rank}, layers: {config.targets}) of `{base_model}` with a head for "
         f"{len(labels)} classes, tuned on images of `{data_name}`.",
         f"Accuracy on held-out images of these classes: {results['accuracy']:.1f} % "
-        f"(class centres on the frozen backbone: {results['frozen_class_centres']:.1f} %).",
+        f"(prototypes on the frozen backbone: {results['frozen_prototypes']:.1f} %).",
     ]
     return "\n\n".join(["\n".join(lines[:3]), *lines[3:]]) + "\n"
 
 
-def tune_pool(
+def train_adapters(
     data_path: str | Path,
     output_dir: str | Path,
-    config: TuningConfig,
+    config: AdapterTrainingConfig,
     base_model: str = "demo",
     device: torch.device | str | None = None,
     progress: bool = True,
@@ -248,7 +250,7 @@ def tune_pool(
     base_name = backbone_name(base_model)
     results = []
     disable = not (progress and state.is_main_process)
-    for task in tqdm(deal(config.tasks), desc="tune-pool", total=config.tasks, disable=disable):
+    for task in tqdm(claim_indices(config.tasks), desc="train-adapters", total=config.tasks, disable=disable):
         target = output_dir / f"{data.name.replace('/', '-')}-{task:03d}"
         if (target / "adapter_config.json").exists():
             continue
@@ -258,7 +260,7 @@ def tune_pool(
         results.append(
             {
                 "adapter": str(target),
-                **tune_adapter(data, classes, target, config, base_name, config.seed * 100_003 + task, device),
+                **train_adapter(data, classes, target, config, base_name, config.seed * 100_003 + task, device),
             }
         )
     return results

@@ -24,7 +24,7 @@ th:last-child, td:last-child { text-align: left; }
 """
 
 _KEY = (
-    "Paired differences to class centres on the frozen backbone, in points of accuracy; lines are 95% intervals. "
+    "Paired differences to prototypes on the frozen backbone, in points of accuracy; lines are 95% intervals. "
     "Filled square: meta-LoRA. Open circle: another method without tuning. Triangle: tunes on each task (*), on fewer "
     "episodes. Diamond: sees the queries of a task together (†)."
 )
@@ -107,13 +107,13 @@ def _step(span: float) -> float:
 
 
 def _table(task: tuple[str, int, int], group: Sequence[tuple[dict, dict]]) -> str:
-    header = ("method", "episodes", "accuracy", "vs frozen", "vs average", "vs best rival", "s/task", "MB", "pool")
+    header = ("method", "episodes", "accuracy", "vs frozen", "vs average", "vs best baseline", "s/task", "MB", "pool")
     rows = []
     for row, detail in group:
         cells = [shown_name(detail), row["episodes"], f"{row['accuracy']:.2f} ± {row['ci95']:.2f}"]
         cells.append(f"{row['delta_vs_frozen']:+.2f} ± {row['delta_ci95']:.2f}")
-        for rival in ("average", "best_rival"):
-            cells.append(f"{detail[f'delta_vs_{rival}']:+.2f} ± {detail[f'delta_vs_{rival}_ci95']:.2f}")
+        for baseline in ("average", "best_rival"):
+            cells.append(f"{detail[f'delta_vs_{baseline}']:+.2f} ± {detail[f'delta_vs_{baseline}_ci95']:.2f}")
         rows.append([*cells, f"{detail['seconds_per_task']:g}", f"{detail['peak_memory_mb']:g}", detail["pool"]])
     best = ", ".join(dict.fromkeys(detail["best_rival"] for _, detail in group))
-    return table(f"{_heading(task)}, per cent; best rival: {best}", header, rows)
+    return table(f"{_heading(task)}, per cent; best baseline: {best}", header, rows)

@@ -33,11 +33,11 @@ def turned(points: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 
 def share_nearest_to_own(features: torch.Tensor, labels: Sequence[str]) -> float | None:
-    """Share of the images that are nearest (cosine) to the centre of their own class, each left out of its centre.
+    """Share of the images that are nearest (cosine) to the prototype of their own class, each left out of its prototype.
 
     Args:
         features: (N, D).
-        labels: N class names. Classes of one image are centres, but their images are not counted.
+        labels: N class names. Classes of one image are prototypes, but their images are not counted.
 
     Returns:
         None where fewer than two classes, or no class of two images, leave nothing to measure.

@@ -135,7 +135,9 @@ def _maps(images: MapImages, views: Sequence[tuple[str, Backbone]]) -> str:
         "<p>Principal components of the embeddings. A line leads from each image to the middle of its class; "
         "names show under the pointer.</p>\n"
     )
-    caption = "Per cent of images nearest to the centre of their own class among those of its kind, in all dimensions."
+    caption = (
+        "Per cent of images nearest to the prototype of their own class among those of its kind, in all dimensions."
+    )
     return note + charts(figures) + table(caption, ("", *dict.fromkeys(images.kinds)), rows)
 
 

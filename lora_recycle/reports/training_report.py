@@ -18,7 +18,7 @@ from .html_page import table, write_page
 
 
 if TYPE_CHECKING:
-    from ..distillation.trainer import MetaLoraTrainer
+    from ..distillation.trainer import MetaLoRATrainer
 
 
 IMAGES_SHOWN = 48
@@ -80,7 +80,7 @@ def write_report(
 
 def write_training_report(
     path: str | Path,
-    trainer: MetaLoraTrainer,
+    trainer: MetaLoRATrainer,
     settings: Mapping[str, Any],
     meta_lora: str | Path,
     *,

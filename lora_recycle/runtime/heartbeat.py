@@ -55,7 +55,7 @@ class Heartbeat:
     """Each process says how far it is; a thread passes that on, and the main process tells who is silent.
 
         with Heartbeat("invert") as heart:
-            for i in deal(10):
+            for i in claim_indices(10):
                 beat(f"adapter {i}")
             heart.wait_for_all()
 

@@ -163,7 +163,7 @@ def shared_store(name: str) -> torch.distributed.Store:
     return torch.distributed.PrefixStore(f"lora_recycle/{name}/{next(_calls)}", default)
 
 
-def deal(count: int) -> Iterator[int]:
+def claim_indices(count: int) -> Iterator[int]:
     """Numbers from 0 to `count` - 1, each to one process: to the one that asks first, so that a slow one holds nobody
     up. All processes must call this, in the same order."""
     if process_state().num_processes == 1:

@@ -14,7 +14,7 @@ from helpers_tiny import random_pixels
 from peft import LoraConfig, get_peft_model
 from transformers import CLIPModel, CLIPVisionModel
 
-from lora_recycle import AdapterPool, InversionConfig, LoraInverter
+from lora_recycle import AdapterPool, InversionConfig, LoRAInverter
 from lora_recycle.adapters import zero_shot_heads as text_heads
 from lora_recycle.adapters.class_names import name_classes
 from lora_recycle.errors import AdapterError, ConfigError
@@ -105,7 +105,7 @@ def test_names_of_the_card_serve_inversion_and_the_users_go_before(pool_path, tm
     pool = AdapterPool.from_pretrained(pool_path / "birds", require_heads=True)
     assert pool[0].info.labels == ("owl", "tit")
     config = InversionConfig(iterations=1, images_per_class=2, jitter=0)
-    surrogate = LoraInverter(pool, config).run(tmp_path / "surrogate", progress=False)
+    surrogate = LoRAInverter(pool, config).run(tmp_path / "surrogate", progress=False)
     entry = surrogate.manifest["shards"][0]["adapter"]
     assert (entry["labels"], entry["prompt"]) == (["owl", "tit"], "a photo of a {}.")
     images = surrogate.shard(0).pixels
@@ -123,7 +123,7 @@ def test_shards_of_other_class_names_or_prompts_are_of_another_recipe(pool_path,
 
     def run(resume=True, **options):
         pool = AdapterPool.from_pretrained(pool_path / "birds", **options)
-        inverter = LoraInverter(pool, config)
+        inverter = LoRAInverter(pool, config)
         inverter.run(tmp_path / "out", progress=False, resume=resume, on_shard=lambda name, _: made.append(name))
 
     run(class_names=NAMES)

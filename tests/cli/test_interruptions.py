@@ -10,7 +10,7 @@ import pytest
 from lora_recycle.cli import main as command_line
 from lora_recycle.distillation import trainer as trainer_module
 from lora_recycle.distillation.schedule import learning_rate
-from lora_recycle.inversion.inverter import LoraInverter
+from lora_recycle.inversion.inverter import LoRAInverter
 from lora_recycle.runtime.signals import Interruption, Terminated, terminable
 
 
@@ -64,7 +64,7 @@ def test_training_that_is_stopped_saves_its_step_and_goes_on(work, tmp_path, run
 @pytest.mark.parametrize("number", ENDS)
 def test_inversion_that_is_stopped_keeps_its_shards_and_goes_on(work, tmp_path, run, monkeypatch, number):
     options = ["--images-per-class", 2, "--iterations", 2, "--keep-ratio", 0.5, "--quiet", "--output", tmp_path / "s"]
-    invert, made = LoraInverter.invert, []
+    invert, made = LoRAInverter.invert, []
 
     def hooked(self, index):
         made.append(index)
@@ -72,7 +72,7 @@ def test_inversion_that_is_stopped_keeps_its_shards_and_goes_on(work, tmp_path, 
             signal.raise_signal(number)
         return invert(self, index)
 
-    monkeypatch.setattr(LoraInverter, "invert", hooked)
+    monkeypatch.setattr(LoRAInverter, "invert", hooked)
     code, out, err = run("invert", work / "pool", *options)
     assert code == ENDS[number][0] and out == "" and "Traceback" not in err
     assert len(list((tmp_path / "s" / "shards").iterdir())) == 1 and not (tmp_path / "s" / "manifest.json").exists()

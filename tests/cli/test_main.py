@@ -100,7 +100,7 @@ def test_a_truncated_adapter_is_named(work, tmp_path, fails):
 def test_too_few_classes_or_a_broken_image_are_named(evaluate_arguments, work, tmp_path, fails):
     assert "7 classes" in fails(*evaluate_arguments, "--ways", 7)
     assert "6 classes, fewer than the 10" in fails(
-        "tune-pool", work / "photos", "--output", tmp_path / "p", "--base-model", work / "base"
+        "train-adapters", work / "photos", "--output", tmp_path / "p", "--base-model", work / "base"
     )
     (tmp_path / "one" / "cat").mkdir(parents=True)
     shutil.copy(work / "photos" / "class 0" / "0.png", tmp_path / "one" / "cat")

@@ -20,10 +20,18 @@ CLASSES, IMAGES = 6, 8
 def test_tune_pool_keeps_what_is_there_and_prints_accuracies(work, tmp_path, run):
     shutil.copytree(work / "pool", tmp_path / "pool")
     shutil.rmtree(tmp_path / "pool" / "photos-001")
-    command = ["tune-pool", work / "photos", "--output", tmp_path / "pool", "--base-model", work / "base", "--quiet"]
+    command = [
+        "train-adapters",
+        work / "photos",
+        "--output",
+        tmp_path / "pool",
+        "--base-model",
+        work / "base",
+        "--quiet",
+    ]
     code, out, err = run(*command, "--classes", 4, "--epochs", 1, "--tasks", 3, "--rank", 2)
     header, row = out.splitlines()
-    assert code == 0 and "held-out accuracy" in header and "frozen class centres" in header
+    assert code == 0 and "held-out accuracy" in header and "frozen prototypes" in header
     assert row.split()[0].endswith("photos-001")
     assert "2 adapters were there already" in err
 
@@ -156,7 +164,7 @@ def test_predict_by_another_head(work, run, fails):
     command = ["predict", work / "meta", "--support", work / "photos", work / "photos" / "class 0", "--json"]
     found = [json.loads(run(*command, *head)[1]) for head in ([], ["--head", "lda"])]
     assert found[0][0]["probabilities"] != found[1][0]["probabilities"]
-    assert "There are class_centres, " in fails(*command, "--head", "svm")
+    assert "There are prototypes, " in fails(*command, "--head", "svm")
 
 
 def test_evaluate_judges_the_methods_asked_for(evaluate_arguments, work, run, fails):

@@ -11,9 +11,9 @@ from lora_recycle import (
     AdapterPool,
     DistillationConfig,
     InversionConfig,
-    LoraInverter,
+    LoRAInverter,
     MetaLoRAForFewShotClassification,
-    MetaLoraTrainer,
+    MetaLoRATrainer,
 )
 from lora_recycle.adapters.pull import find_adapters, pull_adapter
 from lora_recycle.demo import backbone_path, meta_lora_path, pool_path
@@ -67,9 +67,9 @@ def test_normalisation_is_the_image_processors(pool, digits):
 def test_inversion_reaches_the_classes_and_distillation_learns(pool, tmp_path):
     pool = pool.subset([0, 3])
     config = InversionConfig(images_per_class=2, max_classes=5, iterations=15)
-    surrogate = LoraInverter(pool, config).run(tmp_path / "surrogate", progress=False)
+    surrogate = LoRAInverter(pool, config).run(tmp_path / "surrogate", progress=False)
     assert all(entry["accuracy"] >= 0.7 for entry in surrogate.manifest["shards"])
-    trainer = MetaLoraTrainer(pool, surrogate, DistillationConfig(steps=8, rank=8, relational_batch=20, groups="one"))
+    trainer = MetaLoRATrainer(pool, surrogate, DistillationConfig(steps=8, rank=8, relational_batch=20, groups="one"))
     trainer.train(tmp_path / "work", progress=False)
     relational = trainer.history["relational"]
     assert sum(relational[-2:]) < sum(relational[:2])

@@ -7,9 +7,9 @@ import torch
 
 from lora_recycle.distillation.config import DistillationConfig
 from lora_recycle.distillation.judging import AVERAGE, Judgements
-from lora_recycle.distillation.saving import save_meta_lora, wrap_student
+from lora_recycle.distillation.saving import save_meta_lora
 from lora_recycle.distillation.student import OWN, Blend
-from lora_recycle.distillation.trainer import MetaLoraTrainer
+from lora_recycle.distillation.trainer import MetaLoRATrainer
 from lora_recycle.errors import ConfigError
 from lora_recycle.hub.cards import meta_lora_card
 from lora_recycle.merging import GroupSum
@@ -28,12 +28,12 @@ def two_groups(tiny_pool, monkeypatch):
 
 
 def recipe(**changes):
-    small = {"steps": 4, "rank": 32, "relational_batch": 16, "judge_every": 2, "groups": "one", "lr": 1e-2}
+    small = {"steps": 4, "rank": 32, "relational_batch": 16, "eval_steps": 2, "groups": "one", "lr": 1e-2}
     return DistillationConfig(**{**small, **changes})
 
 
 def trained(pool, surrogate, folder=None, **changes):
-    trainer = MetaLoraTrainer(pool, surrogate, recipe(**changes))
+    trainer = MetaLoRATrainer(pool, surrogate, recipe(**changes))
     trainer.train(folder, progress=False)
     return trainer
 
@@ -43,7 +43,7 @@ def deltas(student):
 
 
 def start(pool, init):
-    return deltas(MetaLoraTrainer(pool, None, recipe(steps=0, init=init)).student)
+    return deltas(MetaLoRATrainer(pool, None, recipe(steps=0, init=init)).student)
 
 
 def assert_equal(one, other, **tolerances):
@@ -65,19 +65,19 @@ def errors(monkeypatch):
 
 
 def test_it_begins_at_the_sum_of_the_groups_averages(tiny_pool, tiny_surrogate):
-    student = MetaLoraTrainer(tiny_pool, tiny_surrogate, recipe()).student
+    student = MetaLoRATrainer(tiny_pool, tiny_surrogate, recipe()).student
     changes = GroupSum().changes(tiny_pool)
     expected = {name: changes.get(f"{name}.weight", torch.zeros_like(d)) for name, d in deltas(student).items()}
     assert_equal(deltas(student), expected)
-    plain = MetaLoraTrainer(tiny_pool, tiny_surrogate, recipe(share=1.0)).student
+    plain = MetaLoRATrainer(tiny_pool, tiny_surrogate, recipe(share=1.0)).student
     assert_equal(deltas(plain), start(tiny_pool, "restored"), rtol=0, atol=0)
     assert max((deltas(student)[name] - deltas(plain)[name]).abs().max() for name in expected) > 0.01
 
 
 def test_a_share_of_what_was_learnt_is_kept_beside_the_initialisation(tiny_pool, tiny_surrogate):
-    learnt = deltas(trained(tiny_pool, tiny_surrogate, share=0.999999, held_out=0.0).student)
+    learnt = deltas(trained(tiny_pool, tiny_surrogate, share=0.999999, validation_fraction=0.0).student)
     init = start(tiny_pool, "restored")
-    part = deltas(trained(tiny_pool, tiny_surrogate, share=0.3, held_out=0.0).student)
+    part = deltas(trained(tiny_pool, tiny_surrogate, share=0.3, validation_fraction=0.0).student)
     assert_equal(part, {name: 0.3 * learnt[name] + 0.7 * init[name] for name in init}, atol=1e-4)
     assert max((learnt[name] - init[name]).abs().max() for name in init) > 0.01
 
@@ -85,7 +85,7 @@ def test_a_share_of_what_was_learnt_is_kept_beside_the_initialisation(tiny_pool,
 @torch.no_grad()
 def test_what_is_judged_is_what_is_kept(tiny_pool, tiny_surrogate):
     with torch.enable_grad():
-        student = trained(tiny_pool, tiny_surrogate, held_out=0.0, share=0.5).student
+        student = trained(tiny_pool, tiny_surrogate, validation_fraction=0.0, share=0.5).student
     student.begin_at_group_sum(tiny_pool)
     for blend in (Blend(0.3, 0.7), Blend(0.0, 1.0), OWN):
         with student.blended(blend):
@@ -110,7 +110,7 @@ def after_steps_that_make_it_worse(pool, surrogate, folder):
     """The student, and what the card and the report say of it."""
     trainer = trained(pool, surrogate)
     assert trainer.judged.best_step == 0
-    save_meta_lora(wrap_student(trainer), folder)
+    save_meta_lora(trainer.to_model(), folder)
     settings = json.loads((folder / "meta_lora_config.json").read_text())
     assert settings["judged"] == trainer.judged.to_dict()
     page = write_training_report(folder / "report.html", trainer, settings, "x").read_text()
@@ -139,25 +139,25 @@ def test_the_best_step_is_kept_in_part(tiny_pool, tiny_surrogate, errors, tmp_pa
     errors[2, KEPT] = 40.0
     trainer = trained(tiny_pool, tiny_surrogate)
     assert trainer.judged.best_step == 2 and "Step 2 of 4 is kept" in trainer.judged.verdict()
-    unjudged = MetaLoraTrainer(tiny_pool, tiny_surrogate, recipe())
+    unjudged = MetaLoRATrainer(tiny_pool, tiny_surrogate, recipe())
     unjudged.prepare(progress=False)
     for number in range(2):
         unjudged.step(number)
     unjudged.close()
     unjudged.student.blend(KEPT)
     assert_equal(deltas(trainer.student), deltas(unjudged.student), rtol=0, atol=0)
-    card = meta_lora_card("x", "y", None, 32, wrap_student(trainer).settings)
+    card = meta_lora_card("x", "y", None, 32, trainer.to_model().settings)
     assert "25% of its change is what it learned, 75% where it started from" in " ".join(card.split())
 
 
 @pytest.mark.parametrize("killed_at", [1, 3])
 def test_a_killed_run_keeps_the_same(tiny_pool, tiny_surrogate, tmp_path, killing, errors, killed_at):
     errors[2, KEPT] = 40.0
-    whole = trained(tiny_pool, tiny_surrogate, checkpoint_every=1)
+    whole = trained(tiny_pool, tiny_surrogate, save_steps=1)
 
     with killing(killed_at):
-        trained(tiny_pool, tiny_surrogate, tmp_path, checkpoint_every=1)
-    resumed = trained(tiny_pool, tiny_surrogate, tmp_path, checkpoint_every=1)
+        trained(tiny_pool, tiny_surrogate, tmp_path, save_steps=1)
+    resumed = trained(tiny_pool, tiny_surrogate, tmp_path, save_steps=1)
     assert resumed.judged.to_dict() == whole.judged.to_dict()
     assert_equal(deltas(resumed.student), deltas(whole.student), rtol=0, atol=0)
 
@@ -181,7 +181,7 @@ def test_in_the_loss_each_image_counts_the_same_or_each_group(tiny_pool, tiny_su
     monkeypatch.setattr(tiny_pool, "groups", lambda: [[0, 1, 2], [3]])
     weights = {}
     for balance in ("images", "groups"):
-        trainer = MetaLoraTrainer(tiny_pool, tiny_surrogate, recipe(groups="auto", balance=balance))
+        trainer = MetaLoRATrainer(tiny_pool, tiny_surrogate, recipe(groups="auto", balance=balance))
         trainer.prepare(progress=False)
         weights[balance] = trainer.make_batch(0).weights
         trainer.close()

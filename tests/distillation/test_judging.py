@@ -9,17 +9,17 @@ from helpers_tiny import ListedShard
 from lora_recycle.distillation.callbacks import TrainerCallback
 from lora_recycle.distillation.config import DistillationConfig
 from lora_recycle.distillation.judging import AVERAGE, MOST_ADAPTERS, Judge, Judgements, hold_out
-from lora_recycle.distillation.saving import save_meta_lora, wrap_student
+from lora_recycle.distillation.saving import save_meta_lora
 from lora_recycle.distillation.student import OWN
 from lora_recycle.distillation.surrogate_images import SurrogateImages
-from lora_recycle.distillation.trainer import MetaLoraTrainer
+from lora_recycle.distillation.trainer import MetaLoRATrainer
 from lora_recycle.errors import ConfigError
-from lora_recycle.fewshot.prototypes import centre_logits
+from lora_recycle.fewshot.prototypes import prototype_logits
 from lora_recycle.reports.training_report import write_training_report
 
 
 def recipe(**changes):
-    small = {"steps": 12, "rank": 4, "relational_batch": 16, "judge_every": 2, "ways": 3, "queries": 3, "episodes": 2}
+    small = {"steps": 12, "rank": 4, "relational_batch": 16, "eval_steps": 2, "ways": 3, "queries": 3, "episodes": 2}
     small |= {"groups": "one", "init": "average", "share": 1.0}
     return DistillationConfig(**{**small, **changes})
 
@@ -33,7 +33,7 @@ RUINOUS = {"lr": 1.0, "spike_factor": 0.0}
 
 def train(pool, surrogate, config, folder=None, callbacks=()):
     torch.manual_seed(0)  # checkpoints hold the generator's state
-    trainer = MetaLoraTrainer(pool, surrogate, config, callbacks)
+    trainer = MetaLoRATrainer(pool, surrogate, config, callbacks)
     trainer.train(folder, progress=False)
     return trainer
 
@@ -79,7 +79,7 @@ def test_many_adapters_give_a_bounded_number():
 
 @pytest.mark.parametrize("settings", [{}, ALL_LOSSES, {"relational_weight": 0.0, "kl_weight": 1.0}])
 def test_no_step_trains_on_an_image_of_a_held_out_adapter(tiny_pool, tiny_surrogate, settings, monkeypatch):
-    trainer = MetaLoraTrainer(tiny_pool, tiny_surrogate, recipe(steps=60, **settings))
+    trainer = MetaLoRATrainer(tiny_pool, tiny_surrogate, recipe(steps=60, **settings))
     trainer.prepare(progress=False)
     seen, read = [], trainer.make_batch.own_inputs
     monkeypatch.setattr(trainer.make_batch, "own_inputs", lambda index: seen.append(index) or read(index))
@@ -98,8 +98,8 @@ def test_no_step_trains_on_an_image_of_a_held_out_adapter(tiny_pool, tiny_surrog
 
 @torch.no_grad()
 @pytest.mark.parametrize("use_masks", [True, False])
-def test_the_figure_is_the_error_of_class_centres_on_what_it_never_met(tiny_pool, tiny_surrogate, use_masks):
-    trainer = MetaLoraTrainer(tiny_pool, tiny_surrogate, recipe(use_masks=use_masks))
+def test_the_figure_is_the_error_of_prototypes_on_what_it_never_met(tiny_pool, tiny_surrogate, use_masks):
+    trainer = MetaLoRATrainer(tiny_pool, tiny_surrogate, recipe(use_masks=use_masks))
     trainer.prepare(progress=False)
     shard = tiny_surrogate.shard(0)
     shown = tiny_pool.backbone.normalize(shard.pixels), shard.kept_tokens.long() if use_masks else None
@@ -110,7 +110,7 @@ def test_the_figure_is_the_error_of_class_centres_on_what_it_never_met(tiny_pool
     for episode in episodes:
         support, query = order[episode.support[:, 0]], order[episode.query]
         assert shard.labels[support].unique().numel() == 4 and not set(support.tolist()) & set(query.tolist())
-        answers = centre_logits(features[query], features[support]).argmax(1)
+        answers = prototype_logits(features[query], features[support]).argmax(1)
         wrong += int((shard.labels[support][answers] != shard.labels[query]).sum())
         asked += len(query)
     trainer._judge(0)
@@ -151,7 +151,7 @@ def test_where_no_step_is_better_the_start_is_given_back_bit_for_bit(tiny_pool, 
         in caplog.text
     )
     for name, made in (("trained", trainer), ("start", start)):
-        save_meta_lora(wrap_student(made), tmp_path / name)
+        save_meta_lora(made.to_model(), tmp_path / name)
     bytes_of = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("trained", "start")]
     assert bytes_of[0] == bytes_of[1]
     settings = json.loads((tmp_path / "trained" / "meta_lora_config.json").read_text())
@@ -166,7 +166,7 @@ def test_where_no_step_is_better_the_start_is_given_back_bit_for_bit(tiny_pool, 
 def test_the_command_says_what_is_kept(tiny_pool_path, tiny_surrogate, tmp_path, capsys, best_within):
     from lora_recycle.cli.main import main
 
-    settings = ["--steps", "4", "--rank", "4", "--relational-batch", "16", "--judge-every", "2", "--groups", "one"]
+    settings = ["--steps", "4", "--rank", "4", "--relational-batch", "16", "--eval-steps", "2", "--groups", "one"]
     command = ["distill", str(tiny_pool_path), "--surrogate", str(tiny_surrogate.folder), *settings, "--output"]
     assert main([*command, str(tmp_path / "a"), "--init", "zero", "--lr", "0.03"]) == 0
     captured = capsys.readouterr()
@@ -175,7 +175,7 @@ def test_the_command_says_what_is_kept(tiny_pool_path, tiny_surrogate, tmp_path,
 
 
 def test_patience_ends_a_training_that_gets_no_better(tiny_pool, tiny_surrogate, tmp_path):
-    config = recipe(**RUINOUS, patience=2, checkpoint_every=100)
+    config = recipe(**RUINOUS, patience=2, save_steps=100)
     trainer = train(tiny_pool, tiny_surrogate, config, tmp_path)
     assert trainer.judged.steps == [0, 2, 4] and len(trainer.history["relational"]) == 4
     again = train(tiny_pool, tiny_surrogate, config, tmp_path)
@@ -191,7 +191,7 @@ def test_patience_counts_from_the_best(tiny_pool, tiny_surrogate, best_within):
 @pytest.mark.parametrize("killed_at", [1, 3, 9])
 def test_a_killed_run_keeps_the_best_of_before(tiny_pool, tiny_surrogate, tmp_path, killing, best_within, killed_at):
     """Killed before the first best, right after the best, and long after it."""
-    config = recipe(**LEARNING, checkpoint_every=1)
+    config = recipe(**LEARNING, save_steps=1)
     whole = train(tiny_pool, tiny_surrogate, config, tmp_path / "whole")
     assert whole.judged.best_step == 2
 
@@ -210,7 +210,7 @@ def test_a_training_that_a_callback_ends_is_judged_at_its_end(tiny_pool, tiny_su
         def on_log(self, trainer, step, values):
             trainer.should_stop = True
 
-    config = recipe(judge_every=100, steps=30)
+    config = recipe(eval_steps=100, steps=30)
     stopped = train(tiny_pool, tiny_surrogate, config, tmp_path, [Stop()])
     assert stopped.judged.steps == [0, 10]
     resumed, whole = (train(tiny_pool, tiny_surrogate, config, folder) for folder in (tmp_path, None))
@@ -218,7 +218,7 @@ def test_a_training_that_a_callback_ends_is_judged_at_its_end(tiny_pool, tiny_su
 
 
 def test_without_judging_the_last_step_is_kept(tiny_pool, tiny_surrogate, tmp_path, caplog):
-    trainer = train(tiny_pool, tiny_surrogate, recipe(**RUINOUS, held_out=0.0))
+    trainer = train(tiny_pool, tiny_surrogate, recipe(**RUINOUS, validation_fraction=0.0))
     assert trainer.judged.to_dict() is None and not caplog.text
     assert sum(len(group.images) for group in trainer.make_batch.groups) == 96
     assert not equal(weights(trainer), weights(train(tiny_pool, None, recipe(steps=0))))
@@ -285,10 +285,10 @@ def test_a_judge_says_the_same_of_the_same_weights(tiny_pool, tiny_surrogate, mo
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"held_out": 0.6}, r"held_out must be in \[0, 0.5\], got 0.6"),
-        ({"judge_every": 0}, "judge_every must be at least 1, got 0"),
+        ({"validation_fraction": 0.6}, r"validation_fraction must be in \[0, 0.5\], got 0.6"),
+        ({"eval_steps": 0}, "eval_steps must be at least 1, got 0"),
         ({"patience": -1}, "patience must not be negative, got -1"),
-        ({"patience": 2, "held_out": 0.0}, "patience needs judgements: set held_out above 0"),
+        ({"patience": 2, "validation_fraction": 0.0}, "patience needs judgements: set validation_fraction above 0"),
     ],
 )
 def test_settings_out_of_range(changes, told):

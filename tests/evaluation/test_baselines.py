@@ -5,7 +5,7 @@ import torch
 from helpers_tiny import copied_state, random_pixels, same_weights
 
 from lora_recycle.errors import ConfigError
-from lora_recycle.evaluation.evaluate import ALL_METHODS, CENTRES, evaluate
+from lora_recycle.evaluation.evaluate import ALL_METHODS, PROTOTYPE_METHODS, evaluate
 from lora_recycle.evaluation.selection import selected_accuracy
 from lora_recycle.fewshot.accuracy import prototype_accuracy
 from lora_recycle.fewshot.episodes import sample_episodes
@@ -41,13 +41,13 @@ def result(data, tiny_pool):
 
 
 def test_a_row_for_each_method(result):
-    assert [row["method"] for row in result.rows] == [*CENTRES, *tuning_free_methods()]
+    assert [row["method"] for row in result.rows] == [*PROTOTYPE_METHODS, *tuning_free_methods()]
 
 
 @pytest.mark.parametrize("method", tuning_free_methods())
 def test_many_tasks_at_once_are_one_task_at_a_time(data, tiny_pool, result, method):
     drawn = sample_episodes(data.labels, WAYS, SHOTS, QUERIES, EPISODES, 0)
-    composition, labels = tuning_free_methods(0)[method], torch.arange(WAYS).repeat_interleave(SHOTS)
+    merging, labels = tuning_free_methods(0)[method], torch.arange(WAYS).repeat_interleave(SHOTS)
     for i, episode in enumerate(drawn.episodes[:2]):
         support, queries = data.pixels[episode.support.flatten()], data.pixels[episode.query]
         guesses = composition.classify(tiny_pool, support, labels, queries).argmax(1)

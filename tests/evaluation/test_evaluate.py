@@ -8,7 +8,7 @@ from helpers_tiny import copied_state, random_pixels, same_weights
 
 from lora_recycle.backbones.backbone import extract_features
 from lora_recycle.distillation.config import DistillationConfig
-from lora_recycle.distillation.trainer import MetaLoraTrainer
+from lora_recycle.distillation.trainer import MetaLoRATrainer
 from lora_recycle.errors import ConfigError, DataError
 from lora_recycle.evaluation.evaluate import evaluate
 from lora_recycle.fewshot.accuracy import ensemble_accuracy, head_accuracy, prototype_accuracy
@@ -32,7 +32,7 @@ def data(toy_data):
 @pytest.fixture(scope="module")
 def model(tiny_pool, tmp_path_factory):
     config = DistillationConfig(steps=0, rank=32, init="average")
-    student = MetaLoraTrainer(tiny_pool, None, config).train(progress=False)
+    student = MetaLoRATrainer(tiny_pool, None, config).train(progress=False)
     folder = tmp_path_factory.mktemp("meta")
     student.to_model().save_pretrained(folder)
     return MetaLoRAForFewShotClassification.from_pretrained(folder)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lora_recycle.distillation.config import DistillationConfig
-from lora_recycle.distillation.trainer import MetaLoraTrainer
+from lora_recycle.distillation.trainer import MetaLoRATrainer
 from lora_recycle.errors import ConfigError
 from lora_recycle.evaluation.rejection import (
     OpenTask,
@@ -56,9 +56,9 @@ def test_strangers_of_other_colours_are_told(toy_data):
         open_tasks(features, sample_episodes(toy_data.labels, 5, 1, 1, 2, seed=0))
 
 
-@pytest.mark.parametrize("head", ["class_centres", "lda", "logistic_regression"])
+@pytest.mark.parametrize("head", ["prototypes", "lda", "logistic_regression"])
 def test_predict_says_none_for_what_is_like_no_class(head, tiny_pool, toy_data):
-    student = MetaLoraTrainer(tiny_pool, None, DistillationConfig(steps=0, rank=4)).train(progress=False)
+    student = MetaLoRATrainer(tiny_pool, None, DistillationConfig(steps=0, rank=4)).train(progress=False)
     model = student.to_model({"head": head})
     model.fit(toy_data.pixels[::20][:4], ["a", "b", "c", "d"])
     near, features = model.similarity(toy_data.pixels[::7]), model.embed(toy_data.pixels[::7])

@@ -8,15 +8,15 @@ from more_tables import figures as figures_table
 from more_tables import group_weights as weights_table
 
 from lora_recycle.distillation.config import DistillationConfig
-from lora_recycle.distillation.trainer import MetaLoraTrainer
+from lora_recycle.distillation.trainer import MetaLoRATrainer
 from lora_recycle.fewshot.episodes import sample_episodes
 
 
 def test_students_are_looked_at_by_surrogate_and_by_real_images(tiny_pool, tiny_surrogate, toy_data):
     episodes = {("toy", k): sample_episodes(toy_data.labels, 5, k, 5, 10, seed=1) for k in (1, 5)}
     look = Judge(tiny_surrogate, tiny_pool.subset([0]), tiny_pool.subset([1]), [toy_data], episodes, {1, 3})
-    config = DistillationConfig(steps=3, rank=4, relational_batch=16, groups="one", held_out=0.0, lr=0.05)
-    MetaLoraTrainer(tiny_pool.subset([1, 2, 3]), tiny_surrogate, config, [look]).train(progress=False)
+    config = DistillationConfig(steps=3, rank=4, relational_batch=16, groups="one", validation_fraction=0.0, lr=0.05)
+    MetaLoRATrainer(tiny_pool.subset([1, 2, 3]), tiny_surrogate, config, [look]).train(progress=False)
     assert [point["step"] for point in look.points] == [1, 3]
     first, last = look.points
     assert all(first[figure] != last[figure] for figure in ("divergence", "divergence, taught", "episode loss"))

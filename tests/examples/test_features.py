@@ -15,13 +15,13 @@ from lora_recycle.cli.main import build_parser
 from lora_recycle.distillation.config import DistillationConfig
 from lora_recycle.images.decode import to_picture
 from lora_recycle.inversion.config import InversionConfig
-from lora_recycle.pool.config import TuningConfig
+from lora_recycle.pool.config import AdapterTrainingConfig
 
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 RECIPES = sorted((EXAMPLES / "recipes").glob("*.yaml"))
-CONFIGS = {"tune-pool": TuningConfig, "invert": InversionConfig, "distill": DistillationConfig}
+CONFIGS = {"train-adapters": AdapterTrainingConfig, "invert": InversionConfig, "distill": DistillationConfig}
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_the_commands_of_a_recipe_build_the_settings_that_it_states(recipe, monk
         assert Path(args.recipe).samefile(recipe)
         verbs[args.verb] = build_config(args, CONFIGS[args.verb])
     assert set(verbs) == set(SECTIONS)
-    assert verbs["invert"].keep_ratio == 0.25 and verbs["distill"].steps == 500 and verbs["tune-pool"].tasks == 20
+    assert verbs["invert"].keep_ratio == 0.25 and verbs["distill"].steps == 500 and verbs["train-adapters"].tasks == 20
 
 
 def test_every_example_is_listed_and_has_its_command_on_top():

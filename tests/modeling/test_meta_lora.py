@@ -12,15 +12,15 @@ from PIL import Image
 from transformers import AutoModel
 
 from lora_recycle.distillation.config import DistillationConfig
-from lora_recycle.distillation.trainer import MetaLoraTrainer
+from lora_recycle.distillation.trainer import MetaLoRATrainer
 from lora_recycle.errors import AdapterError, DataError
-from lora_recycle.fewshot.prototypes import centre_logits
+from lora_recycle.fewshot.prototypes import prototype_logits
 from lora_recycle.modeling.meta_lora import MetaLoRAForFewShotClassification
 
 
 @pytest.fixture(scope="module")
 def student(tiny_pool):
-    return MetaLoraTrainer(tiny_pool, None, DistillationConfig(steps=0, rank=8)).train(progress=False)
+    return MetaLoRATrainer(tiny_pool, None, DistillationConfig(steps=0, rank=8)).train(progress=False)
 
 
 @pytest.fixture
@@ -80,9 +80,9 @@ def test_forward_by_hand(model):
     labels = torch.tensor([1, 0, 1, 0])
     output = model(support, labels, query, torch.tensor([0, 1, 1]))
     f = model.features(support)
-    centres = torch.stack([(f[1] + f[3]) / 2, (f[0] + f[2]) / 2])
-    torch.testing.assert_close(output.prototypes, centres, rtol=1e-4, atol=1e-5)
-    cosine = torch.cosine_similarity(model.features(query)[:, None], centres[None], dim=-1)
+    prototypes = torch.stack([(f[1] + f[3]) / 2, (f[0] + f[2]) / 2])
+    torch.testing.assert_close(output.prototypes, prototypes, rtol=1e-4, atol=1e-5)
+    cosine = torch.cosine_similarity(model.features(query)[:, None], prototypes[None], dim=-1)
     torch.testing.assert_close(output.logits, cosine / 0.1, rtol=1e-4, atol=1e-4)
     p = output.logits.softmax(-1)
     torch.testing.assert_close(output.loss, -(p[0, 0] * p[1, 1] * p[2, 1]).log() / 3)
@@ -174,7 +174,7 @@ def test_prototypes_are_prepared_once_and_follow_the_task(model, toy_data, monke
     assert model.predict_proba(queries).shape == (6, 2) and prepared == [2]
     model.add_classes(*pictures(toy_data, [4]))
     assert model.predict_proba(queries).shape == (6, 3) and prepared == [2, 3]
-    expected = centre_logits(model.embed(queries), model.prototypes, temperature=0.1).softmax(-1)
+    expected = prototype_logits(model.embed(queries), model.prototypes, temperature=0.1).softmax(-1)
     torch.testing.assert_close(model.predict_proba(queries), expected)
 
 

@@ -17,9 +17,9 @@ import torch
 
 import lora_recycle.distillation.saving  # noqa: F401
 from lora_recycle.cli.main import main
-from lora_recycle.distillation.trainer import MetaLoraTrainer
+from lora_recycle.distillation.trainer import MetaLoRATrainer
 from lora_recycle.errors import DataError
-from lora_recycle.runtime.launch import deal, process_state
+from lora_recycle.runtime.launch import claim_indices, process_state
 
 
 def run(scenario) -> int:
@@ -34,7 +34,7 @@ def run(scenario) -> int:
 
 def plant(kind: str, process: int) -> None:
     """Make one process fail or fall silent in its third step."""
-    losses, steps = MetaLoraTrainer._losses, []
+    losses, steps = MetaLoRATrainer._losses, []
 
     def faulty(trainer, batch):
         steps.append(batch)
@@ -44,13 +44,13 @@ def plant(kind: str, process: int) -> None:
             time.sleep(600)
         return losses(trainer, batch)
 
-    MetaLoraTrainer._losses = faulty
+    MetaLoRATrainer._losses = faulty
 
 
 def deal_out(count: str) -> int:
     """Process 0 is slow; each writes which numbers it got."""
     rank, mine = process_state().process_index, []
-    for number in deal(int(count)):
+    for number in claim_indices(int(count)):
         mine.append(number)
         time.sleep(0.5 if rank == 0 else 0.01)
     print(json.dumps({"rank": rank, "numbers": mine}), flush=True)

@@ -7,7 +7,7 @@ import pytest
 from lora_recycle.distillation.config import DistillationConfig
 from lora_recycle.errors import ConfigError
 from lora_recycle.inversion.config import InversionConfig
-from lora_recycle.pool.config import TuningConfig
+from lora_recycle.pool.config import AdapterTrainingConfig
 from lora_recycle.runtime.config import read_yaml
 
 
@@ -88,9 +88,9 @@ def test_wrong_types(config, values, message):
         (InversionConfig, {"starts": {"noise": 0.0}}, "at least one share must be positive"),
         (InversionConfig, {"starts": {"images": 1.0}}, "`images` needs `start_images`"),
         (InversionConfig, {"parameterization": "svg"}, "parameterization must be one of multires, pixels"),
-        (TuningConfig, {"classes": 1}, "classes must be at least 2, got 1"),
-        (TuningConfig, {"peft_type": "IA3"}, "peft_type must be one of LORA, DORA"),
-        (TuningConfig, {"epochs": 0}, "epochs must be at least 1, got 0"),
+        (AdapterTrainingConfig, {"classes": 1}, "classes must be at least 2, got 1"),
+        (AdapterTrainingConfig, {"peft_type": "IA3"}, "peft_type must be one of LORA, DORA"),
+        (AdapterTrainingConfig, {"epochs": 0}, "epochs must be at least 1, got 0"),
     ],
 )
 def test_values_out_of_range(config, values, message):

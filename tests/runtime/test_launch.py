@@ -14,13 +14,24 @@ pytestmark = pytest.mark.slow
 
 LAUNCHED = Path(__file__).with_name("launched.py")
 INVERT = ["--images-per-class", "6", "--iterations", "5", "--keep-ratio", "0.5", "--jitter", "0"]
-DISTILL = ["--steps", "6", "--rank", "4", "--relational-batch", "16", "--checkpoint-every", "3"]
+DISTILL = ["--steps", "6", "--rank", "4", "--relational-batch", "16", "--save-steps", "3"]
 DISTILL += ["--ways", "3", "--queries", "3", "--episodes", "2", "--kl-weight", "1", "--interpolation-weight", "1"]
-DISTILL += ["--gradient-accumulation-steps", "2", "--max-grad-norm", "0.5", "--held-out", "0"]
+DISTILL += ["--gradient-accumulation-steps", "2", "--max-grad-norm", "0.5", "--validation-fraction", "0"]
 #: From here the best of the judged steps is neither the first nor the last.
-BEST_WITHIN = ["--held-out", "0.2", "--groups", "one", "--judge-every", "2", "--init", "zero", "--lr", "0.03"]
+BEST_WITHIN = [
+    "--validation-fraction",
+    "0.2",
+    "--groups",
+    "one",
+    "--eval-steps",
+    "2",
+    "--init",
+    "zero",
+    "--lr",
+    "0.03",
+]
 #: The pool's average is judged, and blends of what is learnt.
-PART = ["--held-out", "0.2", "--groups", "one", "--judge-every", "2"]
+PART = ["--validation-fraction", "0.2", "--groups", "one", "--eval-steps", "2"]
 
 
 def environment(**changes):

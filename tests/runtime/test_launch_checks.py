@@ -8,7 +8,7 @@ import torch
 from lora_recycle.cli.main import main
 from lora_recycle.errors import ConfigError, ProcessError
 from lora_recycle.runtime import launch as processes
-from lora_recycle.runtime.launch import collective_timeout, deal, process_state
+from lora_recycle.runtime.launch import claim_indices, collective_timeout, process_state
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_processes_that_do_not_reach_each_other_are_told_what_to_look_at(monkeyp
 
 
 def test_one_process_gets_all_numbers_in_order():
-    assert list(deal(3)) == [0, 1, 2] and collective_timeout() == 1800
+    assert list(claim_indices(3)) == [0, 1, 2] and collective_timeout() == 1800
     assert torch.distributed.is_initialized() is False
 
 

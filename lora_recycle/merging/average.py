@@ -1,4 +1,4 @@
-"""Uniform composition: the exact mean of the adapters' weight changes (arXiv 2402.15414, without its tuned head)."""
+"""Average composition: the exact mean of the adapters' weight changes (arXiv 2402.15414, without its tuned head)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Literal
 
 from ..backbones.backbone import Backbone
 from ..pool.pool import AdapterPool
-from .base import Composition
+from .base import MergingMethod
 from .factors import worn_factors
 
 
 @dataclasses.dataclass
-class Uniform(Composition):
+class Average(MergingMethod):
     """The mean of all weight changes, ranks, targets and types mixed.
 
     It is the mean of the changes `B A`. PEFT's `add_weighted_adapter` with `linear` averages B and A apart, which is

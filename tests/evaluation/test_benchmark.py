@@ -7,13 +7,13 @@ import torch
 from helpers_tiny import random_pixels
 from PIL import Image
 
-from lora_recycle import DistillationConfig, MetaLoRAForFewShotClassification, MetaLoraTrainer
+from lora_recycle import DistillationConfig, MetaLoRAForFewShotClassification, MetaLoRATrainer
 from lora_recycle.errors import ConfigError, DataError
+from lora_recycle.evaluation.benchmark import Benchmark
 from lora_recycle.evaluation.evaluate import evaluate
 from lora_recycle.evaluation.judge import Judge
 from lora_recycle.evaluation.recipe import BenchmarkRecipe
 from lora_recycle.evaluation.results import confidence
-from lora_recycle.evaluation.suite import Benchmark
 from lora_recycle.evaluation.summary import markdown, rows_and_details
 from lora_recycle.images.labelled import load_labelled_images
 from lora_recycle.reports.benchmark_page import benchmark_page
@@ -32,7 +32,7 @@ def work(tmp_path_factory, toy_data, tiny_pool, tiny_pool_path):
         path = folder / "photos" / toy_data.label_names[toy_data.labels[i]] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels[i].permute(1, 2, 0).numpy()).save(path)
-    student = MetaLoraTrainer(tiny_pool, None, DistillationConfig(steps=0, rank=32)).train(progress=False)
+    student = MetaLoRATrainer(tiny_pool, None, DistillationConfig(steps=0, rank=32)).train(progress=False)
     student.to_model().save_pretrained(folder / "meta")
     return folder
 
@@ -88,8 +88,8 @@ def test_differences_are_paired_on_the_methods_own_episodes(finished):
         assert (detail["delta_vs_average"], detail["delta_vs_average_ci95"]) == (round(mean, 3), round(half, 3))
         assert detail["seconds_per_task"] > 0 and detail["peak_memory_mb"] > 0
     for shots in (1, 2):
-        rivals = ["frozen", "average", "frozen-centred", "random", "nearest-group", "ensemble"]
-        best = max(rivals, key=lambda m: cells[m, shots].verdict.accuracies.mean())
+        baselines = ["frozen", "average", "frozen-centred", "random", "nearest-group", "ensemble"]
+        best = max(baselines, key=lambda m: cells[m, shots].verdict.accuracies.mean())
         assert {d["best_rival"] for d in details if d["shots"] == shots} == {best}
     seconds = {d["method"]: d["seconds_per_task"] for d in details if d["shots"] == 1}
     assert seconds["ensemble"] > 1.5 * seconds["average"]  # four forwards against one, summed, not a race

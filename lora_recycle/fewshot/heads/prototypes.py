@@ -1,4 +1,4 @@
-"""Nearest class centre (prototypical networks, arXiv 1703.05175)."""
+"""Nearest prototype (prototypical networks, arXiv 1703.05175)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from ...errors import ConfigError
-from ..prototypes import prepare_centres, prepared_logits
+from ..prototypes import prepare_prototypes, prepared_logits
 from .base import FewShotHead, Tensors
 
 
-class ClassCentreHead(FewShotHead):
-    """Nearest class centre by the metric that the meta-LoRA was trained with.
+class PrototypeHead(FewShotHead):
+    """Nearest prototype by the metric that the meta-LoRA was trained with.
 
     Args:
         metric (`str`): `cosine` (similarity to the mean embedding) or `euclidean` (minus the distance to it).
@@ -21,7 +21,7 @@ class ClassCentreHead(FewShotHead):
             never which class wins.
     """
 
-    name = "class_centres"
+    name = "prototypes"
 
     def __init__(self, metric: str = "cosine", temperature: float = 0.1):
         if metric not in ("cosine", "euclidean"):
@@ -29,43 +29,43 @@ class ClassCentreHead(FewShotHead):
         self.metric, self.temperature = metric, float(temperature)
 
     @classmethod
-    def from_settings(cls, trained: Mapping[str, Any], parameters: Mapping[str, Any]) -> ClassCentreHead:
+    def from_settings(cls, trained: Mapping[str, Any], parameters: Mapping[str, Any]) -> PrototypeHead:
         return cls(**{**trained, **parameters})
 
     def parameters(self) -> dict[str, Any]:
         return {"temperature": self.temperature}
 
     def prepare(self, statistics: Tensors) -> Tensors:
-        return {"centres": prepare_centres(self.centres(statistics), self.metric)}
+        return {"prototypes": prepare_prototypes(self.prototypes(statistics), self.metric)}
 
     def logits(self, features: torch.Tensor, prepared: Tensors) -> torch.Tensor:
-        return prepared_logits(features, prepared["centres"], self.metric, self.temperature)
+        return prepared_logits(features, prepared["prototypes"], self.metric, self.temperature)
 
 
-class CosineCentreHead(ClassCentreHead):
-    """Nearest class centre by cosine, whatever the meta-LoRA was trained with."""
+class CosinePrototypeHead(PrototypeHead):
+    """Nearest prototype by cosine, whatever the meta-LoRA was trained with."""
 
-    name = "cosine_centres"
+    name = "cosine_prototypes"
 
     def __init__(self, temperature: float = 0.1):
         super().__init__("cosine", temperature)
 
     @classmethod
-    def from_settings(cls, trained: Mapping[str, Any], parameters: Mapping[str, Any]) -> CosineCentreHead:
+    def from_settings(cls, trained: Mapping[str, Any], parameters: Mapping[str, Any]) -> CosinePrototypeHead:
         return cls(**parameters)
 
 
-class EuclideanCentreHead(ClassCentreHead):
-    """Nearest class centre by Euclidean distance, whatever the meta-LoRA was trained with.
+class EuclideanPrototypeHead(PrototypeHead):
+    """Nearest prototype by Euclidean distance, whatever the meta-LoRA was trained with.
 
     Distances have the scale of the embeddings, so probabilities mean something after [`fit_head`] only.
     """
 
-    name = "euclidean_centres"
+    name = "euclidean_prototypes"
 
     def __init__(self, temperature: float = 1.0):
         super().__init__("euclidean", temperature)
 
     @classmethod
-    def from_settings(cls, trained: Mapping[str, Any], parameters: Mapping[str, Any]) -> EuclideanCentreHead:
+    def from_settings(cls, trained: Mapping[str, Any], parameters: Mapping[str, Any]) -> EuclideanPrototypeHead:
         return cls(**parameters)

@@ -1,4 +1,4 @@
-"""`lora-recycle quantise`: an adapter with its weights in fewer bits, or as a plain PEFT adapter again."""
+"""`lora-recycle quantize`: an adapter with its weights in fewer bits, or as a plain PEFT adapter again."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from .common import BITS_HELP, Subparsers, hint
 
 EPILOG = """\
 examples:
-  lora-recycle quantise meta_lora --bits 4 --output small
-  lora-recycle quantise someone/small-meta-lora --bits 32 --output plain      for PeftModel.from_pretrained
+  lora-recycle quantize meta_lora --bits 4 --output small
+  lora-recycle quantize someone/small-meta-lora --bits 32 --output plain      for PeftModel.from_pretrained
 
 Everything here reads all of them: predict, evaluate, pools of adapters. Other PEFT users need 32 or 16 bits. Going
 back to 32 bits makes the file plain; what the codes lost stays lost. docs/more.md has size against accuracy.
@@ -21,7 +21,7 @@ back to 32 bits makes the file plain; what the codes lost stays lost. docs/more.
 
 def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParser:
     summary = "write an adapter with its weights in fewer bits, or as a plain PEFT adapter again"
-    parser = subparsers.add_parser("quantise", help=summary, description=summary, epilog=EPILOG, **options)
+    parser = subparsers.add_parser("quantize", help=summary, description=summary, epilog=EPILOG, **options)
     parser.add_argument(
         "adapter", metavar="ADAPTER", help="an adapter or meta-LoRA: folder, repo id (org/name@revision), or demo"
     )
