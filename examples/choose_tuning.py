@@ -47,7 +47,7 @@ VARIANTS = {
 
 
 def _free(own: dict) -> dict:
-    """Centres that learn from the images they were made of, which a sharper loss keeps from teaching much."""
+    """Prototypes that learn from the images they were made of, which a sharper loss keeps from teaching much."""
     return {"leave_one_out": False, "temperature": 0.3 * own["temperature"]}
 
 

@@ -1,7 +1,8 @@
 """What share of the learnt to keep, and beside which merge: blends, judged on validation classes.
 
     lora-recycle invert demo --output runs/surrogate
-    lora-recycle distill demo --surrogate runs/surrogate --init group-sum --share 1 --validation-fraction 0 --output runs/learnt
+    lora-recycle distill demo --surrogate runs/surrogate --init group-sum --share 1 --validation-fraction 0 \
+        --output runs/learnt
     python examples/shares.py --data DATA --json docs/results/shares.json \
         --pool "shipped, 40" demo runs/learnt \
         --pool "mixed, 100" runs/pool100 runs/pool100-learnt \

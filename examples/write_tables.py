@@ -23,7 +23,7 @@ RESULTS = ROOT / "docs" / "results"
 BENCHMARKS = ROOT / "docs" / "benchmarks"
 HOME = ("cifar_fs", "mini_imagenet", "vgg_flower", "omniglot_small")
 GROUPED = ("restored", "undiluted", "group-sum", "nearest-group")
-RIVALS = ("frozen", *GROUPED, "ties", "dare", "knots", "magnitude", "arrow")
+BASELINES = ("frozen", *GROUPED, "ties", "dare", "knots", "magnitude", "arrow")
 #: folder of the results of one pool's benchmark, and the methods shown beside frozen, random and average
 POOLS = {
     "mixed-100": (*GROUPED, "undiluted-16", "judged", "learnt", "last-step", "real-data", "ensemble"),
@@ -215,7 +215,7 @@ def tables() -> dict[str, str]:
         "in-domain": evaluation_table(rows_of(BENCHMARKS / "in-domain" / "results.json"), IN_DOMAIN),
         "in-domain-tuned": tuned_table(rows_of(BENCHMARKS / "in-domain" / "results.json")),
         "tuning-baselines": tuned_table(rows_of(BENCHMARKS / "tuning" / "results.json")),
-        "rivals": evaluation_table(judged, RIVALS),
+        "baselines": evaluation_table(judged, BASELINES),
         "validation": evaluation_table(chosen, starts),
         **{name: pool_benchmark_table(name, methods) for name, methods in POOLS.items()},
         "backbone": evaluation_table(frozen, ("frozen", "frozen-centred")),

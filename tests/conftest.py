@@ -39,7 +39,7 @@ from helpers_tiny import save_tiny_backbone, toy_images  # noqa: E402
 from lora_recycle.backbones.backbone import Backbone  # noqa: E402
 from lora_recycle.distillation.config import DistillationConfig  # noqa: E402
 from lora_recycle.distillation.trainer import MetaLoRATrainer  # noqa: E402
-from lora_recycle.hub import download as snapshots  # noqa: E402
+from lora_recycle.hub import download  # noqa: E402
 from lora_recycle.inversion.config import InversionConfig  # noqa: E402
 from lora_recycle.inversion.inverter import LoRAInverter  # noqa: E402
 from lora_recycle.pool.config import AdapterTrainingConfig  # noqa: E402
@@ -82,7 +82,7 @@ def hub(monkeypatch):
     huggingface_hub.HfFileSystem.clear_instance_cache()  # it remembers listings
     monkeypatch.setenv("HF_TOKEN", OWNER_TOKEN)
     no_wait = SimpleNamespace(sleep=lambda seconds: None)
-    for module in (huggingface_hub.utils._http, huggingface_hub.file_download, snapshots):
+    for module in (huggingface_hub.utils._http, huggingface_hub.file_download, download):
         monkeypatch.setattr(module, "time", no_wait)
     hub = HUB_SERVER.new_hub()
     yield hub

@@ -22,7 +22,7 @@ from PIL import Image
 
 from lora_recycle import __all__
 from lora_recycle.cli.main import build_parser, main
-from lora_recycle.evaluation import evaluate as benchmark
+from lora_recycle.evaluation import evaluate as evaluation
 from lora_recycle.fewshot.episodes import sample_episodes
 from lora_recycle.fewshot.heads import HEADS
 from lora_recycle.merging import __all__ as merging_methods
@@ -108,7 +108,7 @@ def small(monkeypatch):
         return sample_episodes(labels, ways, shots, 3, 20, *rest)
 
     monkeypatch.setattr(RecipeConfig, "__post_init__", cap)
-    monkeypatch.setattr(benchmark, "sample_episodes", few)
+    monkeypatch.setattr(evaluation, "sample_episodes", few)
     known = dict(HEADS)
     yield
     HEADS.clear()

@@ -118,10 +118,10 @@ def find_adapters(folder: str | Path) -> list[Path]:
     if (folder / CONFIG_FILE).is_file():
         return [folder]
     # a hidden folder is one that a writer has not finished
-    found = sorted(p.parent for p in folder.glob(f"*/{CONFIG_FILE}") if not p.parent.name.startswith("."))
-    if not found:
+    folders = sorted(p.parent for p in folder.glob(f"*/{CONFIG_FILE}") if not p.parent.name.startswith("."))
+    if not folders:
         raise AdapterError(f"{folder}: no adapter here; neither it nor its sub-folders hold {CONFIG_FILE}.")
-    return found
+    return folders
 
 
 def pull_adapter(

@@ -153,8 +153,8 @@ def adapter_ids(
         AdapterError: a source is missing, empty or cannot be looked up.
     """
     sources = [sources] if isinstance(sources, (str, Path)) else list(sources)
-    found = [one for source in sources for one in _ids_of(str(source), token, local_files_only)]
-    return list(dict.fromkeys(found))
+    ids = [one for source in sources for one in _ids_of(str(source), token, local_files_only)]
+    return list(dict.fromkeys(ids))
 
 
 def _ids_of(source: str, token: Any, local_files_only: bool, in_list: str | None = None) -> list[AdapterId]:

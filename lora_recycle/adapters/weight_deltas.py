@@ -17,7 +17,7 @@ from .load import LoadedAdapter
 from .peft_wrap import Layers, never_called, tuner_layers, wrap
 
 
-#: `factors`, `vector_deltas` and `layers` of an [`Adapter`].
+#: `factors`, `vector_deltas` and `peft_layers` of an [`Adapter`].
 Parts: TypeAlias = tuple[Factors, dict[str, torch.Tensor], Layers]
 
 
@@ -136,7 +136,7 @@ def _peft_changes(loaded: LoadedAdapter, backbone: Backbone) -> Parts:
 
 
 def split_changes(changes: dict[str, torch.Tensor]) -> tuple[Factors, dict[str, torch.Tensor]]:
-    """Dense changes by parameter as `Adapter.factors`, of full rank, where they are of matrices, and as `vector_deltas`."""
+    """Dense changes by parameter: of matrices as `Adapter.factors`, of full rank, the rest as `vector_deltas`."""
     factors, vector_deltas = {}, {}
     for name, change in changes.items():
         if change.ndim == 2 and name.endswith(".weight"):

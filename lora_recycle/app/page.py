@@ -193,7 +193,7 @@ def _paths(images: list[tuple[str, str | None]] | None) -> list[str]:
     return [path for path, _ in images or []]
 
 
-def _told(function: Callable) -> Callable:
+def _with_reason(function: Callable) -> Callable:
     """What the user can act on appears on the page."""
 
     @functools.wraps(function)
@@ -211,7 +211,7 @@ def _classify(load: Callable) -> Callable:
         model = load(name)
         return answers_html(_session(model, slots).classify(_paths(queries)), model.backbone.patch_size)
 
-    return _told(classify)
+    return _with_reason(classify)
 
 
 def _save(load: Callable, page: gr.Blocks) -> Callable:
@@ -219,7 +219,7 @@ def _save(load: Callable, page: gr.Blocks) -> Callable:
         packed = _session(load(name), slots).save()
         return gr.File(save_bytes_to_cache(packed, ZIP_NAME, page.GRADIO_CACHE), visible=True)
 
-    return _told(save)
+    return _with_reason(save)
 
 
 def _choose(load: Callable, folders: bool) -> Callable:
@@ -230,7 +230,7 @@ def _choose(load: Callable, folders: bool) -> Callable:
             raise DataError("Name a repo of the Hub, as in org/name.")
         return name, _about(name, load(name))
 
-    return _told(choose)
+    return _with_reason(choose)
 
 
 def _about(name: str, model: MetaLoRAForFewShotClassification) -> str:

@@ -138,11 +138,11 @@ def load_pool(args: argparse.Namespace, **options: Any) -> AdapterPool:
         **options,
     )
     if is_main_process():
-        tell_skipped(pool.skipped, len(pool))
+        notify_skipped(pool.skipped, len(pool))
     return pool
 
 
-def tell_skipped(skipped: Sequence[tuple[str, str]], used: int) -> None:
+def notify_skipped(skipped: Sequence[tuple[str, str]], used: int) -> None:
     """A table of the adapters that were left out, and why, on stderr."""
     if skipped:
         note(f"{len(skipped)} of {used + len(skipped)} adapters skipped:\n{table(('skipped', 'reason'), skipped)}")

@@ -18,8 +18,8 @@ from .common import (
     is_main_process,
     load_pool,
     note,
+    notify_skipped,
     table,
-    tell_skipped,
 )
 
 
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
     callbacks = [Trackers(args.report_to, folder / "trackers")] if args.report_to else []
     trainer = MetaLoRATrainer(pool, surrogate, config, callbacks)
     if is_main_process():
-        tell_skipped(trainer.excluded, len(trainer.pool))
+        notify_skipped(trainer.excluded, len(trainer.pool))
     trainer.train(folder, progress=not args.quiet, resume=args.resume)
     if not is_main_process():
         return
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
     print(
         table(("loss", "first step", "last step"), rows) if rows else f"{args.output}: the initialisation, untrained"
     )
-    _tell_share(trainer.student)
+    _notify_share(trainer.student)
     if trainer.judged.best_step:  # the trainer itself says so where the start is kept
         note(trainer.judged.verdict())
     if trainer.skipped:
@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> None:
     hint(f"lora-recycle evaluate {shlex.quote(args.output)} --data PATH --pool {shlex.join(args.pool)}")
 
 
-def _tell_share(student: Student) -> None:
+def _notify_share(student: Student) -> None:
     """What the rank leaves of the average that the student started from, where that is not nearly all."""
     share = student.average_share(student.rank)
     if share < ENOUGH_OF_AVERAGE:
@@ -135,5 +135,5 @@ def _with_images(pool: AdapterPool, surrogate: SurrogateDataset) -> AdapterPool:
     reason = f"{surrogate.folder} holds no images of it"
     without = [(info.where, reason) for info in pool.infos if info.sha256 not in inverted]
     if is_main_process():
-        tell_skipped(without, len(kept))
+        notify_skipped(without, len(kept))
     return pool.subset(kept)

@@ -18,9 +18,9 @@ from .common import (
     add_on_error_argument,
     hint,
     note,
+    notify_skipped,
     sources,
     table,
-    tell_skipped,
 )
 
 
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
         parts += [_surrogate_text(surrogate) for surrogate in surrogates]
         if parts:
             print("\n\n".join(parts))
-    tell_skipped(bad.skipped, len(infos))
+    notify_skipped(bad.skipped, len(infos))
     hint(_next(args, infos, bool(surrogates)))
 
 

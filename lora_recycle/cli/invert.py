@@ -17,8 +17,8 @@ from .common import (
     is_main_process,
     load_pool,
     note,
+    notify_skipped,
     table,
-    tell_skipped,
 )
 
 
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     if not is_main_process():
         return
     failed = [(entry["name"], entry["reason"]) for entry in inverter.failed]
-    tell_skipped(failed, surrogate.num_shards)
+    notify_skipped(failed, surrogate.num_shards)
     shards = surrogate.manifest["shards"]
     rows = [(s["adapter"]["name"], s["num_images"], s["accuracy"], s["confidence"]) for s in shards]
     print(table(("adapter", "images", "accuracy", "confidence"), rows))

@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             raise
-        print(f"lora-recycle: {_process()}{_told(error)}", file=sys.stderr, flush=True)
+        print(f"lora-recycle: {_process()}{_reason(error)}", file=sys.stderr, flush=True)
         return 1
     return code or 0
 
@@ -182,7 +182,7 @@ def _way_on(args: argparse.Namespace, argv: list[str]) -> str:
     return f"; what was finished is kept. To go on: {shlex.join(['lora-recycle', *again, '--resume'])}"
 
 
-def _told(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     """What the user reads: an error's one line, or that this is no error of theirs and where its trace is."""
     if _is_expected(error):
         return f"error: {one_line(error)}"

@@ -36,8 +36,8 @@ examples:
   lora-recycle predict fitted_model photo.jpg                 a model that was saved with its task
   lora-recycle predict --support examples photos/*.jpg        without MODEL: the shipped one
 
-heads: prototypes, cosine_prototypes, euclidean_prototypes, lda, logistic_regression; and, for images that come together
-and belong to the classes shown, transductive_laplacian, transductive_transport, transductive_em.
+heads: prototypes, cosine_prototypes, euclidean_prototypes, lda, logistic_regression; and, for images that come
+together and belong to the classes shown, transductive_laplacian, transductive_transport, transductive_em.
 """
 
 
@@ -83,11 +83,11 @@ def run(args: argparse.Namespace) -> None:
     failures: dict[int, str] | None = {} if args.skip_errors else None
     if support:
         model.fit(*support, failures=failures)
-        _tell(failures)
+        _notify(failures)
     elif not model.label_names:
         raise DataError(f"{args.model} was saved without a task: show examples with --support FOLDER.")
     probabilities = model.predict_proba(paths, failures=failures, progress=not args.quiet and len(paths) > 64)
-    _tell(failures)
+    _notify(failures)
     if failures and len(failures) == len(paths):
         raise DataError(f"None of the {_images(len(paths))} can be read.")
     read = [number for number in range(len(paths)) if not failures or number not in failures]
@@ -132,7 +132,7 @@ def _print(args: argparse.Namespace, paths: list[Path], probabilities: torch.Ten
         print(table(("file", "label", "probability"), zip(paths, labels, shown, strict=True)))
 
 
-def _tell(failures: dict[int, str] | None) -> None:
+def _notify(failures: dict[int, str] | None) -> None:
     """The images that were left out, and why, on stderr."""
     if failures:
         note("\n".join([f"{_images(len(failures))} skipped:", *failures.values()]))

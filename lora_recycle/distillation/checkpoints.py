@@ -116,10 +116,10 @@ class Checkpoints:
     def _check_identity(self, path: Path, there: dict[str, Any]) -> None:
         if there == self.identity:
             return
-        told = differences(there["config"], self.identity["config"])
-        told = told or "the adapters, their surrogate data or the precision differ"
+        reason = differences(there["config"], self.identity["config"])
+        reason = reason or "the adapters, their surrogate data or the precision differ"
         raise ConfigError(
-            f"{path} is a checkpoint of another recipe, pool or surrogate data ({told}). Choose another output "
+            f"{path} is a checkpoint of another recipe, pool or surrogate data ({reason}). Choose another output "
             f"folder. {_start_again()}"
         )
 

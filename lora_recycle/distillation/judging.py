@@ -46,12 +46,12 @@ def hold_out(groups: list[list[int]], images: SurrogateImages, share: float) -> 
     At least one of a group, at most `MOST_ADAPTERS` in all, none whose images make no episode; none of smaller groups.
     """
     large = [group for group in groups if share and len(group) >= SMALLEST_GROUP]
-    found: list[int] = []
+    held_out: list[int] = []
     for group in large:
         usable = [i for i in group if len(_classes(images.shards[i].labels)) > 1]
         most = min(max(1, round(share * len(group))), max(1, MOST_ADAPTERS // len(large)))
-        found += spread(torch.tensor(usable), most).tolist()
-    return sorted(found)
+        held_out += spread(torch.tensor(usable), most).tolist()
+    return sorted(held_out)
 
 
 #: From this process's share of a batch, as `Batch` has it, and how many images the batch has, to features (B, D).
@@ -101,8 +101,8 @@ class Judge:
 
 def _classes(labels: torch.Tensor) -> list[torch.Tensor]:
     """Where each class of enough images for an episode has them."""
-    found = [(labels == c).nonzero().flatten() for c in labels.unique().tolist()]
-    return [index for index in found if len(index) > _SHOTS]
+    members = [(labels == c).nonzero().flatten() for c in labels.unique().tolist()]
+    return [index for index in members if len(index) > _SHOTS]
 
 
 @dataclasses.dataclass
@@ -194,8 +194,8 @@ class Judgements:
         """For the sidecar, JSON; None where nothing was judged."""
         if not self.steps:
             return None
-        told = {name: list(getattr(self, name)) for name in ("adapters", "groups", *SERIES)}
-        return {"who": self.who} | told | {"best_step": self.best_step, "best_blend": self.blends[self._best]}
+        series = {name: list(getattr(self, name)) for name in ("adapters", "groups", *SERIES)}
+        return {"who": self.who} | series | {"best_step": self.best_step, "best_blend": self.blends[self._best]}
 
     @property
     def who(self) -> str:

@@ -114,8 +114,8 @@ def _pool(info: AdapterInfo, settings: dict, given: Sequence, dtype: torch.dtype
     known = list(given) or ([pool_path()] if info.base_model == BACKBONE_NAME else [])
     local: dict[str, Path] = {}
     if any(not source.get("revision") for source in sources):
-        found = [pull_adapter(one.name, one.revision) for one in adapter_ids(known)] if known else []
-        local = {one.sha256: one.path for one in found}
+        infos = [pull_adapter(one.name, one.revision) for one in adapter_ids(known)] if known else []
+        local = {one.sha256: one.path for one in infos}
     names = []
     for source in sources:
         if not source.get("revision") and source["sha256"] not in local:
@@ -167,9 +167,11 @@ def _compare(info: AdapterInfo, settings: dict, now: dict, folder: Path) -> Repr
     known = [one == other for one, other in checksums if one is not None]
     conditions = []
     for group in ("versions", "hardware", "backbone", "inversion_data_sha256"):
-        recorded, found = settings.get(group) or {}, now[group] or {}
+        recorded, current = settings.get(group) or {}, now[group] or {}
         conditions += [
-            (f"{group}: {key}", recorded[key], found.get(key)) for key in recorded if recorded[key] != found.get(key)
+            (f"{group}: {key}", recorded[key], current.get(key))
+            for key in recorded
+            if recorded[key] != current.get(key)
         ]
     return Reproduction(
         folder,

@@ -82,8 +82,8 @@ def teach(
     votes = path.with_suffix(".json")
     if not votes.is_file():
         _ask(pool, images, members, rows, teachers, path, progress, batch_size)
-    found = {(t, s, c): d for t, s, c, d in json.loads(votes.read_text())}
-    return TeacherGroup(teachers, rows, open_rows(path), found)
+    votes_by_class = {(t, s, c): d for t, s, c, d in json.loads(votes.read_text())}
+    return TeacherGroup(teachers, rows, open_rows(path), votes_by_class)
 
 
 def teach_all(
@@ -173,14 +173,14 @@ def _join(blocks: list[RowFile], path: Path) -> None:
 
 def _majorities(images: SurrogateImages, members: list[int], said: torch.Tensor) -> list[list[int]]:
     """[shard, class, said class] wherever more than half of a class's images were said to show one class."""
-    found = []
+    majorities = []
     for shard, here in zip(members, said.split([len(images.shards[i]) for i in members]), strict=True):
         labels = images.shards[shard].labels
         for c in labels.unique().tolist():
             values, counts = here[labels == c].unique(return_counts=True)
             if counts.max() * 2 > counts.sum():
-                found.append([shard, c, int(values[counts.argmax()])])
-    return found
+                majorities.append([shard, c, int(values[counts.argmax()])])
+    return majorities
 
 
 def _identity(pool: AdapterPool, images: SurrogateImages, members: list[int], teachers: list[int]) -> str:

@@ -16,6 +16,7 @@ from accelerate.utils import broadcast
 
 from ..backbones.backbone import Backbone
 from ..errors import ConfigError, DataError
+from ..modeling.meta_lora import MetaLoRAForFewShotClassification
 from ..pool.pool import AdapterPool
 from ..runtime.heartbeat import Heartbeat, beat, waiting
 from ..runtime.launch import mixed_precision
@@ -30,6 +31,7 @@ from .episodes import make_sampler
 from .judging import AVERAGE, Judge, Judgements, hold_out
 from .losses import weighted_losses
 from .parallel import ParallelStudent, gather_features
+from .saving import sidecar_settings
 from .schedule import learning_rate
 from .spikes import SpikeGuard, longest_tail, refuse_too_many
 from .student import OWN, Blend, Student, start_student
@@ -144,14 +146,14 @@ class MetaLoRATrainer:
         start = self.prepare(output_dir, progress=progress)
         interruption = Interruption(patient=self.accelerator.num_processes > 1)
         with Heartbeat("distill"):
-            self._tell("on_train_begin", start)
+            self._notify("on_train_begin", start)
             try:
                 if start == 0:
                     self._judge(0)
                 step = start
                 while step < self.config.steps and not self._out_of_patience:
                     self.step(step)
-                    self._tell("on_step_end", step)
+                    self._notify("on_step_end", step)
                     step += 1
                     if self._look_up(step, output_dir, interruption):
                         break
@@ -164,9 +166,17 @@ class MetaLoRATrainer:
             finally:
                 interruption.release()
                 self.close()
-                self._tell("on_train_end")
+                self._notify("on_train_end")
         self._say_what_is_kept()
         return self.student
+
+    def to_model(self) -> MetaLoRAForFewShotClassification:
+        """The student as the model that users load; its sidecar says where it came from."""
+        settings = sidecar_settings(self.pool, self.surrogate, self.config, self.judged, self.accelerator)
+        model = self.student.to_model(settings)
+        if self.surrogate is not None:
+            model.picture = self.surrogate.picture()
+        return model
 
     def _say_what_is_kept(self) -> None:
         """A warning where that is the start or was not judged; below the progress bar, which is closed by now."""
@@ -205,7 +215,7 @@ class MetaLoRATrainer:
             if self.accelerator.is_main_process:
                 self._checkpoints(output_dir).save(parameters, optimizer, step, self.history, self.judged)
 
-    def _tell(self, event: str, *values: object) -> None:
+    def _notify(self, event: str, *values: object) -> None:
         for callback in self._watching:
             getattr(callback, event)(self, *values)
 
@@ -292,10 +302,10 @@ class MetaLoRATrainer:
             with self._timed("host"):
                 batch = self._prefetcher.get(number)
             with self._timed("model"):
-                found = self._losses(batch.map(lambda t: t.to(self.accelerator.device, non_blocking=True)))
-                total = cast(torch.Tensor, sum(found.values()))
+                batch_losses = self._losses(batch.map(lambda t: t.to(self.accelerator.device, non_blocking=True)))
+                total = cast(torch.Tensor, sum(batch_losses.values()))
                 (total * (self._parallel.loss_scale / batches)).backward()
-                for name, value in found.items():
+                for name, value in batch_losses.items():
                     losses[name] = losses.get(name, 0.0) + value.detach() / batches
         with self._timed("model"):
             norm = self._parallel.gradient_norm(self.config.max_grad_norm)
@@ -311,11 +321,11 @@ class MetaLoRATrainer:
     def _read_losses(self) -> None:
         """Move the losses of the last steps to `history`: the one place that waits for the device."""
         with self._timed("model"):
-            found = [
+            unread = [
                 (step, rate, {name: v.item() for name, v in values.items()}) for step, rate, values in self._unread
             ]
         self._unread.clear()
-        for step, rate, values in found:
+        for step, rate, values in unread:
             norm, skip = values.pop("grad_norm"), values.pop("skip")
             for name, value in values.items():
                 self.history.setdefault(name, []).append(value)
@@ -323,8 +333,8 @@ class MetaLoRATrainer:
             if skip:
                 self.skipped.append(step)
                 refuse_too_many(self.skipped, total, self.config)
-            told = {"loss": total, "grad_norm": norm, "lr": rate}
-            self._tell("on_log", step, {**values, **told, "skipped": len(self.skipped)})
+            logged = {"loss": total, "grad_norm": norm, "lr": rate}
+            self._notify("on_log", step, {**values, **logged, "skipped": len(self.skipped)})
 
     def _losses(self, batch: Batch) -> dict[str, torch.Tensor]:
         """All losses of a step from one forward of all its images."""
@@ -360,7 +370,7 @@ class MetaLoRATrainer:
                 errors = self._judging(self._embed)
             self._parallel.reshard()
             self._note(step, blend, errors)
-        self._tell("on_judge", step, self.judged.figures[-1])
+        self._notify("on_judge", step, self.judged.figures[-1])
 
     @property
     def _to_keep(self) -> Blend:

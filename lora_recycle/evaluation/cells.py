@@ -27,7 +27,7 @@ class Cell:
 
     Args:
         label: of its rows: the method, and the pool where that is not the data set's first.
-        kind: `frozen`, `rival`, `meta-lora` or `tuned`.
+        kind: `frozen`, `rival` (a baseline), `meta-lora` or `tuned`.
         transductive: whether it sees an episode's queries together.
         identity: all that its numbers depend on.
     """
@@ -61,12 +61,12 @@ class Cell:
     def load(self, folder: Path) -> bool:
         """Take the verdict from its file. False where there is none that is whole and of this identity."""
         try:
-            found = json.loads(self.path(folder).read_text(encoding="utf-8"))
-            accuracies = torch.tensor(found["accuracies"], dtype=torch.float32)
-            costs = float(found["seconds_per_task"]), float(found["peak_memory_mb"])
+            stored = json.loads(self.path(folder).read_text(encoding="utf-8"))
+            accuracies = torch.tensor(stored["accuracies"], dtype=torch.float32)
+            costs = float(stored["seconds_per_task"]), float(stored["peak_memory_mb"])
         except (OSError, ValueError, KeyError, TypeError):
             return False
-        if found.get("identity") != self.identity or accuracies.shape != (self.identity["episodes"],):
+        if stored.get("identity") != self.identity or accuracies.shape != (self.identity["episodes"],):
             return False
         self.verdict = Verdict(accuracies, *costs)
         return True

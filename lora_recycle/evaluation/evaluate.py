@@ -118,9 +118,9 @@ class _Judge:
     accuracies: dict[tuple[int, str], torch.Tensor] = dataclasses.field(default_factory=dict)
 
     def features(self, network: Backbone) -> torch.Tensor:
-        found = extract_features(network, self.data.pixels, self.batch_size)
+        features = extract_features(network, self.data.pixels, self.batch_size)
         self.bar.update()
-        return found
+        return features
 
     def score(self, method: str, features: torch.Tensor, **options: Any) -> None:
         for k, drawn in self.episodes.items():

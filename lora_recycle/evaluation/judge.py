@@ -117,11 +117,11 @@ class Judge:
         settings = self.models[base].settings if base in self.models else {}
         started = time.perf_counter()
         if head:
-            found = head_accuracy(seen.features, drawn, make_head(head, settings))
+            accuracies = head_accuracy(seen.features, drawn, make_head(head, settings))
         else:
             options = PROTOTYPE_METHODS.get(method, {"metric": settings.get("metric", "cosine")})
-            found = prototype_accuracy(seen.features, drawn, **options)
-        return self._verdict(shots, [seen], found, started)
+            accuracies = prototype_accuracy(seen.features, drawn, **options)
+        return self._verdict(shots, [seen], accuracies, started)
 
     def forget(self, method: str) -> None:
         """Give back the memory of features that no other method shares."""
@@ -138,9 +138,9 @@ class Judge:
     def _judge_tuning(self, method: str, shots: int) -> Verdict:
         every = self.episodes[shots]
         drawn = EpisodeSet(every.episodes[: self.tuning_episodes], every.ways, shots)
-        found, costs = tuned_accuracy(self._tuning(method), self.pool, self.data.pixels, drawn, memory=True)
+        accuracies, costs = tuned_accuracy(self._tuning(method), self.pool, self.data.pixels, drawn, memory=True)
         seconds = costs["image"] * len(self._images_of_a_task(shots)) + costs["task"]
-        return Verdict(found, seconds, costs["bytes"] / 1e6)
+        return Verdict(accuracies, seconds, costs["bytes"] / 1e6)
 
     def _judge_merging(self, method: str, shots: int) -> Verdict:
         merging, drawn = self.merging_methods[method], self.episodes[shots]
@@ -150,11 +150,11 @@ class Judge:
         started = time.perf_counter()
         if choice is None:
             return self._verdict(shots, members, ensemble_accuracy(features, drawn), started)
-        found, looked = selected_accuracy(features, drawn, choice)
+        accuracies, looked = selected_accuracy(features, drawn, choice)
         # the support set goes through the networks that the choice asks, the queries through one
         support = drawn.ways * shots
         forwards = looked * support + len(self._images_of_a_task(shots)) - support
-        return self._verdict(shots, members, found, started, forwards)
+        return self._verdict(shots, members, accuracies, started, forwards)
 
     def _members(self, method: str, merging: MergingMethod) -> list[Seen]:
         keys = [key for key in self._seen if key.startswith(f"{method}/")]
@@ -190,11 +190,11 @@ class Judge:
         return torch.cat([first.support.flatten(), first.query])
 
     def _verdict(
-        self, shots: int, seen: list[Seen], found: torch.Tensor, started: float, forwards: float | None = None
+        self, shots: int, seen: list[Seen], accuracies: torch.Tensor, started: float, forwards: float | None = None
     ) -> Verdict:
-        """Of what was found since `started`; `forwards` of a task, by default all its images through all networks."""
-        scoring = (time.perf_counter() - started) / len(found)
+        """Of `accuracies`, computed since `started`; `forwards` of a task: by default all images by all networks."""
+        scoring = (time.perf_counter() - started) / len(accuracies)
         each = sum(one.seconds for one in seen) / len(seen)
         if forwards is None:
             forwards = len(self._images_of_a_task(shots)) * len(seen)
-        return Verdict(found, each * forwards + scoring, seen[0].bytes[shots] / 1e6)
+        return Verdict(accuracies, each * forwards + scoring, seen[0].bytes[shots] / 1e6)

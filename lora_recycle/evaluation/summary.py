@@ -11,11 +11,11 @@ from .results import confidence, summarise
 
 def by_task(cells: Sequence[Cell]) -> dict[tuple[str, int, int], list[Cell]]:
     """Finished cells by (data, ways, shots), in their order. Raises `DataError` where one has no verdict."""
-    found: dict[tuple[str, int, int], list[Cell]] = {}
+    tasks: dict[tuple[str, int, int], list[Cell]] = {}
     for cell in cells:
         cell.judged()
-        found.setdefault((cell.data, cell.ways, cell.shots), []).append(cell)
-    return found
+        tasks.setdefault((cell.data, cell.ways, cell.shots), []).append(cell)
+    return tasks
 
 
 def rows_and_details(cells: Sequence[Cell]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -30,9 +30,9 @@ def rows_and_details(cells: Sequence[Cell]) -> tuple[list[dict[str, Any]], list[
         frozen = next(cell for cell in group if cell.kind == "frozen").judged().accuracies
         for cell in group:
             values, count = cell.judged().accuracies, len(cell.judged().accuracies)
-            found = summarise({"frozen": frozen[:count], cell.label: values}, cell.data, cell.ways, cell.shots)[-1]
-            rows.append({**found, "tuning_free": cell.tuning_free})
-            detail = {key: found[key] for key in ("method", "data", "ways", "shots")}
+            row = summarise({"frozen": frozen[:count], cell.label: values}, cell.data, cell.ways, cell.shots)[-1]
+            rows.append({**row, "tuning_free": cell.tuning_free})
+            detail = {key: row[key] for key in ("method", "data", "ways", "shots")}
             detail |= {"pool": cell.pool, "kind": cell.kind, "transductive": cell.transductive}
             baselines = {"average": _average(group, cell.pool), "best_rival": best_baseline(group, cell.pool)}
             for name, baseline in baselines.items():
@@ -70,12 +70,12 @@ def markdown(rows: Sequence[dict[str, Any]], details: Sequence[dict[str, Any]]) 
 def overview(rows: Sequence[dict[str, Any]], details: Sequence[dict[str, Any]]) -> str:
     """Accuracies of all methods on all tasks."""
     tasks = list(dict.fromkeys((row["data"], row["shots"]) for row in rows))
-    found = {(row["method"], row["data"], row["shots"]): row for row in rows}
+    row_of = {(row["method"], row["data"], row["shots"]): row for row in rows}
     named = {detail["method"]: shown_name(detail) for detail in details}
     lines = ["| method | " + " | ".join(f"{data} {shots}-shot" for data, shots in tasks) + " |"]
     lines.append("|---|" + "---|" * len(tasks))
     for method, name in named.items():
-        cells = [found.get((method, *task)) for task in tasks]
+        cells = [row_of.get((method, *task)) for task in tasks]
         shown = [f"{cell['accuracy']:.1f} ± {cell['ci95']:.1f}" if cell else "" for cell in cells]
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
     return "\n".join(lines)

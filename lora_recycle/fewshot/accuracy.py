@@ -75,7 +75,7 @@ def head_accuracy(features: torch.Tensor, episodes: EpisodeSet, head: FewShotHea
     """
     _check_finite(features)
     features, every = features.float(), list(episodes)
-    found = torch.empty(len(every))
+    accuracies = torch.empty(len(every))
     sizes: dict[int, list[int]] = {}  # episodes of as many queries go together: padding would be queries, too
     for i, episode in enumerate(every):
         sizes.setdefault(len(episode.query), []).append(i)
@@ -88,8 +88,8 @@ def head_accuracy(features: torch.Tensor, episodes: EpisodeSet, head: FewShotHea
         for part in _chunks(len(members), max(way.numel() + queries, features.shape[1]), features.shape[1]):
             shots = features[support[part].flatten(1)]  # (e, W x S, D)
             logits = head.classify(shots, way.expand(len(shots), -1), episodes.ways, features[query[part]])
-            found[members[part]] = 100.0 * (logits.argmax(-1) == labels[part]).sum(1) / queries
-    return found
+            accuracies[members[part]] = 100.0 * (logits.argmax(-1) == labels[part]).sum(1) / queries
+    return accuracies
 
 
 def _accuracy(features: Iterable[torch.Tensor], episodes: EpisodeSet, metric: str, centred: bool) -> torch.Tensor:
@@ -121,7 +121,7 @@ def _similarities(
     _check_finite(features)
     # Without centring the queries are normalised once per image, not once per episode
     queries = normalize(features, dim=-1) if metric == "cosine" and not centred else features
-    found = []
+    scores = []
     for part in _chunks(len(support), support[0].numel() + query.shape[1], features.shape[1]):
         shots = features[support[part]]  # (e, W, S, D)
         prototypes, asked = shots.mean(2), queries[query[part]]  # (e, W, D), (e, Q, D)
@@ -129,11 +129,11 @@ def _similarities(
             mean = shots.mean((1, 2)).unsqueeze(1)  # (e, 1, D)
             prototypes, asked = prototypes - mean, asked - mean
         if metric == "euclidean":
-            found.append(-torch.cdist(asked, prototypes).square())
+            scores.append(-torch.cdist(asked, prototypes).square())
         else:
             asked = normalize(asked, dim=-1) if centred else asked
-            found.append(asked @ normalize(prototypes, dim=-1).transpose(1, 2))
-    return torch.cat(found)
+            scores.append(asked @ normalize(prototypes, dim=-1).transpose(1, 2))
+    return torch.cat(scores)
 
 
 def _check_finite(features: torch.Tensor) -> None:

@@ -218,11 +218,11 @@ class TaskTuning(abc.ABC):
             DataError: labels that do not number 0 to C - 1, or another number of them than of images.
             AdapterError: an adapter changes no weights, and the method needs changes.
         """
-        found = labels.unique().tolist()
-        if len(labels) != len(support) or len(found) < 2 or found != list(range(len(found))):
+        classes = labels.unique().tolist()
+        if len(labels) != len(support) or len(classes) < 2 or classes != list(range(len(classes))):
             raise DataError(
                 f"{len(support)} support images need as many labels that number 2 or more classes 0, 1, ..., "
-                f"got {len(labels)} with the values {found}."
+                f"got {len(labels)} with the values {classes}."
             )
         network = self.network(pool)
-        return self.scores(network, network.tokens(support), labels, len(found), network.tokens(queries))
+        return self.scores(network, network.tokens(support), labels, len(classes), network.tokens(queries))

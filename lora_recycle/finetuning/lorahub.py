@@ -25,8 +25,8 @@ class LoRAHub(TaskTuning):
     """Weights of up to `candidates` adapters of the pool that classify the support set best, searched from zero.
 
     A query is scored by prototypes under the weights found. The search sees the support images classified by the
-    prototypes of the others of their class (by all, where a class has one image). Instead of a library's optimiser it is
-    a (1+1) evolution strategy whose spread follows the one-fifth rule (Rechenberg 1973; the factors of Kern et al.,
+    prototypes of the others of their class (by all, where a class has one image). Instead of a library's optimiser it
+    is a (1+1) evolution strategy whose spread follows the one-fifth rule (Rechenberg 1973; the factors of Kern et al.,
     Natural Computing 3, 2004). The weights multiply changes; the paper's multiply the factors A and B apart, which is
     another thing and asks for equal ranks. `config.steps` counts evaluations; `lr` and `consistency` have no meaning.
 
@@ -75,9 +75,9 @@ def evolve(loss: Callable[[torch.Tensor], float], start: torch.Tensor, steps: in
     for _ in range(steps - 1):
         step = spread * torch.randn(best.shape, generator=generator)
         candidate = (best + step).clamp(-BOUND, BOUND)
-        found = loss(candidate)
-        if found < lowest:
-            best, lowest, spread = candidate, found, spread * GROWTH
+        value = loss(candidate)
+        if value < lowest:
+            best, lowest, spread = candidate, value, spread * GROWTH
         else:
             spread *= GROWTH**-0.25  # balanced where one of five succeeds
     return best

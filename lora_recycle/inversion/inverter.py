@@ -244,12 +244,12 @@ class LoRAInverter:
     @functools.cached_property
     def data_sha256(self) -> dict[str, str]:
         """Checksums of what the settings name by its path: starting images, and another meta-LoRA as reference."""
-        found = {}
+        checksums = {}
         if self.stock is not None:
-            found["start_images"] = tensors_sha256({"pixels": self.stock})
+            checksums["start_images"] = tensors_sha256({"pixels": self.stock})
         if self.reference is not None and self.config.hard_reference not in ("backbone", "average"):
-            found["hard_reference"] = tensors_sha256(self.reference.model.state_dict())
-        return found
+            checksums["hard_reference"] = tensors_sha256(self.reference.model.state_dict())
+        return checksums
 
     def _header(self) -> dict:
         return {

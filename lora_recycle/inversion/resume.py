@@ -24,16 +24,16 @@ def refuse_other_recipe(folder: Path, identities: dict[str, str], config: dict[s
         identities: file name of each shard to what it depends on, as `shard_config_id` tells it.
         config: the settings, to tell which of them differ.
     """
-    found = {name: shard_config_id(folder / "shards" / name) for name in identities}
-    others = [name for name, there in found.items() if there not in (None, identities[name])]
+    stored = {name: shard_config_id(folder / "shards" / name) for name in identities}
+    others = [name for name, there in stored.items() if there not in (None, identities[name])]
     if not others:
         return
-    told = "another adapter, backbone, precision or data, or other settings"
+    reason = "another adapter, backbone, precision or data, or other settings"
     with contextlib.suppress(DataError):
         there = SurrogateDataset.from_pretrained(folder).manifest.get("config", {})
-        told = differences(there, json.loads(json.dumps(config))) or "another adapter, backbone, precision or data"
+        reason = differences(there, json.loads(json.dumps(config))) or "another adapter, backbone, precision or data"
     raise ConfigError(
-        f"{folder}: holds surrogate data of another recipe ({told}): {others[0]}, {len(others)} in all. Choose "
+        f"{folder}: holds surrogate data of another recipe ({reason}): {others[0]}, {len(others)} in all. Choose "
         "another output folder. To replace what is there, pass --no-resume (from Python: resume=False)."
     )
 

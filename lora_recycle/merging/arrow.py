@@ -45,14 +45,14 @@ class Arrow(MergingMethod):
             )
 
     def networks(self, pool: AdapterPool) -> Iterator[AbstractContextManager[Backbone]]:
-        found: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        parts: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         for i in range(len(pool)):
             adapter = pool[i]
             require_weight_changes(adapter)
             for module, pair in adapter.factors.items():
-                found.setdefault(module, []).append(pair)
-        factors = {m: (torch.cat([b for b, _ in own], 1), torch.cat([a for _, a in own])) for m, own in found.items()}
-        yield worn_factors(pool.backbone, factors, {m: self._gate(own, pool.backbone) for m, own in found.items()})
+                parts.setdefault(module, []).append(pair)
+        factors = {m: (torch.cat([b for b, _ in own], 1), torch.cat([a for _, a in own])) for m, own in parts.items()}
+        yield worn_factors(pool.backbone, factors, {m: self._gate(own, pool.backbone) for m, own in parts.items()})
 
     def _gate(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], backbone: Backbone) -> Gate:
         prototypes = torch.stack([first_direction(b, a) for b, a in pairs]).to(backbone.device, backbone.dtype)

@@ -1,4 +1,4 @@
-"""Average composition: the exact mean of the adapters' weight changes (arXiv 2402.15414, without its tuned head)."""
+"""Average merging: the exact mean of the adapters' weight changes (arXiv 2402.15414, without its tuned head)."""
 
 from __future__ import annotations
 

@@ -89,8 +89,8 @@ class Selection(MergingMethod):
         labels = _checked_labels(support, labels)
 
         def network(number: int) -> AbstractContextManager[Backbone]:
-            (found,) = itertools.islice(self.networks(pool), number, number + 1)
-            return found
+            (wanted,) = itertools.islice(self.networks(pool), number, number + 1)
+            return wanted
 
         @functools.cache
         def look(number: int) -> torch.Tensor:
@@ -126,10 +126,10 @@ def dense_changes(adapter: Adapter, device: torch.device) -> Changes:
         AdapterError: the adapter is no change of weights.
     """
     require_weight_changes(adapter)
-    found = {name: change.to(device).float() for name, change in adapter.vector_deltas.items()}
+    dense = {name: change.to(device).float() for name, change in adapter.vector_deltas.items()}
     for module, (b, a) in adapter.factors.items():
-        found[f"{module}.weight"] = b.to(device).float() @ a.to(device).float()
-    return found
+        dense[f"{module}.weight"] = b.to(device).float() @ a.to(device).float()
+    return dense
 
 
 def require_weight_changes(adapter: Adapter) -> None:
@@ -158,11 +158,11 @@ def checked_density(density: float) -> float:
 
 
 def _checked_labels(support: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    found = labels.unique().tolist()
-    if len(labels) != len(support) or not found or found != list(range(len(found))):
+    classes = labels.unique().tolist()
+    if len(labels) != len(support) or not classes or classes != list(range(len(classes))):
         raise DataError(
             f"the labels of {len(support)} support images must be as many and number the classes 0, 1, ..., "
-            f"got {len(labels)} with the values {found}."
+            f"got {len(labels)} with the values {classes}."
         )
     return labels.cpu()
 

@@ -218,11 +218,11 @@ def mixed_probabilities(
         for task, known, part in zip(rows, fitted, parts, strict=True)
     ]
     flat = torch.cat([score.flatten() for score in scores]).cpu()  # one copy from the device, not one for each task
-    found = [
+    probabilities = [
         row
         for score, part in zip(scores, flat.split([s.numel() for s in scores]), strict=True)
         for row in part.view_as(score)
     ]
     known = [task for task, size in zip(fitted, sizes, strict=True) for _ in range(size)]
     places = sorted(range(len(order)), key=order.__getitem__)
-    return [(known[place], found[place]) for place in places]
+    return [(known[place], probabilities[place]) for place in places]

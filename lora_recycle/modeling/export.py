@@ -184,8 +184,8 @@ def _compared(graph: _Graph, run: Run) -> dict[str, Any]:
     gaps = {}
     for count in BATCH_SIZES:
         images = graph.images(count)
-        expected, found = graph(images), run(images)
-        gaps[count] = float((torch.linalg.norm(found - expected, dim=1) / torch.linalg.norm(expected, dim=1)).max())
+        expected, answers = graph(images), run(images)
+        gaps[count] = float((torch.linalg.norm(answers - expected, dim=1) / torch.linalg.norm(expected, dim=1)).max())
     worst = max(gaps.values())
     if not worst <= TOLERANCE:
         raise AdapterError(

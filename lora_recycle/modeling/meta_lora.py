@@ -31,7 +31,7 @@ from .classifier import FewShotClassifier, SharedTask, mixed_probabilities
 from .merge_layers import merge_layers, worn_for_saving
 from .preprocessing import as_batch, pixel_batches, to_pixel_values
 from .publishing import push_adapter_folder
-from .sidecar import TASK_FILE, read_picture, read_sidecar, task_file
+from .sidecar import FORMAT_VERSION, TASK_FILE, read_picture, read_sidecar, task_file
 from .support import support_set
 from .task import FewShotTask, load_task, save_task
 
@@ -330,6 +330,7 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
             "metric": self.settings.get("metric", "cosine"),
             "temperature": self.settings.get("temperature", 0.1),
             "image_processor": self.backbone.processor_settings(),
+            "format_version": FORMAT_VERSION,
             "lora_recycle_version": __version__,
             "num_classes": None if task is None else len(task.label_names),
         }

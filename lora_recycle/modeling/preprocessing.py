@@ -62,13 +62,13 @@ def pixel_batches(
         return
     rows: list[np.ndarray] = []
     bar = tqdm(_pixels(images, backbone), "images", len(images), unit="image", disable=not progress)
-    for number, found in enumerate(bar):
-        if not isinstance(found, DataError):
-            rows.append(found)
+    for number, row in enumerate(bar):
+        if not isinstance(row, DataError):
+            rows.append(row)
         elif failures is None:
-            raise found
+            raise row
         else:
-            failures[number] = str(found)
+            failures[number] = str(row)
         if len(rows) == batch_size:
             yield _stacked(rows, backbone)
             rows = []

@@ -16,6 +16,14 @@ from ..hub.repo_files import MAX_PICTURE_BYTES, PICTURE_FILE, checked_file
 from ..runtime.untrusted import MAX_TENSOR_BYTES, parse_json, read_text
 
 
+#: Of what is written. In 1, some heads and settings had other names.
+FORMAT_VERSION = 2
+_HEADS_OF_1 = {
+    "class_centres": "prototypes",
+    "cosine_centres": "cosine_prototypes",
+    "euclidean_centres": "euclidean_prototypes",
+}
+_SETTINGS_OF_1 = {"held_out": "validation_fraction", "judge_every": "eval_steps", "checkpoint_every": "save_steps"}
 TASK_FILE = "few_shot_task.safetensors"
 # a head's parameters are a few numbers, neither so small nor so large that scores overflow
 _MAX_LIST = 100
@@ -36,6 +44,7 @@ def read_sidecar(path: Path, head: str | None = None) -> dict[str, Any]:
         raise AdapterError(f"{path}: the sidecar is damaged ({error}). Delete it to use the defaults.") from error
     if not isinstance(settings, dict):
         raise AdapterError(f"{path}: the sidecar must hold a JSON object.")
+    settings = _upgraded(settings, path)
     metric, temperature = settings.get("metric", "cosine"), settings.get("temperature", 0.1)
     if metric not in ("cosine", "euclidean"):
         raise AdapterError(f"{path}: unknown metric {_short(metric)}; this version knows cosine and euclidean.")
@@ -43,8 +52,24 @@ def read_sidecar(path: Path, head: str | None = None) -> dict[str, Any]:
         raise AdapterError(
             f"{path}: temperature must be a positive number, {_LEAST} to {_MOST}, got {_short(temperature)}."
         )
-    _check_head(head or settings.get("head", "class_centres"), settings, path)
+    _check_head(head or settings.get("head", "prototypes"), settings, path)
     return settings
+
+
+def _upgraded(settings: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The settings by today's names. Raises `AdapterError` where a later version wrote them."""
+    version = settings.get("format_version", 1)
+    if version == FORMAT_VERSION:
+        return settings
+    if version != 1:
+        raise AdapterError(
+            f"{path}: the sidecar has format {_short(version)}, this version of lora_recycle reads 1 and 2."
+        )
+    renamed = {"head": _HEADS_OF_1.get(str(settings.get("head")), settings.get("head"))} if "head" in settings else {}
+    for key, names in (("head_parameters", _HEADS_OF_1), ("distillation", _SETTINGS_OF_1)):
+        if isinstance(settings.get(key), dict):
+            renamed[key] = {names.get(name, name): value for name, value in settings[key].items()}
+    return settings | renamed
 
 
 def _check_head(name: str, settings: dict[str, Any], path: Path) -> None:

@@ -141,8 +141,8 @@ def _accuracy(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         groups.setdefault((row["data"], row["ways"], row["shots"]), []).append(row)
     methods = [name for name in _METHODS if any(row["method"] == name for row in rows)]
-    told = "; ".join(f"<em>{name}</em>: {_METHODS[name]}" for name in methods)
-    note = f"<p>Hatched: the meta-LoRA. Lines on the bars: 95% intervals. Dashed: chance.</p>\n<p>{told}.</p>\n"
+    legend = "; ".join(f"<em>{name}</em>: {_METHODS[name]}" for name in methods)
+    note = f"<p>Hatched: the meta-LoRA. Lines on the bars: 95% intervals. Dashed: chance.</p>\n<p>{legend}.</p>\n"
     caption, header = "Per cent, with 95% intervals; differences are paired.", list(_COLUMNS)
     lines = [_accuracy_row(row) for row in rows]
     if len({row["episodes"] for row in rows}) == 1:  # a column that says nothing takes width, which phones lack

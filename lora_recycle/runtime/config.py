@@ -73,12 +73,12 @@ def require_choices(config: RecipeConfig) -> None:
 
 def differences(there: dict[str, Any], here: dict[str, Any]) -> str:
     """What two recipes disagree about, the first few keys: "lr: 0.1 there, 0.2 here"."""
-    found = [
+    changes = [
         f"{key}: {there.get(key)!r} there, {here.get(key)!r} here"
         for key in dict.fromkeys([*there, *here])
         if there.get(key) != here.get(key)
     ]
-    return "; ".join(found[:4]) + (f"; and {len(found) - 4} more" if len(found) > 4 else "")
+    return "; ".join(changes[:4]) + (f"; and {len(changes) - 4} more" if len(changes) > 4 else "")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -90,8 +90,8 @@ def refusals_explained(path: Path) -> Iterator[None]:
 
 def _error_number(error: Exception) -> int | None:
     """safetensors gives the system's number in words only."""
-    found = re.search(r"os error (\d+)", str(error))
-    return getattr(error, "errno", None) or (int(found[1]) if found else None)
+    match = re.search(r"os error (\d+)", str(error))
+    return getattr(error, "errno", None) or (int(match[1]) if match else None)
 
 
 def _finish(path: Path) -> None:
@@ -167,8 +167,8 @@ def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def _seal(tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> str:
-    told = json.dumps(header, sort_keys=True)
-    return hashlib.sha256((told + tensors_sha256(tensors)).encode()).hexdigest()
+    text = json.dumps(header, sort_keys=True)
+    return hashlib.sha256((text + tensors_sha256(tensors)).encode()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:

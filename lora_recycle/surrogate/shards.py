@@ -126,10 +126,10 @@ def check_manifest(manifest: Any) -> None:
         raise ValueError("failed must list adapters by name, sha256 and reason")
 
 
-def _adapter(told: Any) -> dict[str, Any]:
-    if not isinstance(told, dict) or not all(isinstance(told.get(key), str) for key in ("name", "sha256")):
+def _adapter(entry: Any) -> dict[str, Any]:
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("name", "sha256")):
         raise ValueError("it names no adapter with its checksum")
-    labels = told.get("labels")
+    labels = entry.get("labels")
     if labels is not None and not (isinstance(labels, list) and all(isinstance(name, str) for name in labels)):
         raise ValueError("labels of an adapter must be names")
-    return told
+    return entry

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import CLIPModel, CLIPVisionModel
 
 from lora_recycle import AdapterPool, InversionConfig, LoRAInverter
-from lora_recycle.adapters import zero_shot_heads as text_heads
+from lora_recycle.adapters import zero_shot_heads
 from lora_recycle.adapters.class_names import name_classes
 from lora_recycle.errors import AdapterError, ConfigError
 from lora_recycle.surrogate.dataset import SurrogateDataset
@@ -83,14 +83,14 @@ def test_the_logits_are_those_of_the_whole_model_that_wears_the_adapter(hub, tmp
 
 
 def test_the_text_tower_is_loaded_once_for_all_adapters_and_freed(pool_path, monkeypatch):
-    loaded, load = [], text_heads.AutoModel.from_pretrained
+    loaded, load = [], zero_shot_heads.AutoModel.from_pretrained
 
     def counted(*args, **kwargs):
         model, info = load(*args, **kwargs)
         loaded.extend((weakref.ref(model), weakref.ref(model.text_model)))
         return model, info
 
-    monkeypatch.setattr(text_heads.AutoModel, "from_pretrained", counted)
+    monkeypatch.setattr(zero_shot_heads.AutoModel, "from_pretrained", counted)
     pool = AdapterPool.from_pretrained(pool_path, class_names={"birds": ["owl", "tit"], "pets": NAMES})
     assert [a.info.labels for a in pool] == [("owl", "tit"), tuple(NAMES)]
     assert [a.num_classes for a in pool] == [2, 3]
@@ -154,7 +154,7 @@ def test_a_base_without_a_usable_text_tower_says_what_to_do(pool_path, tiny_back
         message = "birds: has no head, and its class names make none: .*clip_vision_model model without a text tower"
     elif what == "vit":
         folder, base = tmp_path / "vit", tiny_backbone_path
-        tower = text_heads.AutoModel.from_pretrained(base, add_pooling_layer=False)
+        tower = zero_shot_heads.AutoModel.from_pretrained(base, add_pooling_layer=False)
         get_peft_model(tower, LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
         message = "vit model without a text tower, .* Use adapters that have heads, or name the whole model"
     elif what == "no tokenizer":

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from helpers_old_names import as_format_1
 from safetensors.torch import load_file, save_file
 
 from lora_recycle.distillation.reproduction import reproduce
@@ -42,6 +43,18 @@ def test_what_is_made_again_is_the_same(work, tmp_path, run, from_surrogate):
     assert "surrogate data: 3 of 3 shards byte-identical" in err and "differs" not in err
     assert (tmp_path / "meta_lora" / WEIGHTS).read_bytes() == (work / "meta" / WEIGHTS).read_bytes()
     assert (tmp_path / "surrogate").exists() != from_surrogate
+
+
+def test_a_sidecar_with_the_names_of_the_first_format_is_made_again(work, tmp_path, run):
+    shutil.copytree(work / "meta", tmp_path / "meta")
+    path = tmp_path / "meta" / "meta_lora_config.json"
+    path.write_text(json.dumps(as_format_1(json.loads(path.read_text()))))
+    assert "held_out" in path.read_text() and "class_centres" in path.read_text()
+    command = ["reproduce", tmp_path / "meta", work / "pool", "--surrogate", work / "surrogate", "--quiet"]
+    assert run(*command, "--output", tmp_path / "again")[:2] == (
+        0,
+        f"{tmp_path / 'again' / 'meta_lora'}: byte-identical\n",
+    )
 
 
 def test_what_is_not_the_same_is_told_with_the_versions(work, tmp_path, run):

@@ -50,7 +50,7 @@ def test_many_tasks_at_once_are_one_task_at_a_time(data, tiny_pool, result, meth
     merging, labels = tuning_free_methods(0)[method], torch.arange(WAYS).repeat_interleave(SHOTS)
     for i, episode in enumerate(drawn.episodes[:2]):
         support, queries = data.pixels[episode.support.flatten()], data.pixels[episode.query]
-        guesses = composition.classify(tiny_pool, support, labels, queries).argmax(1)
+        guesses = merging.classify(tiny_pool, support, labels, queries).argmax(1)
         accuracy = 100 * (guesses == episode.query_labels).float().mean()
         torch.testing.assert_close(result.accuracies[SHOTS, method][i], accuracy)
 

@@ -188,8 +188,8 @@ def test_sinkhorn_with_little_entropy_is_the_assignment():
     torch.testing.assert_close(sinkhorn(cost, entropy=0.004, iterations=2000), expected, rtol=0, atol=0.01)
 
 
-def test_transport_moves_the_centres_to_the_queries():
-    # one shot lies at the edge of its class: by the nearest prototype the query at 50 degrees is lost, by transport not
+def test_transport_moves_the_prototypes_to_the_queries():
+    # one shot lies at the edge of its class: the nearest prototype misses the query at 50 degrees, transport does not
     degrees = torch.tensor([-30.0, 75, 0, 20, 50, 70, 80, 90]).deg2rad()
     points = torch.stack([degrees.cos(), degrees.sin()], 1)
     support, query = points[:2], points[2:]

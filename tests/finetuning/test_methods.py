@@ -135,7 +135,7 @@ def test_evolution_finds_the_minimum_within_its_bounds():
     assert len(calls) == 7
 
 
-def test_the_logits_leave_each_image_out_of_prototype():
+def test_the_logits_leave_each_image_out_of_its_own_prototype():
     features = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
     labels = torch.tensor([0, 0, 1])  # the last one is alone and stays in
     prototype, other = F.normalize(torch.tensor([0.8, 0.4]), dim=0), torch.tensor([0.0, 1.0])

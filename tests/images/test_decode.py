@@ -9,8 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from lora_recycle.errors import DataError
-from lora_recycle.images import decode as decoding
-from lora_recycle.images import decode as pictures
+from lora_recycle.images import decode
 from lora_recycle.images.decode import decoded, to_picture
 from lora_recycle.images.sources import images_below
 
@@ -231,7 +230,7 @@ def test_half_a_file_is_refused_however_often_it_is_asked_for():
 
 
 def test_many_are_decoded_in_order_and_few_ahead(tmp_path, monkeypatch):
-    monkeypatch.setattr(decoding, "AHEAD", 5)
+    monkeypatch.setattr(decode, "AHEAD", 5)
     for number in range(40):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number:02}.png")
     (tmp_path / "17.png").write_bytes(b"broken")
@@ -258,9 +257,9 @@ def test_what_goes_wrong_in_our_own_code_is_not_called_a_broken_image(tmp_path):
 
 
 def test_one_large_picture_is_decoded_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "_LARGE", 100)
-    monkeypatch.setattr(decoding, "WORKERS", 8)
-    inside, most, original = [], [], pictures.to_rgb
+    monkeypatch.setattr(decode, "_LARGE", 100)
+    monkeypatch.setattr(decode, "WORKERS", 8)
+    inside, most, original = [], [], decode.to_rgb
 
     def watched(image):
         inside.append(image)
@@ -269,7 +268,7 @@ def test_one_large_picture_is_decoded_at_a_time(tmp_path, monkeypatch):
         inside.remove(image)
         return found
 
-    monkeypatch.setattr(pictures, "to_rgb", watched)
+    monkeypatch.setattr(decode, "to_rgb", watched)
     for number in range(12):
         Image.effect_noise((200, 200), 90).save(tmp_path / f"{number}.png")
     paths = [(None, path) for path in tmp_path.iterdir()]

@@ -15,7 +15,7 @@ from transformers import Dinov2Config, Dinov2Model, ViTForImageClassification
 from lora_recycle.adapters.pull import find_adapters, pull_adapter
 from lora_recycle.errors import ConfigError, DataError
 from lora_recycle.images.labelled import LabelledImages
-from lora_recycle.pool import training as tuning
+from lora_recycle.pool import training
 from lora_recycle.pool.config import AdapterTrainingConfig
 from lora_recycle.pool.pool import AdapterPool
 from lora_recycle.pool.training import augment, split_task, train_adapter, train_adapters
@@ -93,7 +93,7 @@ def test_same_seed_same_adapter(toy_data, tiny_backbone_path, tmp_path):
 @pytest.mark.parametrize("peft_type", ["LORA", "DORA"])
 @pytest.mark.usefixtures("launched_with_bf16")
 def test_bfloat16_casts_no_input_of_a_lora_to_and_fro(peft_type, toy_data, tiny_backbone_path, tmp_path, monkeypatch):
-    config, fit, seen = AdapterTrainingConfig(images_per_class=8, epochs=1, peft_type=peft_type), tuning._fit, {}
+    config, fit, seen = AdapterTrainingConfig(images_per_class=8, epochs=1, peft_type=peft_type), training._fit, {}
 
     def watched(wrapped, *rest):
         layers = [m for m in wrapped.modules() if hasattr(m, "lora_A")]
@@ -103,11 +103,11 @@ def test_bfloat16_casts_no_input_of_a_lora_to_and_fro(peft_type, toy_data, tiny_
         fit(wrapped, *rest)
         seen["layers"] = layers
 
-    monkeypatch.setattr(tuning, "_fit", watched)
+    monkeypatch.setattr(training, "_fit", watched)
     for name in ("as it is", "with casts"):
         train_adapter(toy_data, [0, 1], tmp_path / name, config, str(tiny_backbone_path), 0)
         assert all(layer.cast_input_dtype_enabled for layer in seen["layers"])
-        monkeypatch.setattr(tuning, "disable_input_dtype_casting", lambda *args: contextlib.nullcontext())
+        monkeypatch.setattr(training, "disable_input_dtype_casting", lambda *args: contextlib.nullcontext())
     assert torch.bfloat16 not in seen["with casts"] and (torch.bfloat16 in seen["as it is"]) == (peft_type == "LORA")
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("as it is", "with casts"))
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)

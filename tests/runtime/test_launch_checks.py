@@ -7,7 +7,7 @@ import torch
 
 from lora_recycle.cli.main import main
 from lora_recycle.errors import ConfigError, ProcessError
-from lora_recycle.runtime import launch as processes
+from lora_recycle.runtime import launch
 from lora_recycle.runtime.launch import claim_indices, collective_timeout, process_state
 
 
@@ -49,7 +49,7 @@ def test_processes_that_do_not_reach_each_other_are_told_what_to_look_at(monkeyp
     def unreachable(**options):
         raise RuntimeError("Gloo connectFullMesh failed with timed out connecting\nframe 0")
 
-    monkeypatch.setattr(processes, "PartialState", unreachable)
+    monkeypatch.setattr(launch, "PartialState", unreachable)
     with pytest.raises(ProcessError, match=r"does not reach the others \(Gloo .* connecting\). Each machine needs"):
         process_state()
 

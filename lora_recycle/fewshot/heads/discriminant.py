@@ -39,10 +39,10 @@ class DiscriminantHead(LinearHead):
 
     def statistics(self, features: torch.Tensor, labels: torch.Tensor, num_classes: int) -> Tensors:
         features = unit(features)
-        found = super().statistics(features, labels, num_classes)
+        known = super().statistics(features, labels, num_classes)
         members = F.one_hot(labels, num_classes).to(features.dtype)
-        residuals = features - members @ self.prototypes(found)
-        return {**found, "scatter": residuals.mT @ residuals}
+        residuals = features - members @ self.prototypes(known)
+        return {**known, "scatter": residuals.mT @ residuals}
 
     def merged(self, earlier: Tensors, later: Tensors) -> Tensors:
         """The scatter grows by how far the two means of each class lie apart (Chan, Golub & LeVeque, 1983)."""

@@ -13,9 +13,9 @@ ITERATIONS = 20
 class LaplacianHead(TransductiveHead):
     """Soft assignment to the prototypes with a Laplacian term over the queries (LaplacianShot, arXiv 2006.15486).
 
-    Each query's squared distances to the prototypes are weighed against the assignments of its nearest neighbours among
-    the queries, and all assignments are updated at once by the paper's bound optimiser. Its rectification of the
-    prototypes is left out. One query alone is classified by its nearest prototype.
+    Each query's squared distances to the prototypes are weighed against the assignments of its nearest neighbours
+    among the queries, and all assignments are updated at once by the paper's bound optimiser. Its rectification of
+    the prototypes is left out. One query alone is classified by its nearest prototype.
 
     Args:
         neighbours (`int`): how many other queries each is tied to.

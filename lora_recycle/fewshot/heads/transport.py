@@ -43,7 +43,8 @@ class TransportHead(TransductiveHead):
         if features.shape[-2] < prototypes.shape[-2]:
             raise DataError(
                 f"{self.name} shares out the queries to the classes, so it needs at least as many queries as classes: "
-                f"got {features.shape[-2]} for {prototypes.shape[-2]}. Give all images in one call, or use another head."
+                f"got {features.shape[-2]} for {prototypes.shape[-2]}. Give all images in one call, or use "
+                "another head."
             )
         for _ in range(self.passes):
             cost = torch.cdist(prototypes, features).square()
