@@ -10,6 +10,7 @@ from ..errors import DataError
 from ..images.decode import local_path
 from ..images.sources import ImageSource, dataset_source, is_dataset, open_source
 from .preprocessing import as_batch
+from .task import check_labels
 
 
 #: Of a folder or data set in splits, examples are taken from the one that is for learning.
@@ -34,6 +35,13 @@ def support_set(images: Any, labels: Sequence[Any] | None) -> tuple[Any, list[An
     if len(batch) and len(batch) != len(names):
         raise DataError(f"{len(batch)} images, but {len(names)} labels: each image needs one.")
     return batch, names
+
+
+def require_two_classes(labels: Sequence[Any]) -> None:
+    """Raise `DataError` where there is one class only, or two labels would pass for one."""
+    check_labels(labels)
+    if len(set(labels)) < 2:
+        raise DataError("A support set needs at least two classes, or there is nothing to tell apart.")
 
 
 def _labelled_source(images: Any) -> ImageSource:

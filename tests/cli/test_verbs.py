@@ -224,6 +224,8 @@ def test_demo_leaves_checkpoints_alone_that_are_not_its_own(work, tmp_path, fail
     recipe, output = tmp_path / "recipe.yaml", tmp_path / "demo"
     recipe.write_text(RECIPE.replace("STEPS", "2"))
     shutil.copytree(work / "meta" / "work", output / "meta_lora" / "work")
+    assert "holds other files (meta_lora)" in fails("demo", "--pool", work / "pool", "--output", output)
+    (output / "results.json").write_text('{"rows": []}')  # as if it were the demo's own
     line = fails("demo", "--pool", work / "pool", "--recipe", recipe, "--output", output, "--quiet")
     assert "checkpoint of another recipe" in line
     assert (output / "meta_lora" / "work" / "checkpoint-00000003.safetensors").exists()

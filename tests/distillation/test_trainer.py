@@ -177,6 +177,7 @@ def test_a_checkpoint_of_another_recipe_or_pool_is_refused(tiny_pool, tiny_surro
 
 def test_where_all_checkpoints_are_damaged_none_is_taken(tiny_pool, tiny_surrogate, tmp_path):
     (tmp_path / "checkpoint-00000002.safetensors").write_bytes(b"\x10\x00")
+    (tmp_path / "training_log.json").write_text("{}")
     with pytest.raises(DataError, match="the checkpoint is damaged .*, and no other is left. .*--no-resume"):
         train(tiny_pool, tiny_surrogate, recipe(), tmp_path)
 
