@@ -13,9 +13,10 @@ from safetensors.torch import save, save_file
 
 from lora_recycle.adapters.keys import module_of
 from lora_recycle.adapters.pull import pull_adapter
-from lora_recycle.adapters.quantization import CODES_FILE, read_coded_header
+from lora_recycle.adapters.quantization import read_coded_header
 from lora_recycle.errors import AdapterError, DataError
 from lora_recycle.hub.card_files import read_card
+from lora_recycle.hub.repo_files import CODES_FILE
 from lora_recycle.runtime import untrusted
 from lora_recycle.runtime.untrusted import parse_json, read_safetensors_header
 from lora_recycle.surrogate.dataset import SurrogateDataset
