@@ -12,7 +12,7 @@ from ..errors import AdapterError, DataError
 from ..fewshot.heads import FewShotHead
 from ..fewshot.prototypes import prototype_logits
 from ..runtime.outputs import check_file
-from .support import support_set, without_failures
+from .support import require_two_classes, support_set, without_failures
 from .task import FewShotTask, holds_task, save_task
 
 
