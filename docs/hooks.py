@@ -6,7 +6,7 @@ import re
 
 from griffe import Extension
 
-from lora_recycle.commands.main import build_parser
+from lora_recycle.cli.main import build_parser
 
 
 #: What docs/verbs.md holds in the place of the help.

@@ -4,7 +4,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from lora_recycle.storage import atomic_write
+from lora_recycle.runtime.files import atomic_write
 
 
 #: method: its mark and the dashes of its line

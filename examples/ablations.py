@@ -24,15 +24,17 @@ from ablation_plots import draw
 from choose_recipe import BASE_INVERT, FROM_INIT
 
 from lora_recycle import AdapterPool, DistillationConfig, InversionConfig, LoraInverter, MetaLoraTrainer
-from lora_recycle.backbones import extract_features
-from lora_recycle.embedded import pool_path
-from lora_recycle.evaluation.episodes import sample_episodes
-from lora_recycle.evaluation.protocol import confidence, prototype_accuracy
-from lora_recycle.images import load_labelled_images
-from lora_recycle.processes import choose_device
-from lora_recycle.storage import atomic_write
-from lora_recycle.surrogate import SurrogateDataset
-from lora_recycle.tuning import TuningConfig, tune_pool
+from lora_recycle.backbones.backbone import extract_features
+from lora_recycle.evaluation.results import confidence
+from lora_recycle.fewshot.accuracy import prototype_accuracy
+from lora_recycle.fewshot.episodes import sample_episodes
+from lora_recycle.hub.embedded import pool_path
+from lora_recycle.images.labelled import load_labelled_images
+from lora_recycle.pool.config import TuningConfig
+from lora_recycle.pool.training import tune_pool
+from lora_recycle.runtime.files import atomic_write
+from lora_recycle.runtime.launch import choose_device
+from lora_recycle.surrogate.dataset import SurrogateDataset
 
 
 HOME = ("cifar_fs", "mini_imagenet", "vgg_flower", "omniglot_small")

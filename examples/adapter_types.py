@@ -23,13 +23,13 @@ from lora_recycle import (
     MetaLoraTrainer,
     SurrogateDataset,
 )
+from lora_recycle.adapters.pull import find_adapters, pull_adapter
 from lora_recycle.distillation.config import PRINCIPAL_STARTS
-from lora_recycle.embedded import pool_path
-from lora_recycle.evaluation.episodes import sample_episodes
-from lora_recycle.evaluation.protocol import confidence
-from lora_recycle.hub.adapters import find_adapters, pull_adapter
-from lora_recycle.modeling.saving import wrap_student
-from lora_recycle.storage import atomic_write
+from lora_recycle.distillation.saving import wrap_student
+from lora_recycle.evaluation.results import confidence
+from lora_recycle.fewshot.episodes import sample_episodes
+from lora_recycle.hub.embedded import pool_path
+from lora_recycle.runtime.files import atomic_write
 
 
 #: name: what differs from a LoRA that starts from the average

@@ -18,15 +18,16 @@ import torch
 import torch.nn.functional as F
 
 from lora_recycle import AdapterPool, DistillationConfig, MetaLoraTrainer, SurrogateDataset
-from lora_recycle.backbones import extract_features
-from lora_recycle.embedded import pool_path
-from lora_recycle.evaluation.episodes import sample_episodes
-from lora_recycle.evaluation.protocol import confidence, prototype_accuracy
-from lora_recycle.hub.adapters import find_adapters, pull_adapter
-from lora_recycle.images import load_labelled_images
-from lora_recycle.prototypes import centre_logits, class_centres
-from lora_recycle.relations import relational_divergence
-from lora_recycle.storage import atomic_write
+from lora_recycle.adapters.pull import find_adapters, pull_adapter
+from lora_recycle.backbones.backbone import extract_features
+from lora_recycle.evaluation.results import confidence
+from lora_recycle.fewshot.accuracy import prototype_accuracy
+from lora_recycle.fewshot.episodes import sample_episodes
+from lora_recycle.fewshot.prototypes import centre_logits, class_centres
+from lora_recycle.fewshot.relations import relational_divergence
+from lora_recycle.hub.embedded import pool_path
+from lora_recycle.images.labelled import load_labelled_images
+from lora_recycle.runtime.files import atomic_write
 
 
 LR = 3e-4

@@ -12,12 +12,13 @@ import math
 from pathlib import Path
 
 from lora_recycle import MetaLoRAForFewShotClassification, SurrogateDataset, fit_head
-from lora_recycle.backbones import extract_features
-from lora_recycle.evaluation.episodes import sample_episodes
-from lora_recycle.evaluation.protocol import confidence, head_accuracy
-from lora_recycle.images import load_labelled_images
-from lora_recycle.modeling.heads import HEADS, make_head
-from lora_recycle.storage import atomic_write
+from lora_recycle.backbones.backbone import extract_features
+from lora_recycle.evaluation.results import confidence
+from lora_recycle.fewshot.accuracy import head_accuracy
+from lora_recycle.fewshot.episodes import sample_episodes
+from lora_recycle.fewshot.heads import HEADS, make_head
+from lora_recycle.images.labelled import load_labelled_images
+from lora_recycle.runtime.files import atomic_write
 
 
 SETS = ("cifar_fs", "mini_imagenet", "vgg_flower")

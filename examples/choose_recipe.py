@@ -20,13 +20,14 @@ import torch.nn.functional as F
 from make_pool import HELD_BACK
 
 from lora_recycle import AdapterPool, Backbone, DistillationConfig, InversionConfig, LoraInverter, MetaLoraTrainer
-from lora_recycle.backbones import extract_features
-from lora_recycle.embedded import pool_path
-from lora_recycle.evaluation.episodes import sample_episodes
-from lora_recycle.evaluation.protocol import confidence, prototype_accuracy
-from lora_recycle.images import LabelledImages, load_labelled_images
-from lora_recycle.storage import atomic_write
-from lora_recycle.surrogate import Shard, SurrogateDataset, save_shard, write_manifest
+from lora_recycle.backbones.backbone import extract_features
+from lora_recycle.evaluation.results import confidence
+from lora_recycle.fewshot.accuracy import prototype_accuracy
+from lora_recycle.fewshot.episodes import sample_episodes
+from lora_recycle.hub.embedded import pool_path
+from lora_recycle.images.labelled import LabelledImages, load_labelled_images
+from lora_recycle.runtime.files import atomic_write
+from lora_recycle.surrogate.dataset import Shard, SurrogateDataset, save_shard, write_manifest
 
 
 BASE_INVERT = {

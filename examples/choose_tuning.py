@@ -19,14 +19,14 @@ from pathlib import Path
 import torch
 
 from lora_recycle import AdapterPool, MetaLoRAForFewShotClassification, TaskTuningConfig
-from lora_recycle.embedded import pool_path
-from lora_recycle.evaluation.episodes import EpisodeSet, sample_episodes
-from lora_recycle.evaluation.protocol import confidence
-from lora_recycle.evaluation.tuned import tuned_accuracy
-from lora_recycle.images import LabelledImages, load_labelled_images
-from lora_recycle.modeling.tuning_task import MetaLoraTuning, default_config
-from lora_recycle.storage import atomic_write
-from lora_recycle.task_tuning import TaskTuning, tuning_methods
+from lora_recycle.evaluation.results import confidence
+from lora_recycle.evaluation.tuned import MetaLoraTuning, tuned_accuracy
+from lora_recycle.fewshot.episodes import EpisodeSet, sample_episodes
+from lora_recycle.finetuning import TaskTuning, tuning_methods
+from lora_recycle.hub.embedded import pool_path
+from lora_recycle.images.labelled import LabelledImages, load_labelled_images
+from lora_recycle.modeling.tuning import default_config
+from lora_recycle.runtime.files import atomic_write
 
 
 SETS = ("cifar_fs", "mini_imagenet", "vgg_flower")
@@ -54,7 +54,7 @@ def _free(own: dict) -> dict:
 def make_method(name: str, model: MetaLoRAForFewShotClassification, variant: str) -> TaskTuning:
     """The method with the settings of a variant; `tune` stands for `model.tune`."""
     if name == "tune":
-        own = default_config(model).to_dict()
+        own = default_config(model.head).to_dict()
         return MetaLoraTuning(model, TaskTuningConfig(**{**own, **VARIANTS[variant](own)}))
     kind = type(tuning_methods()[name])
     own = TaskTuningConfig(**kind.defaults).to_dict()

@@ -22,15 +22,15 @@ from choose_recipe import FROM_INIT, judge, validation_sets
 from scipy.stats import spearmanr
 
 from lora_recycle import AdapterPool, DistillationConfig, MetaLoraTrainer
-from lora_recycle.backbones import extract_features
+from lora_recycle.backbones.backbone import extract_features
 from lora_recycle.distillation.callbacks import TrainerCallback
-from lora_recycle.embedded import pool_path
-from lora_recycle.evaluation.episodes import sample_episodes
-from lora_recycle.evaluation.protocol import prototype_accuracy
-from lora_recycle.prototypes import centre_logits, class_centres
-from lora_recycle.relations import relational_divergence
-from lora_recycle.storage import atomic_write
-from lora_recycle.surrogate import SurrogateDataset
+from lora_recycle.fewshot.accuracy import prototype_accuracy
+from lora_recycle.fewshot.episodes import sample_episodes
+from lora_recycle.fewshot.prototypes import centre_logits, class_centres
+from lora_recycle.fewshot.relations import relational_divergence
+from lora_recycle.hub.embedded import pool_path
+from lora_recycle.runtime.files import atomic_write
+from lora_recycle.surrogate.dataset import SurrogateDataset
 
 
 TEMPERATURE = 0.1

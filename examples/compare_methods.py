@@ -11,9 +11,9 @@ import argparse
 
 from lora_recycle import AdapterPool, evaluate
 from lora_recycle.demo.run import load_digits_images
-from lora_recycle.embedded import pool_path
-from lora_recycle.evaluation.protocol import format_table
-from lora_recycle.images import load_labelled_images
+from lora_recycle.evaluation.results import format_table
+from lora_recycle.hub.embedded import pool_path
+from lora_recycle.images.labelled import load_labelled_images
 
 
 SHIPPED = ("vgg_flower-05", "omniglot_small-05", "omniglot_small-06")

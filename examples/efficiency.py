@@ -26,12 +26,12 @@ from choose_recipe import judge
 from speed.trials import Lbfgs, Mixtures, PreviousBatch
 
 from lora_recycle import AdapterPool, DistillationConfig, InversionConfig, LoraInverter, MetaLoraTrainer
-from lora_recycle.embedded import pool_path
-from lora_recycle.evaluation.episodes import sample_episodes
-from lora_recycle.evaluation.protocol import confidence
-from lora_recycle.images import load_labelled_images
-from lora_recycle.storage import atomic_write
-from lora_recycle.surrogate import SurrogateDataset
+from lora_recycle.evaluation.results import confidence
+from lora_recycle.fewshot.episodes import sample_episodes
+from lora_recycle.hub.embedded import pool_path
+from lora_recycle.images.labelled import load_labelled_images
+from lora_recycle.runtime.files import atomic_write
+from lora_recycle.surrogate.dataset import SurrogateDataset
 
 
 ADAPTERS = [f"cifar_fs-{i:02d}" for i in (5, 8, 9, 10, 11, 12)]

@@ -10,7 +10,7 @@ import argparse
 
 from lora_recycle import MetaLoRAForFewShotClassification
 from lora_recycle.demo.run import load_digits_images
-from lora_recycle.images import load_labelled_images
+from lora_recycle.images.labelled import load_labelled_images
 
 
 def main(arguments: list[str] | None = None) -> float | None:

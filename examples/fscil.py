@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 
 from lora_recycle import AdapterPool, MetaLoRAForFewShotClassification
-from lora_recycle.backbones import extract_features
-from lora_recycle.embedded import pool_path
+from lora_recycle.backbones.backbone import extract_features
 from lora_recycle.evaluation.incremental import draw_sessions, session_accuracies
-from lora_recycle.images import load_labelled_images
-from lora_recycle.modeling.heads import make_head
-from lora_recycle.storage import atomic_write
+from lora_recycle.fewshot.heads import make_head
+from lora_recycle.hub.embedded import pool_path
+from lora_recycle.images.labelled import load_labelled_images
+from lora_recycle.runtime.files import atomic_write
 
 
 HEADS = ("cosine_centres", "lda")

@@ -24,14 +24,13 @@ import torch
 from choose_recipe import FROM_INIT, judge, validation_sets
 
 from lora_recycle import AdapterPool, DistillationConfig, MetaLoraTrainer, SurrogateDataset
-from lora_recycle.composition.base import Changes, Merge, add_scaled, dense_changes
-from lora_recycle.distillation.adapter_types import adapted_layers
-from lora_recycle.distillation.student import linear_layers
-from lora_recycle.embedded import pool_path
-from lora_recycle.evaluation.episodes import sample_episodes
-from lora_recycle.evaluation.protocol import confidence
-from lora_recycle.images import load_labelled_images
-from lora_recycle.storage import atomic_write
+from lora_recycle.adapters.trainable import adapted_layers, linear_layers
+from lora_recycle.evaluation.results import confidence
+from lora_recycle.fewshot.episodes import sample_episodes
+from lora_recycle.hub.embedded import pool_path
+from lora_recycle.images.labelled import load_labelled_images
+from lora_recycle.merging.base import Changes, Merge, add_scaled, dense_changes
+from lora_recycle.runtime.files import atomic_write
 
 
 GROUPS = {"photos": ("cifar_fs", "mini_imagenet"), "flowers": ("vgg_flower",), "characters": ("omniglot_small",)}

@@ -25,7 +25,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from lora_recycle.embedded import pool_path
+from lora_recycle.hub.embedded import pool_path
 
 
 #: How a process ends that a signal hit: by the system, or by the command line's own exit code.

@@ -24,11 +24,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from lora_recycle.backbones import Backbone
-from lora_recycle.embedded import BACKBONE_NAME
-from lora_recycle.images import load_labelled_images
-from lora_recycle.processes import choose_device, process_state
-from lora_recycle.tuning import TuningConfig, tune_adapter
+from lora_recycle.backbones.backbone import Backbone
+from lora_recycle.hub.embedded import BACKBONE_NAME
+from lora_recycle.images.labelled import load_labelled_images
+from lora_recycle.pool.config import TuningConfig
+from lora_recycle.pool.training import tune_adapter
+from lora_recycle.runtime.launch import choose_device, process_state
 
 
 #: data set: (settings of all its tasks, settings of each task)

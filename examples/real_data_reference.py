@@ -21,15 +21,15 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from lora_recycle import AdapterPool, Backbone, DistillationConfig, MetaLoRAForFewShotClassification
+from lora_recycle import AdapterPool, Backbone, DistillationConfig
 from lora_recycle.distillation.checkpoints import Checkpoints
+from lora_recycle.distillation.schedule import learning_rate
 from lora_recycle.distillation.student import Student
-from lora_recycle.distillation.trainer import learning_rate
-from lora_recycle.embedded import backbone_name, pool_path
-from lora_recycle.images import LabelledImages, load_labelled_images
-from lora_recycle.processes import choose_device, mixed_precision
-from lora_recycle.prototypes import centre_logits, class_centres
-from lora_recycle.tuning import augment
+from lora_recycle.fewshot.prototypes import centre_logits, class_centres
+from lora_recycle.hub.embedded import backbone_name, pool_path
+from lora_recycle.images.labelled import LabelledImages, load_labelled_images
+from lora_recycle.pool.training import augment
+from lora_recycle.runtime.launch import choose_device, mixed_precision
 
 
 #: What differs from the defaults of distillation: queries enough to learn from, no relational loss.
@@ -125,7 +125,7 @@ def main() -> None:
     work = args.work or args.output.with_name(f"{args.output.name}-work")
     student = train(backbone, sets, config, work, pool, flip=not args.no_flip)
     settings = {"real_data": [data.name for data in sets], "meta_training": config.to_dict()}
-    model = MetaLoRAForFewShotClassification.from_student(student, {"metric": config.metric, **settings})
+    model = student.to_model({"metric": config.metric, **settings})
     model.save_pretrained(args.output)
     print(f"Next: lora-recycle evaluate {args.output} --data TEST_IMAGES")
 

@@ -20,7 +20,7 @@ from lora_recycle import (
     save_meta_lora,
     wrap_student,
 )
-from lora_recycle.commands.arguments import read_section
+from lora_recycle.cli.arguments import read_section
 
 
 def main(arguments: list[str] | None = None) -> str | None:

@@ -16,10 +16,7 @@ from pathlib import Path
 import torch
 
 from lora_recycle import AdapterPool, MetaLoRAForFewShotClassification, SurrogateDataset, fit_head
-from lora_recycle.backbones import Backbone, extract_features
-from lora_recycle.embedded import pool_path
-from lora_recycle.evaluation.episodes import sample_episodes
-from lora_recycle.evaluation.protocol import confidence
+from lora_recycle.backbones.backbone import Backbone, extract_features
 from lora_recycle.evaluation.rejection import (
     SCORES,
     auroc,
@@ -28,8 +25,11 @@ from lora_recycle.evaluation.rejection import (
     known_scores,
     open_tasks,
 )
-from lora_recycle.images import LabelledImages, load_labelled_images
-from lora_recycle.storage import atomic_write
+from lora_recycle.evaluation.results import confidence
+from lora_recycle.fewshot.episodes import sample_episodes
+from lora_recycle.hub.embedded import pool_path
+from lora_recycle.images.labelled import LabelledImages, load_labelled_images
+from lora_recycle.runtime.files import atomic_write
 
 
 TEST = ("cifar_fs", "mini_imagenet", "vgg_flower")

@@ -27,7 +27,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from transformers.utils import logging
 
 from lora_recycle import AdapterPool, DistillationConfig, InversionConfig, LoraInverter, MetaLoraTrainer
-from lora_recycle.surrogate import SurrogateDataset
+from lora_recycle.surrogate.dataset import SurrogateDataset
 
 
 STAGES = ("load", "average", "groups", "invert", "distill")

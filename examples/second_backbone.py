@@ -33,11 +33,12 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from transformers import AutoModel, Dinov2Config, ViTImageProcessorPil
 
-from lora_recycle.backbones import Backbone, extract_features
-from lora_recycle.evaluation.episodes import sample_episodes
-from lora_recycle.evaluation.protocol import confidence, prototype_accuracy
-from lora_recycle.images import load_labelled_images
-from lora_recycle.storage import atomic_write
+from lora_recycle.backbones.backbone import Backbone, extract_features
+from lora_recycle.evaluation.results import confidence
+from lora_recycle.fewshot.accuracy import prototype_accuracy
+from lora_recycle.fewshot.episodes import sample_episodes
+from lora_recycle.images.labelled import load_labelled_images
+from lora_recycle.runtime.files import atomic_write
 
 
 SETS = ("cifar_fs", "mini_imagenet", "vgg_flower")

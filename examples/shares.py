@@ -22,12 +22,12 @@ from choose_recipe import judge, validation_sets
 from group_weights import Weighted, cut
 
 from lora_recycle import AdapterPool
-from lora_recycle.composition import Restored, Undiluted
-from lora_recycle.composition.base import dense_changes
-from lora_recycle.embedded import pool_path
-from lora_recycle.evaluation.episodes import sample_episodes
-from lora_recycle.evaluation.protocol import confidence
-from lora_recycle.storage import atomic_write
+from lora_recycle.evaluation.results import confidence
+from lora_recycle.fewshot.episodes import sample_episodes
+from lora_recycle.hub.embedded import pool_path
+from lora_recycle.merging import Restored, Undiluted
+from lora_recycle.merging.base import dense_changes
+from lora_recycle.runtime.files import atomic_write
 
 
 RANK = 64

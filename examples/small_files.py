@@ -16,13 +16,13 @@ import torch
 from choose_recipe import judge, validation_sets
 
 from lora_recycle import AdapterPool, MetaLoRAForFewShotClassification
-from lora_recycle.backbones import Backbone
-from lora_recycle.embedded import resolve_meta_lora
-from lora_recycle.evaluation.episodes import sample_episodes
-from lora_recycle.evaluation.protocol import confidence
-from lora_recycle.hub.adapters import pull_adapter
+from lora_recycle.adapters.pull import pull_adapter
+from lora_recycle.backbones.backbone import Backbone
+from lora_recycle.evaluation.results import confidence
+from lora_recycle.fewshot.episodes import sample_episodes
+from lora_recycle.hub.embedded import resolve_meta_lora
 from lora_recycle.modeling.publishing import write_adapter
-from lora_recycle.storage import atomic_write
+from lora_recycle.runtime.files import atomic_write
 
 
 BITS = (32, 16, 8, 4, 2, 1)

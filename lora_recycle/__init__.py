@@ -7,31 +7,31 @@ from .version import __version__
 
 
 if TYPE_CHECKING:  # what `_LAZY` loads at run time
-    from .backbones import Backbone
+    from .adapters.pull import pull_adapter
+    from .backbones.backbone import Backbone
     from .distillation.config import DistillationConfig
+    from .distillation.saving import save_meta_lora, wrap_student
     from .distillation.trainer import MetaLoraTrainer
     from .errors import AdapterError, ConfigError, DataError, LoraRecycleError, PushError
-    from .evaluation.benchmark import evaluate
-    from .hub.adapters import pull_adapter
+    from .evaluation.evaluate import evaluate
+    from .finetuning.config import TaskTuningConfig
     from .inversion.config import InversionConfig
     from .inversion.inverter import LoraInverter
     from .modeling.export import export
-    from .modeling.heads.fitting import fit_head
+    from .modeling.head_fitting import fit_head
     from .modeling.meta_lora import MetaLoRAForFewShotClassification
     from .modeling.pipeline import FewShotImageClassificationPipeline
-    from .modeling.saving import save_meta_lora, wrap_student
-    from .pool import AdapterPool
-    from .surrogate import SurrogateDataset
-    from .task_tuning.config import TaskTuningConfig
-    from .tuning import tune_pool
-    from .tuning_config import TuningConfig
+    from .pool.config import TuningConfig
+    from .pool.pool import AdapterPool
+    from .pool.training import tune_pool
+    from .surrogate.dataset import SurrogateDataset
 
 
 #: Loaded on first use, so that importing the package stays quick.
 _LAZY = {
     "AdapterError": "errors",
-    "AdapterPool": "pool",
-    "Backbone": "backbones",
+    "AdapterPool": "pool.pool",
+    "Backbone": "backbones.backbone",
     "ConfigError": "errors",
     "DataError": "errors",
     "DistillationConfig": "distillation.config",
@@ -42,16 +42,16 @@ _LAZY = {
     "MetaLoRAForFewShotClassification": "modeling.meta_lora",
     "MetaLoraTrainer": "distillation.trainer",
     "PushError": "errors",
-    "SurrogateDataset": "surrogate",
-    "TaskTuningConfig": "task_tuning.config",
-    "TuningConfig": "tuning_config",
-    "evaluate": "evaluation.benchmark",
+    "SurrogateDataset": "surrogate.dataset",
+    "TaskTuningConfig": "finetuning.config",
+    "TuningConfig": "pool.config",
+    "evaluate": "evaluation.evaluate",
     "export": "modeling.export",
-    "fit_head": "modeling.heads.fitting",
-    "pull_adapter": "hub.adapters",
-    "save_meta_lora": "modeling.saving",
-    "tune_pool": "tuning",
-    "wrap_student": "modeling.saving",
+    "fit_head": "modeling.head_fitting",
+    "pull_adapter": "adapters.pull",
+    "save_meta_lora": "distillation.saving",
+    "tune_pool": "pool.training",
+    "wrap_student": "distillation.saving",
 }
 
 __all__ = [

@@ -2,7 +2,7 @@
 
 import sys
 
-from .commands.main import main
+from .cli.main import main
 
 
 def leave_the_others() -> None:

@@ -36,12 +36,12 @@ import torch  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 from helpers_tiny import save_tiny_backbone, toy_images  # noqa: E402
 
-from lora_recycle.hub import snapshots  # noqa: E402
+from lora_recycle.hub import download as snapshots  # noqa: E402
 from lora_recycle.inversion.config import InversionConfig  # noqa: E402
 from lora_recycle.inversion.inverter import LoraInverter  # noqa: E402
-from lora_recycle.pool import AdapterPool  # noqa: E402
-from lora_recycle.tuning import tune_adapter  # noqa: E402
-from lora_recycle.tuning_config import TuningConfig  # noqa: E402
+from lora_recycle.pool.config import TuningConfig  # noqa: E402
+from lora_recycle.pool.pool import AdapterPool  # noqa: E402
+from lora_recycle.pool.training import tune_adapter  # noqa: E402
 
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, database=None, max_examples=25, deadline=None)

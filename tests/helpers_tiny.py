@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
 
-from lora_recycle.backbones import Backbone
-from lora_recycle.hub.adapters import AdapterInfo
-from lora_recycle.images import LabelledImages
-from lora_recycle.pool import Adapter
+from lora_recycle.adapters.adapter import Adapter
+from lora_recycle.adapters.pull import AdapterInfo
+from lora_recycle.backbones.backbone import Backbone
+from lora_recycle.images.labelled import LabelledImages
 
 
 SIZES = {

@@ -21,12 +21,12 @@ from helpers_hub import publish
 from PIL import Image
 
 from lora_recycle import __all__
-from lora_recycle.commands.main import build_parser, main
-from lora_recycle.composition import __all__ as compositions
-from lora_recycle.configuration import RecipeConfig
-from lora_recycle.evaluation import benchmark
-from lora_recycle.evaluation.episodes import sample_episodes
-from lora_recycle.modeling.heads import HEADS
+from lora_recycle.cli.main import build_parser, main
+from lora_recycle.evaluation import evaluate as benchmark
+from lora_recycle.fewshot.episodes import sample_episodes
+from lora_recycle.fewshot.heads import HEADS
+from lora_recycle.merging import __all__ as compositions
+from lora_recycle.runtime.config import RecipeConfig
 
 
 ROOT = Path(__file__).parent.parent
@@ -44,8 +44,8 @@ ELSEWHERE = {
 PREPARED = ("docs/app.md", "docs/more.md", "docs/pictures.md")
 #: Pages that have a test of their own, which runs every block and looks at what comes out.
 TESTED = {
-    "docs/hub.md": ("tests/hub/test_docs.py", "tests/commands/test_hub_commands.py"),
-    "docs/methods.md": ("tests/composition/test_docs.py",),
+    "docs/hub.md": ("tests/hub/test_docs.py", "tests/cli/test_hub_commands.py"),
+    "docs/methods.md": ("tests/merging/test_docs.py",),
 }
 #: The most of each setting that is used here, so that a page takes seconds.
 SMALL = {"images_per_class": 2, "iterations": 2, "steps": 2, "rank": 4, "relational_batch": 12, "epochs": 1}

@@ -13,16 +13,23 @@ from helpers_tiny import ListedShard
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lora_recycle.configuration import read_yaml
+from lora_recycle.backbones.token_selection import keep_tokens, num_kept, select_top, take_patches
 from lora_recycle.distillation.config import DistillationConfig
 from lora_recycle.distillation.episodes import EpisodeSampler, class_identities
-from lora_recycle.distillation.images import SurrogateImages
+from lora_recycle.distillation.surrogate_images import SurrogateImages
 from lora_recycle.errors import ConfigError, DataError
-from lora_recycle.evaluation.episodes import sample_episodes
+from lora_recycle.fewshot.episodes import sample_episodes
 from lora_recycle.inversion.config import InversionConfig
-from lora_recycle.sparsity import keep_tokens, num_kept, select_top, take_patches
-from lora_recycle.surrogate import Shard, SurrogateDataset, load_shard, save_shard, shard_config_id, write_manifest
-from lora_recycle.tuning_config import TuningConfig
+from lora_recycle.pool.config import TuningConfig
+from lora_recycle.runtime.config import read_yaml
+from lora_recycle.surrogate.dataset import (
+    Shard,
+    SurrogateDataset,
+    load_shard,
+    save_shard,
+    shard_config_id,
+    write_manifest,
+)
 
 
 seeds = st.integers(0, 2**31)

@@ -15,13 +15,13 @@ from PIL import Image
 from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
 
 from lora_recycle import AdapterPool, Backbone, DistillationConfig, InversionConfig, LoraInverter, MetaLoraTrainer
-from lora_recycle.backbones import extract_features
+from lora_recycle.backbones.backbone import extract_features
 from lora_recycle.distillation.student import Student
-from lora_recycle.evaluation.episodes import sample_episodes
-from lora_recycle.evaluation.protocol import prototype_accuracy
+from lora_recycle.fewshot.accuracy import prototype_accuracy
+from lora_recycle.fewshot.episodes import sample_episodes
 from lora_recycle.modeling.meta_lora import MetaLoRAForFewShotClassification
 from lora_recycle.modeling.preprocessing import to_pixel_values
-from lora_recycle.surrogate import Shard, SurrogateDataset, save_shard, write_manifest
+from lora_recycle.surrogate.dataset import Shard, SurrogateDataset, save_shard, write_manifest
 
 from . import baselines
 from .measure import Case
@@ -198,7 +198,7 @@ def use(world: World) -> Iterator[tuple[MetaLoRAForFewShotClassification, torch.
         for parameter in student.trainable():
             parameter.normal_(0, 0.01)
     student.peft_model.to(world.dtype)
-    model = MetaLoRAForFewShotClassification.from_student(student).merge()
+    model = student.to_model().merge()
     model.fit(normalized(world, 2 * WAYS), list(range(WAYS)) * 2)
     yield model, worn
 

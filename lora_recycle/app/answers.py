@@ -7,7 +7,7 @@ from html import escape
 
 import torch
 
-from ..pages.pictures import data_uri, show_attention
+from ..reports.gallery import data_uri, show_attention
 from .session import Answer
 
 

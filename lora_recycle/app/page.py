@@ -9,9 +9,9 @@ from collections.abc import Callable
 from html import escape
 from typing import Any
 
+from ..adapters.sources import one_id
 from ..errors import ConfigError, DataError, LoraRecycleError
 from ..hub.cards import is_repo_id
-from ..hub.sources import one_id
 from ..modeling.meta_lora import MetaLoRAForFewShotClassification
 from .answers import STYLE, answers_html
 from .session import FewShotSession

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..backbones import Backbone
+from ..backbones.backbone import Backbone
 from ..errors import DataError
 from ..modeling.meta_lora import MetaLoRAForFewShotClassification
 

@@ -1,6 +1,6 @@
 """The embedded default: tiny backbone, pool and meta-LoRA, and the demo that runs the main job on them."""
 
-from ..embedded import backbone_path, meta_lora_path, pool_path
+from ..hub.embedded import backbone_path, meta_lora_path, pool_path
 
 
 __all__ = ["backbone_path", "meta_lora_path", "pool_path"]

@@ -14,21 +14,21 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..configuration import read_yaml
 from ..distillation.config import DistillationConfig
+from ..distillation.saving import save_meta_lora, wrap_student
 from ..distillation.trainer import MetaLoraTrainer
-from ..embedded import pool_path
 from ..errors import ConfigError
-from ..evaluation.benchmark import evaluate
+from ..evaluation.evaluate import evaluate
 from ..hub.cards import usage_lines
-from ..images import LabelledImages, load_labelled_images
+from ..hub.embedded import pool_path
+from ..images.labelled import LabelledImages, load_labelled_images
 from ..inversion.config import InversionConfig
 from ..inversion.inverter import LoraInverter
-from ..modeling.saving import save_meta_lora, wrap_student
-from ..pages.report import write_training_report
-from ..pool import AdapterPool
-from ..storage import atomic_write
-from ..surrogate import Shard, SurrogateDataset
+from ..pool.pool import AdapterPool
+from ..reports.training_report import write_training_report
+from ..runtime.config import read_yaml
+from ..runtime.files import atomic_write
+from ..surrogate.dataset import Shard, SurrogateDataset
 
 
 RECIPE = Path(__file__).with_name("recipe.yaml")

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from ..rows import RowFile
+from ..runtime.array_files import RowFile
 from .config import DistillationConfig
 from .episodes import EpisodeSampler, SurrogateEpisode
-from .images import SurrogateImages
 from .parallel import own_rows
+from .surrogate_images import SurrogateImages
 from .teachers import FEWEST, TeacherGroup
 
 

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from ..errors import ConfigError
+from .config import DistillationConfig
+from .judging import Judgements
+from .student import Student
 
 
-if TYPE_CHECKING:
-    from .trainer import MetaLoraTrainer
+class TrainingState(Protocol):
+    """What callbacks see of a [`MetaLoraTrainer`]; they may set `should_stop`."""
+
+    config: DistillationConfig
+    student: Student
+    accelerator: Accelerator
+    history: dict[str, list[float]]
+    judged: Judgements
+    should_stop: bool
+
+    @property
+    def host_share(self) -> float: ...
 
 
 class TrainerCallback:
@@ -25,46 +39,46 @@ class TrainerCallback:
                 trainer.should_stop |= values["loss"] < 0.01
     """
 
-    def on_train_begin(self, trainer: MetaLoraTrainer, step: int) -> None:
+    def on_train_begin(self, trainer: TrainingState, step: int) -> None:
         """Before the first step, which is `step` where a run is resumed."""
 
-    def on_step_end(self, trainer: MetaLoraTrainer, step: int) -> None:
+    def on_step_end(self, trainer: TrainingState, step: int) -> None:
         """After step number `step` (from 0) was handed to the device."""
 
-    def on_log(self, trainer: MetaLoraTrainer, step: int, values: dict[str, float]) -> None:
+    def on_log(self, trainer: TrainingState, step: int, values: dict[str, float]) -> None:
         """The numbers of one step, in order but some steps late: each weighted loss by name, their sum `loss`,
         `grad_norm`, `lr`, and `skipped`, how many steps were left out so far. `trainer.student` may be newer."""
 
-    def on_judge(self, trainer: MetaLoraTrainer, step: int, figure: float) -> None:
+    def on_judge(self, trainer: TrainingState, step: int, figure: float) -> None:
         """After `step` steps, 0 at the start: the student's error on the classes of adapters that teach nothing, per
         cent. `on_log` has told all these steps."""
 
-    def on_train_end(self, trainer: MetaLoraTrainer) -> None:
+    def on_train_end(self, trainer: TrainingState) -> None:
         """After the last step, also where the training was stopped or failed."""
 
 
 class ProgressBar(TrainerCallback):
     """A bar on stderr, in the main process."""
 
-    def on_train_begin(self, trainer: MetaLoraTrainer, step: int) -> None:
+    def on_train_begin(self, trainer: TrainingState, step: int) -> None:
         disable = not trainer.accelerator.is_main_process
         self._bar = tqdm(desc="distill", unit="step", initial=step, total=trainer.config.steps, disable=disable)
         self._judged: dict[str, str] = {}
 
-    def on_step_end(self, trainer: MetaLoraTrainer, step: int) -> None:
+    def on_step_end(self, trainer: TrainingState, step: int) -> None:
         self._bar.update()
 
-    def on_log(self, trainer: MetaLoraTrainer, step: int, values: dict[str, float]) -> None:
+    def on_log(self, trainer: TrainingState, step: int, values: dict[str, float]) -> None:
         shown = {name: f"{values[name]:.3f}" for name in trainer.history}
         if values["skipped"]:
             shown["skipped"] = str(values["skipped"])
         shown |= self._judged
         self._bar.set_postfix(shown, host=f"{trainer.host_share:.1%}", refresh=False)
 
-    def on_judge(self, trainer: MetaLoraTrainer, step: int, figure: float) -> None:
+    def on_judge(self, trainer: TrainingState, step: int, figure: float) -> None:
         self._judged = {"judged": f"{figure:.1f}% (best at {trainer.judged.best_step})"}
 
-    def on_train_end(self, trainer: MetaLoraTrainer) -> None:
+    def on_train_end(self, trainer: TrainingState) -> None:
         self._bar.close()
 
 
@@ -90,7 +104,7 @@ class Trackers(TrainerCallback):
                 raise ConfigError(f"report_to: {name} is not installed. Try `pip install {name}`.")
         self._classes, self._folder = [LOGGER_TYPE_TO_CLASS[name] for name in names], Path(folder)
 
-    def on_train_begin(self, trainer: MetaLoraTrainer, step: int) -> None:
+    def on_train_begin(self, trainer: TrainingState, step: int) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._trackers = []
         settings = {k: v if isinstance(v, (bool, int, float)) else str(v) for k, v in trainer.config.to_dict().items()}
@@ -101,14 +115,14 @@ class Trackers(TrainerCallback):
             tracker.store_init_configuration(settings)
             self._trackers.append(tracker)
 
-    def on_log(self, trainer: MetaLoraTrainer, step: int, values: dict[str, float]) -> None:
+    def on_log(self, trainer: TrainingState, step: int, values: dict[str, float]) -> None:
         for tracker in self._trackers:
             tracker.log(values, step=step)
 
-    def on_judge(self, trainer: MetaLoraTrainer, step: int, figure: float) -> None:
+    def on_judge(self, trainer: TrainingState, step: int, figure: float) -> None:
         for tracker in self._trackers:
             tracker.log({"judged": figure}, step=step)
 
-    def on_train_end(self, trainer: MetaLoraTrainer) -> None:
+    def on_train_end(self, trainer: TrainingState) -> None:
         for tracker in self._trackers:
             tracker.finish()

@@ -6,27 +6,21 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from ..configuration import differences
 from ..errors import ConfigError, DataError
-from ..storage import atomic_write, load_sealed, save_sealed
+from ..runtime.config import differences
+from ..runtime.files import atomic_write, load_sealed, save_sealed
 from .judging import SERIES, Judgements
+from .parallel import OptimizerState
 
 
 #: Checkpoints that are kept: where the newest is damaged, the one before serves.
 KEEP = 2
 LOG_FILE = "training_log.json"
 logger = logging.getLogger(__name__)
-
-
-class OptimizerState(Protocol):
-    """What is read and set of an optimiser."""
-
-    state: Any  # torch's and a plain dictionary differ in how they are typed
-    param_groups: list[dict[str, Any]]
 
 
 class Checkpoints:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from ..configuration import RecipeConfig, field, require_choices
+from ..runtime.config import RecipeConfig, field, require_choices
 
 
 #: What the meta-adapter can be, which starts are a mean of the pool, and which types can have those.

@@ -8,9 +8,9 @@ from collections.abc import Collection
 import torch
 
 from ..errors import DataError
-from ..shard_rows import ShardRows
+from ..surrogate.shards import ShardRows
 from .config import DistillationConfig
-from .images import SurrogateImages
+from .surrogate_images import SurrogateImages
 from .teachers import TeacherGroup
 
 

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from ..errors import DataError
-from ..evaluation.episodes import EpisodeSet, sample_episodes
-from ..evaluation.protocol import prototype_accuracy
-from ..heartbeat import beat
-from .images import SurrogateImages
+from ..fewshot.accuracy import prototype_accuracy
+from ..fewshot.episodes import EpisodeSet, sample_episodes
+from ..runtime.heartbeat import beat
 from .student import Blend
+from .surrogate_images import SurrogateImages
 from .teachers import spread
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..prototypes import centre_logits
-from ..relations import relational_divergence
+from ..fewshot.prototypes import centre_logits
+from ..fewshot.relations import relational_divergence
 from .batches import Batch
 from .config import DistillationConfig
 from .episodes import SurrogateEpisode

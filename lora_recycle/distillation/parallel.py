@@ -11,14 +11,13 @@ from __future__ import annotations
 import copy
 from contextlib import AbstractContextManager
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 
-from .checkpoints import OptimizerState
 from .student import Blend, Student
 
 
@@ -155,3 +154,10 @@ def _fully_sharded(student: Student, accelerator: Accelerator) -> nn.Module:
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     """All of a tensor that is shared out to the processes, in all of them; any other as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+class OptimizerState(Protocol):
+    """What is read and set of an optimiser."""
+
+    state: Any  # torch's and a plain dictionary differ in how they are typed
+    param_groups: list[dict[str, Any]]

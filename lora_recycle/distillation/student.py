@@ -14,37 +14,33 @@ from peft import PeftModel
 from peft.tuners.shira import ShiraLayer
 from torch import nn
 
-from ..backbones import Backbone
-from ..composition.base import Merge
-from ..composition.groups import GroupSum, Restored, Undiluted
-from ..embedded import backbone_name
-from ..errors import ConfigError
-from ..pool import AdapterPool, truncate
-from ..surrogate import SurrogateDataset
-from ..weight_changes import Factors
-from ..wrapping import wrap
-from .adapter_types import (
+from ..adapters.adapter import Factors
+from ..adapters.low_rank import truncate
+from ..adapters.trainable import (
     adapted_layers,
     adapter_config,
+    linear_layers,
     matrices,
     principal_factors,
     start_from_principal,
     start_lora,
     start_shira,
+    wrap_seeded,
 )
+from ..backbones.backbone import Backbone
+from ..errors import ConfigError
+from ..hub.embedded import backbone_name
+from ..merging.base import Merge
+from ..merging.groups import GroupSum, Restored, Undiluted
+from ..modeling.meta_lora import MetaLoRAForFewShotClassification
+from ..pool.pool import AdapterPool
+from ..surrogate.dataset import SurrogateDataset
 from .config import AVERAGES, PRINCIPAL_STARTS, DistillationConfig
-from .images import match_shards
+from .surrogate_images import match_shards
 
 
 #: Surrogate images whose activations CorDA looks at.
 CORDA_IMAGES = 128
-
-
-def linear_layers(backbone: Backbone) -> list[str]:
-    """Paths of all linear layers inside the transformer layers."""
-    prefix = backbone.family.layers + "."
-    modules = backbone.model.named_modules()
-    return sorted(name for name, m in modules if name.startswith(prefix) and isinstance(m, nn.Linear))
 
 
 #: What a pool is merged to before a student starts from it; the average itself needs no merge.
@@ -99,9 +95,7 @@ class Student(nn.Module):
         self.average_spectrum: torch.Tensor | None = None
         config.base_model_name_or_path = base_name
         config.revision = backbone.revision
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.peft_model: PeftModel = wrap(self.backbone.model, config)
+        self.peft_model: PeftModel = wrap_seeded(self.backbone.model, config, seed)
         self.backbone.layers[:first_layer].requires_grad_(False)
         self._layers = adapted_layers(self.backbone.model)
         self._plain = self._layers if peft_type == "LORA" else {}
@@ -204,6 +198,10 @@ class Student(nn.Module):
 
     def trainable(self) -> list[nn.Parameter]:
         return [p for p in self.parameters() if p.requires_grad]
+
+    def to_model(self, settings: dict[str, Any] | None = None) -> MetaLoRAForFewShotClassification:
+        """The student as the model that users load; `settings` go into its sidecar."""
+        return MetaLoRAForFewShotClassification(self.backbone, self.peft_model, settings)
 
 
 def start_student(config: DistillationConfig, pool: AdapterPool, surrogate: SurrogateDataset | None) -> Student:

@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from ..heartbeat import Heartbeat, beat
-from ..pool import AdapterPool
-from ..processes import deal
-from ..relations import principal_directions
-from ..rows import RowFile, open_rows, write_rows
-from ..storage import atomic_write
+from ..fewshot.relations import principal_directions
+from ..pool.pool import AdapterPool
+from ..runtime.array_files import RowFile, open_rows, write_rows
+from ..runtime.files import atomic_write
+from ..runtime.heartbeat import Heartbeat, beat
+from ..runtime.launch import deal
 from .config import DistillationConfig
-from .images import SurrogateImages
+from .surrogate_images import SurrogateImages
 
 
 #: Images among which similarities say something, at least.

@@ -13,12 +13,12 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from ..errors import DataError
-from ..heartbeat import Heartbeat, beat
-from ..pool import AdapterPool
-from ..rows import RowFile, open_rows, write_rows
+from ..pool.pool import AdapterPool
+from ..runtime.array_files import RowFile, open_rows, write_rows
+from ..runtime.heartbeat import Heartbeat, beat
 from .config import DistillationConfig
-from .images import SurrogateImages
 from .student import Student
+from .surrogate_images import SurrogateImages
 
 
 def tokens_entering(

@@ -14,26 +14,26 @@ from typing import TypeVar, cast
 import torch
 from accelerate.utils import broadcast
 
-from ..backbones import Backbone
+from ..backbones.backbone import Backbone
 from ..errors import ConfigError, DataError
-from ..heartbeat import Heartbeat, beat, waiting
-from ..interruption import Interruption
-from ..locks import only_run_in
-from ..pool import AdapterPool
-from ..processes import mixed_precision
-from ..surrogate import SurrogateDataset
+from ..pool.pool import AdapterPool
+from ..runtime.heartbeat import Heartbeat, beat, waiting
+from ..runtime.launch import mixed_precision
+from ..runtime.run_lock import only_run_in
+from ..runtime.signals import Interruption
+from ..surrogate.dataset import SurrogateDataset
 from .batches import Batch, BatchMaker, Prefetcher
 from .callbacks import ProgressBar, TrainerCallback
 from .checkpoints import Checkpoints
 from .config import AVERAGES, DistillationConfig
 from .episodes import make_sampler
-from .images import leave_out, match_shards
 from .judging import AVERAGE, Judge, Judgements, hold_out
 from .losses import weighted_losses
 from .parallel import ParallelStudent, gather_features
 from .schedule import learning_rate
 from .spikes import SpikeGuard, longest_tail, refuse_too_many
 from .student import OWN, Blend, Student, start_student
+from .surrogate_images import leave_out, match_shards
 from .teachers import FEWEST, teach_all
 from .tokens import tokens_entering
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from ..errors import DataError
-from ..images import LabelledImages
-from ..storage import atomic_write
+from ..images.labelled import LabelledImages
+from ..runtime.files import atomic_write
 from ..version import __version__
 from .judge import Verdict
 

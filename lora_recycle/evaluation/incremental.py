@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import ConfigError, DataError
-from ..modeling.heads import FewShotHead
+from ..fewshot.heads import FewShotHead
 
 
 @dataclasses.dataclass

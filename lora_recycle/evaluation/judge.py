@@ -10,20 +10,21 @@ from typing import Any
 
 import torch
 
-from ..backbones import Backbone, extract_features
-from ..composition import Composition, Selection, tuning_free_methods
-from ..images import LabelledImages
-from ..modeling.heads import HEADS, make_head
+from ..backbones.backbone import Backbone, extract_features
+from ..fewshot.accuracy import ensemble_accuracy, head_accuracy, prototype_accuracy
+from ..fewshot.episodes import EpisodeSet
+from ..fewshot.heads import HEADS, make_head
+from ..finetuning import TaskTuning, TaskTuningConfig, tuning_methods
+from ..images.labelled import LabelledImages
+from ..merging import Composition, Selection, tuning_free_methods
 from ..modeling.meta_lora import MetaLoRAForFewShotClassification
-from ..modeling.tuning_task import MetaLoraTuning, default_config
-from ..pool import AdapterPool
-from ..task_tuning import TaskTuning, TaskTuningConfig, tuning_methods
-from .benchmark import CENTRES
-from .episodes import EpisodeSet
+from ..modeling.tuning import default_config
+from ..pool.pool import AdapterPool
+from .evaluate import CENTRES
 from .memory import peak_bytes
-from .protocol import ensemble_accuracy, head_accuracy, prototype_accuracy, selected_accuracy
 from .recipe import TUNED
-from .tuned import tuned_accuracy
+from .selection import selected_accuracy
+from .tuned import MetaLoraTuning, tuned_accuracy
 
 
 #: Methods that use the backbone alone, whatever the pool.
@@ -126,7 +127,7 @@ class Judge:
         changed = self.tuning.get(method, {})
         model = self.models.get(method.removesuffix(TUNED)) if method.endswith(TUNED) else None
         if model is not None:
-            return MetaLoraTuning(model, TaskTuningConfig(**{**default_config(model).to_dict(), **changed}))
+            return MetaLoraTuning(model, TaskTuningConfig(**{**default_config(model.head).to_dict(), **changed}))
         kind = type(tuning_methods()[method])
         return kind(TaskTuningConfig(**{**kind.defaults, **changed}))
 

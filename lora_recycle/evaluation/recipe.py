@@ -7,12 +7,12 @@ import fnmatch
 from pathlib import Path
 from typing import Any
 
-from ..composition import tuning_free_methods
-from ..configuration import RecipeConfig, field, read_yaml
 from ..errors import ConfigError
-from ..modeling.heads import HEADS
-from ..task_tuning import TaskTuningConfig, tuning_methods
-from .benchmark import CENTRES
+from ..fewshot.heads import HEADS
+from ..finetuning import TaskTuningConfig, tuning_methods
+from ..merging import tuning_free_methods
+from ..runtime.config import RecipeConfig, field, read_yaml
+from .evaluate import CENTRES
 
 
 #: Ends the name of a meta-LoRA that is tuned on each support set.

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import ConfigError
-from .episodes import EpisodeSet
+from ..fewshot.episodes import EpisodeSet
 
 
 #: Scores of a query, all higher for what belongs to a class; see [`known_scores`].

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..backbones import Backbone
-from ..embedded import backbone_name, pool_path, resolve_meta_lora
+from ..adapters.pull import pull_adapter
+from ..adapters.sources import one_id
+from ..backbones.backbone import Backbone
 from ..errors import ConfigError
-from ..hub.adapters import pull_adapter
-from ..hub.sources import one_id
-from ..images import LabelledImages, load_labelled_images
+from ..fewshot.episodes import EpisodeSet, sample_episodes
+from ..hub.embedded import backbone_name, pool_path, resolve_meta_lora
+from ..images.labelled import LabelledImages, load_labelled_images
 from ..modeling.meta_lora import MetaLoRAForFewShotClassification
-from ..pool import AdapterPool
-from ..storage import tensors_sha256
+from ..pool.pool import AdapterPool
+from ..runtime.files import tensors_sha256
 from .cells import Cell, data_checksum, identity
-from .episodes import EpisodeSet, sample_episodes
 from .judge import POOLLESS, Judge
 from .recipe import TUNED, BenchmarkRecipe, DataSpec, PoolSpec
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .cells import Cell
-from .protocol import confidence, summarise
+from .results import confidence, summarise
 
 
 def by_task(cells: Sequence[Cell]) -> dict[tuple[str, int, int], list[Cell]]:

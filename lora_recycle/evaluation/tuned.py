@@ -7,10 +7,26 @@ from typing import cast
 
 import torch
 
-from ..pool import AdapterPool
-from ..task_tuning import TaskTuning
-from .episodes import Episode, EpisodeSet
+from ..fewshot.episodes import Episode, EpisodeSet
+from ..finetuning import TaskNetwork, TaskTuning, TaskTuningConfig
+from ..modeling.meta_lora import MetaLoRAForFewShotClassification
+from ..modeling.tuning import default_config
+from ..pool.pool import AdapterPool
 from .memory import peak_bytes
+
+
+class MetaLoraTuning(TaskTuning):
+    """[`MetaLoRAForFewShotClassification.tune`] as a method beside the others, for many tasks of one model.
+
+    PVP's idea (arXiv 2304.13639): tuning starts from an adapter that was trained for few-shot tasks.
+    """
+
+    def __init__(self, model: MetaLoRAForFewShotClassification, config: TaskTuningConfig | None = None):
+        super().__init__(config or default_config(model.head))
+        self.model = model
+
+    def network(self, pool: AdapterPool | None = None) -> TaskNetwork:
+        return self.model.tuning_network(self.config)
 
 
 def tuned_accuracy(

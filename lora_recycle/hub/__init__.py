@@ -1,1 +1,1 @@
-"""Adapters in, meta-LoRAs and data sets out."""
+"""The Hugging Face Hub: repos fetched at one commit, pushed in one commit, described by cards."""

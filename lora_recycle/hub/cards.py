@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
-from .files import PICTURE_FILE
 from .licenses import inherited_license
+from .repo_files import PICTURE_FILE
 
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -56,7 +56,7 @@ def meta_lora_card(
         name (`str`): repo id or folder name.
         settings (`dict`): the sidecar. What the card tells of it: `sources`, `distillation`, `judged`, `inversion`,
             `versions`, `num_classes` of a fitted task and, where it was judged, `results` (rows of
-            `evaluation.protocol.summarise`).
+            `evaluation.results.summarise`).
         picture (`bool`): whether `PICTURE_FILE` lies beside it.
         bits (`int`, *optional*): for each weight, where they are coded and so no plain PEFT adapter.
     """

@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from .files import CARD_FILE, MAX_CARD_BYTES
+from .repo_files import CARD_FILE, MAX_CARD_BYTES
 
 
 #: Identifiers that the Hub takes in a card's header, as its documentation lists them

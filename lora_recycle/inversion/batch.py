@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-from ..backbones import Backbone
-from ..pool import Adapter
-from ..relations import relational_divergence
+from ..adapters.adapter import Adapter
+from ..backbones.backbone import Backbone
+from ..fewshot.relations import relational_divergence
 from .config import InversionConfig
 from .pixel_spaces import PIXEL_SPACES
 from .priors import Prior

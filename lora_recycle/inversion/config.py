@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from ..configuration import RecipeConfig, field, require_choices
+from ..runtime.config import RecipeConfig, field, require_choices
 
 
 STARTS = ("noise", "dead-leaves", "pale-leaves", "fractal", "strokes", "images")

@@ -15,16 +15,17 @@ import torch
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from ..backbones import Backbone
+from ..adapters.adapter import Adapter
+from ..adapters.pull import AdapterInfo
+from ..backbones.backbone import Backbone
+from ..backbones.token_selection import num_kept, select_top
 from ..errors import ConfigError, DivergenceError
-from ..heartbeat import Heartbeat, beat
-from ..hub.adapters import AdapterInfo
-from ..locks import only_run_in
-from ..pool import Adapter, AdapterPool
-from ..processes import deal, mixed_precision, process_state
-from ..sparsity import num_kept, select_top
-from ..storage import tensors_sha256
-from ..surrogate import Shard, SurrogateDataset, save_shard, write_manifest
+from ..pool.pool import AdapterPool
+from ..runtime.files import tensors_sha256
+from ..runtime.heartbeat import Heartbeat, beat
+from ..runtime.launch import deal, mixed_precision, process_state
+from ..runtime.run_lock import only_run_in
+from ..surrogate.dataset import Shard, SurrogateDataset, save_shard, write_manifest
 from ..version import __version__
 from .batch import InversionBatch, Objective
 from .config import InversionConfig
@@ -299,7 +300,7 @@ def _reference(pool: AdapterPool, config: InversionConfig) -> Backbone:
 
 def _load_stock(config: InversionConfig, backbone: Backbone) -> torch.Tensor:
     """The images that the share `images` starts from: uint8 (M, 3, S, S)."""
-    from ..images import load_unlabelled_images
+    from ..images.labelled import load_unlabelled_images
 
     assert config.start_images is not None  # or there would be no share `images`
     path = Path(config.start_images)

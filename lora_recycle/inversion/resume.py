@@ -8,10 +8,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from ..configuration import differences
 from ..errors import ConfigError, DataError
-from ..storage import is_sealed
-from ..surrogate import MANIFEST, SurrogateDataset, shard_config_id
+from ..runtime.config import differences
+from ..runtime.files import is_sealed
+from ..surrogate.dataset import MANIFEST, SurrogateDataset, shard_config_id
 
 
 logger = logging.getLogger(__name__)

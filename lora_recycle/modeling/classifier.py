@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import torch
 
 from ..errors import DataError
-from ..prototypes import centre_logits
-from .heads import FewShotHead
+from ..fewshot.heads import FewShotHead
+from ..fewshot.prototypes import centre_logits
 from .support import support_set, without_failures
 from .task import FewShotTask, save_task
 

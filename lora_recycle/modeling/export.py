@@ -10,18 +10,20 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from transformers import AutoModel
 
-from ..embedded import backbone_name
+from ..backbones.backbone import Backbone
 from ..errors import AdapterError, ConfigError
-from ..storage import atomic_write
+from ..fewshot.heads import FewShotHead
+from ..hub.embedded import backbone_name
+from ..runtime.files import atomic_write
 from ..version import __version__
-from .meta_lora import MetaLoRAForFewShotClassification
 from .preprocessing import image_settings
+from .task import FewShotTask
 
 
 FORMATS = ("onnx", "torch", "transformers")
@@ -35,9 +37,20 @@ _NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
 Run = Callable[[torch.Tensor], torch.Tensor]
 
 
-def export(
-    model: MetaLoRAForFewShotClassification, folder: str | os.PathLike[str], format: str = "onnx"
-) -> dict[str, Any]:
+class ExportableModel(Protocol):
+    """What is read of a [`MetaLoRAForFewShotClassification`]."""
+
+    backbone: Backbone
+    head: FewShotHead
+    _task: FewShotTask | None
+
+    @property
+    def label_names(self) -> list[Any]: ...
+
+    def to(self, device: str, dtype: torch.dtype) -> Any: ...
+
+
+def export(model: ExportableModel, folder: str | os.PathLike[str], format: str = "onnx") -> dict[str, Any]:
     """Write a model for use without this library, load it again and compare what it says.
 
     The adapter is folded into a float32 copy of the weights; `model` stays as it is. The graph of a fitted model takes
@@ -75,7 +88,7 @@ def export(
     return described
 
 
-def _check(model: MetaLoRAForFewShotClassification, format: str) -> None:
+def _check(model: ExportableModel, format: str) -> None:
     if format not in FORMATS:
         raise ConfigError(f"Unknown export format {format!r}. There are {', '.join(FORMATS)}.")
     missing = [name for name in _NEEDS.get(format, ()) if importlib.util.find_spec(name) is None]
@@ -91,7 +104,7 @@ def _check(model: MetaLoRAForFewShotClassification, format: str) -> None:
 class _Graph(nn.Module):
     """Normalised images (B, 3, S, S) to class probabilities (B, C), of a model without a task to embeddings (B, D)."""
 
-    def __init__(self, model: MetaLoRAForFewShotClassification):
+    def __init__(self, model: ExportableModel):
         super().__init__()
         self.backbone, self.head, self.task = model.backbone, model.head, model._task
         if self.task is not None:  # views of larger tensors would be written whole
@@ -155,7 +168,7 @@ _WRITERS: dict[str, Callable[[_Graph, Path], Run]] = {
 }
 
 
-def _described(model: MetaLoRAForFewShotClassification, graph: _Graph) -> dict[str, Any]:
+def _described(model: ExportableModel, graph: _Graph) -> dict[str, Any]:
     size = model.backbone.image_size
     return {
         "input": {"name": "pixel_values", "shape": ["batch", 3, size, size], "dtype": "float32"},

@@ -16,31 +16,29 @@ from peft import PeftModel, set_peft_model_state_dict
 from torch import nn
 from transformers.utils import ModelOutput
 
-from ..backbones import Backbone
-from ..embedded import backbone_name, resolve_meta_lora
-from ..errors import AdapterError, DataError
-from ..hub.adapters import load_adapter, pull_adapter
-from ..hub.codes import store_weights
-from ..hub.files import CARD_FILE, PICTURE_FILE, SIDECAR_FILE
-from ..storage import atomic_write, replacing_files
-from ..task_tuning.base import TaskNetwork
-from ..task_tuning.config import TaskTuningConfig
+from ..adapters.load import load_adapter
+from ..adapters.peft_wrap import Layers, wrap
+from ..adapters.pull import pull_adapter
+from ..adapters.quantization import store_weights
+from ..backbones.backbone import Backbone
+from ..errors import AdapterError, ConfigError, DataError
+from ..fewshot.heads import make_head
+from ..hub.embedded import backbone_name, resolve_meta_lora
+from ..hub.repo_files import CARD_FILE, PICTURE_FILE, SIDECAR_FILE
+from ..runtime.files import atomic_write, replacing_files
 from ..version import __version__
-from ..weight_changes import Layers
-from ..wrapping import wrap
 from .classifier import FewShotClassifier, SharedTask, mixed_probabilities
-from .heads import make_head
-from .merging import merge_layers, worn_for_saving
+from .merge_layers import merge_layers, worn_for_saving
 from .preprocessing import as_batch, pixel_batches, to_pixel_values
 from .publishing import push_adapter_folder
 from .sidecar import TASK_FILE, read_picture, read_sidecar, task_file
 from .support import support_set
 from .task import FewShotTask, load_task, save_task
-from .tuning_task import tune_model, untune
 
 
 if TYPE_CHECKING:
-    from ..distillation.student import Student
+    from ..finetuning.base import TaskNetwork
+    from ..finetuning.config import TaskTuningConfig
 
 
 @dataclasses.dataclass
@@ -100,7 +98,7 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
         with it comes back fitted, unless `head` needs other statistics of the support images, which a warning tells.
 
         Args:
-            head (`str`, *optional*): one of `modeling.heads.HEADS` by name; by default the one it was saved with.
+            head (`str`, *optional*): one of `fewshot.heads.HEADS` by name; by default the one it was saved with.
 
         Raises:
             AdapterError: files are missing or damaged, or do not fit the base model.
@@ -126,13 +124,6 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
         model._task = load_task(task_file(info, model.settings, hub), model.head, backbone.hidden_size)
         model.picture = read_picture(info)
         return model
-
-    @classmethod
-    def from_student(
-        cls, student: Student, settings: dict[str, Any] | None = None
-    ) -> MetaLoRAForFewShotClassification:
-        """Wrap what [`MetaLoraTrainer.train`] returns."""
-        return cls(student.backbone, student.peft_model, settings)
 
     @property
     def device(self) -> torch.device:
@@ -212,7 +203,7 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
     def fit(
         self, images: Any, labels: Sequence[Any] | None = None, *, failures: dict[int, str] | None = None
     ) -> MetaLoRAForFewShotClassification:
-        untune(self)
+        self._untune()
         return super().fit(images, labels, failures=failures)
 
     fit.__doc__ = FewShotClassifier.fit.__doc__
@@ -230,14 +221,44 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
         Args:
             images: as for `fit`.
             labels: as for `fit`.
-            config ([`TaskTuningConfig`], *optional*): how; by default `modeling.tuning_task.default_config`.
+            config ([`TaskTuningConfig`], *optional*): how; by default `modeling.tuning.default_config`.
 
         Raises:
             ConfigError: the model is merged, or its head does not score by class centres.
             DataError: as `fit`.
         """
-        tune_model(self, *support_set(images, labels), config)
+        from .tuning import default_config, tuned_task
+
+        images, names = support_set(images, labels)
+        if len(set(names)) < 2:
+            raise DataError("A support set needs at least two classes, or there is nothing to tell apart.")
+        config = config or default_config(self.head)
+        self._task = tuned_task(self.tuning_network(config), self.head, images, names, config)
         return self
+
+    def tuning_network(self, config: TaskTuningConfig) -> TaskNetwork:
+        """The model as a network whose adapter learns in the last layers, taken back to the adapter as it was loaded.
+
+        Raises:
+            ConfigError: the adapter is folded into the weights, the head does not score by class centres, or it does
+                so by another metric than `config`.
+        """
+        from .tuning import adapter_network, check_head
+
+        if self._merged:
+            raise ConfigError(
+                "A merged model cannot be tuned: its adapter is in the weights. Load it again, tune, merge."
+            )
+        check_head(self.head, config)
+        self._untune()
+        self._untuned = adapter_network(self.backbone, config)
+        return self._untuned
+
+    def _untune(self) -> None:
+        """Take the adapter back to how it was loaded."""
+        if self._untuned is not None:
+            self._untuned.reset()
+            self._untuned = None
 
     def new_task(self) -> SharedTask:
         """A task of its own on this model's backbone, to be fitted: what many users or many problems need at once."""

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..backbones import Backbone
-from ..decoding import decoded
+from ..backbones.backbone import Backbone
 from ..errors import ConfigError, DataError
-from ..image_sources import ImageSource, dataset_source, is_dataset
+from ..images.decode import decoded
+from ..images.sources import ImageSource, dataset_source, is_dataset
 
 
 def as_batch(images: Any) -> Any:

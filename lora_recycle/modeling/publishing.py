@@ -9,13 +9,13 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
+from ..adapters.pull import AdapterInfo, pull_adapter, read_tensors
+from ..adapters.quantization import check_bits, weights_bytes
 from ..errors import AdapterError, PushError
-from ..hub.adapters import AdapterInfo, pull_adapter, read_tensors
 from ..hub.cards import is_repo_id, meta_lora_card
-from ..hub.codes import CODES_FILE, WEIGHTS_FILE, check_bits, weights_bytes
-from ..hub.files import CARD_FILE, CONFIG_FILE, PICTURE_FILE, SIDECAR_FILE
-from ..hub.publish import push_files, without_local_paths
-from ..storage import atomic_write
+from ..hub.repo_files import CARD_FILE, CODES_FILE, CONFIG_FILE, PICTURE_FILE, SIDECAR_FILE, WEIGHTS_FILE
+from ..hub.upload import push_files, without_local_paths
+from ..runtime.files import atomic_write
 from .sidecar import TASK_FILE, read_picture, read_sidecar, task_file
 
 
@@ -24,10 +24,10 @@ def push_adapter_folder(
 ) -> str:
     """Push a meta-LoRA, with a card written for the repo, or another adapter with the card that it has.
 
-    Only the files that belong to it travel. `options` are those of [`hub.publish.push_files`].
+    Only the files that belong to it travel. `options` are those of [`hub.upload.push_files`].
 
     Args:
-        bits: for each weight, see [`hub.codes.weights_bytes`]; by default the file goes as it is.
+        bits: for each weight, see [`adapters.quantization.weights_bytes`]; by default the file goes as it is.
 
     Raises:
         AdapterError: the folder is no adapter, or damaged.

@@ -8,12 +8,12 @@ from typing import Any
 
 from PIL import Image
 
+from ..adapters.pull import AdapterInfo
 from ..errors import AdapterError, ConfigError
-from ..hub.adapters import AdapterInfo
-from ..hub.files import MAX_PICTURE_BYTES, PICTURE_FILE, checked_file
-from ..hub.snapshots import fetch
-from ..hub.untrusted import MAX_TENSOR_BYTES, parse_json, read_text
-from .heads import make_head
+from ..fewshot.heads import make_head
+from ..hub.download import fetch
+from ..hub.repo_files import MAX_PICTURE_BYTES, PICTURE_FILE, checked_file
+from ..runtime.untrusted import MAX_TENSOR_BYTES, parse_json, read_text
 
 
 TASK_FILE = "few_shot_task.safetensors"

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..image_sources import ImageSource, dataset_source, is_dataset, open_source
-from ..pictures import local_path
+from ..images.decode import local_path
+from ..images.sources import ImageSource, dataset_source, is_dataset, open_source
 from .preprocessing import as_batch
 
 

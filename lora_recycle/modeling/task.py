@@ -12,10 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import AdapterError
-from ..hub.files import MAX_CLASSES
-from ..hub.untrusted import parse_json, read_safetensors_header
-from ..storage import atomic_save_tensors
-from .heads import HEADS, FewShotHead
+from ..fewshot.heads import HEADS, FewShotHead
+from ..hub.repo_files import MAX_CLASSES
+from ..runtime.files import atomic_save_tensors
+from ..runtime.untrusted import parse_json, read_safetensors_header
 
 
 #: Most scores (images x classes) that fitting a head to the embeddings of a file may take at a time: 256 MB.

@@ -10,7 +10,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from lora_recycle.app.answers import answers_html
 from lora_recycle.app.session import Answer, FewShotSession, patch_attention
-from lora_recycle.backbones import Backbone
+from lora_recycle.backbones.backbone import Backbone
 from lora_recycle.errors import DataError
 from lora_recycle.modeling.meta_lora import MetaLoRAForFewShotClassification
 

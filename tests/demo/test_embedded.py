@@ -15,11 +15,11 @@ from lora_recycle import (
     MetaLoRAForFewShotClassification,
     MetaLoraTrainer,
 )
+from lora_recycle.adapters.pull import find_adapters, pull_adapter
 from lora_recycle.demo import backbone_path, meta_lora_path, pool_path
 from lora_recycle.demo.run import load_digits_images
-from lora_recycle.embedded import ASSETS, BACKBONE_NAME
-from lora_recycle.evaluation.benchmark import evaluate
-from lora_recycle.hub.adapters import find_adapters, pull_adapter
+from lora_recycle.evaluation.evaluate import evaluate
+from lora_recycle.hub.embedded import ASSETS, BACKBONE_NAME
 
 
 @pytest.fixture(scope="module")

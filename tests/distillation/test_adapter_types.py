@@ -6,10 +6,10 @@ from peft import PeftModel
 from transformers import AutoModel
 
 from lora_recycle.distillation.config import PEFT_TYPES, PRINCIPAL_STARTS, STARTS_FROM_AVERAGE, DistillationConfig
+from lora_recycle.distillation.saving import save_meta_lora, wrap_student
 from lora_recycle.distillation.trainer import MetaLoraTrainer
 from lora_recycle.errors import ConfigError
 from lora_recycle.modeling.meta_lora import MetaLoRAForFewShotClassification
-from lora_recycle.modeling.saving import save_meta_lora, wrap_student
 
 
 PIXELS = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))

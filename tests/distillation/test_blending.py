@@ -5,15 +5,15 @@ import json
 import pytest
 import torch
 
-from lora_recycle.composition import GroupSum
 from lora_recycle.distillation.config import DistillationConfig
 from lora_recycle.distillation.judging import AVERAGE, Judgements
+from lora_recycle.distillation.saving import save_meta_lora, wrap_student
 from lora_recycle.distillation.student import OWN, Blend
 from lora_recycle.distillation.trainer import MetaLoraTrainer
 from lora_recycle.errors import ConfigError
 from lora_recycle.hub.cards import meta_lora_card
-from lora_recycle.modeling.saving import save_meta_lora, wrap_student
-from lora_recycle.pages.report import write_training_report
+from lora_recycle.merging import GroupSum
+from lora_recycle.reports.training_report import write_training_report
 
 
 PIXELS = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -8,14 +8,14 @@ from helpers_tiny import ListedShard
 
 from lora_recycle.distillation.callbacks import TrainerCallback
 from lora_recycle.distillation.config import DistillationConfig
-from lora_recycle.distillation.images import SurrogateImages
 from lora_recycle.distillation.judging import AVERAGE, MOST_ADAPTERS, Judge, Judgements, hold_out
+from lora_recycle.distillation.saving import save_meta_lora, wrap_student
 from lora_recycle.distillation.student import OWN
+from lora_recycle.distillation.surrogate_images import SurrogateImages
 from lora_recycle.distillation.trainer import MetaLoraTrainer
 from lora_recycle.errors import ConfigError
-from lora_recycle.modeling.saving import save_meta_lora, wrap_student
-from lora_recycle.pages.report import write_training_report
-from lora_recycle.prototypes import centre_logits
+from lora_recycle.fewshot.prototypes import centre_logits
+from lora_recycle.reports.training_report import write_training_report
 
 
 def recipe(**changes):
@@ -164,7 +164,7 @@ def test_where_no_step_is_better_the_start_is_given_back_bit_for_bit(tiny_pool, 
 
 
 def test_the_command_says_what_is_kept(tiny_pool_path, tiny_surrogate, tmp_path, capsys, best_within):
-    from lora_recycle.commands.main import main
+    from lora_recycle.cli.main import main
 
     settings = ["--steps", "4", "--rank", "4", "--relational-batch", "16", "--judge-every", "2", "--groups", "one"]
     command = ["distill", str(tiny_pool_path), "--surrogate", str(tiny_surrogate.folder), *settings, "--output"]

@@ -5,7 +5,7 @@ import torch
 from helpers_tiny import ListedShard
 
 from lora_recycle.distillation.episodes import EpisodeSampler, class_identities
-from lora_recycle.distillation.images import SurrogateImages
+from lora_recycle.distillation.surrogate_images import SurrogateImages
 from lora_recycle.errors import DataError
 
 

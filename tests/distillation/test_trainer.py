@@ -15,14 +15,14 @@ from lora_recycle.distillation import trainer as trainer_module
 from lora_recycle.distillation.batches import Batch, Prefetcher
 from lora_recycle.distillation.config import DistillationConfig
 from lora_recycle.distillation.episodes import SurrogateEpisode
-from lora_recycle.distillation.images import match_shards
 from lora_recycle.distillation.losses import episode_loss
 from lora_recycle.distillation.schedule import learning_rate
+from lora_recycle.distillation.surrogate_images import match_shards
 from lora_recycle.distillation.teachers import choose_teachers, teach
 from lora_recycle.distillation.trainer import MetaLoraTrainer
 from lora_recycle.errors import ConfigError, DataError
-from lora_recycle.pool import AdapterPool
-from lora_recycle.relations import principal_directions
+from lora_recycle.fewshot.relations import principal_directions
+from lora_recycle.pool.pool import AdapterPool
 
 
 def recipe(**changes):

@@ -7,8 +7,7 @@ from lora_recycle.distillation.config import DistillationConfig
 from lora_recycle.distillation.trainer import MetaLoraTrainer
 from lora_recycle.errors import ConfigError, DataError
 from lora_recycle.evaluation.incremental import draw_sessions, session_accuracies
-from lora_recycle.modeling.heads import make_head
-from lora_recycle.modeling.meta_lora import MetaLoRAForFewShotClassification
+from lora_recycle.fewshot.heads import make_head
 
 
 LABELS = torch.arange(6).repeat_interleave(10)
@@ -56,7 +55,7 @@ def test_accuracies_by_hand():
 @pytest.mark.parametrize("head", ["class_centres", "lda"])
 def test_sessions_are_what_add_classes_does(head, tiny_pool, toy_data):
     student = MetaLoraTrainer(tiny_pool, None, DistillationConfig(steps=0, rank=4)).train(progress=False)
-    model = MetaLoRAForFewShotClassification.from_student(student, {"head": head})
+    model = student.to_model({"head": head})
     order = [[6, 2, 3], [7, 0], [1, 5]]
     sessions = draw_sessions(toy_data.labels, order, shots=2, queries=5, base_shots=4)
     found = session_accuracies(model.embed(toy_data.pixels).clone(), sessions, model.head)

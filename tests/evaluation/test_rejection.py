@@ -6,7 +6,6 @@ import torch
 from lora_recycle.distillation.config import DistillationConfig
 from lora_recycle.distillation.trainer import MetaLoraTrainer
 from lora_recycle.errors import ConfigError
-from lora_recycle.evaluation.episodes import sample_episodes
 from lora_recycle.evaluation.rejection import (
     OpenTask,
     auroc,
@@ -15,7 +14,7 @@ from lora_recycle.evaluation.rejection import (
     known_scores,
     open_tasks,
 )
-from lora_recycle.modeling.meta_lora import MetaLoRAForFewShotClassification
+from lora_recycle.fewshot.episodes import sample_episodes
 
 
 def test_scores_by_hand():
@@ -60,7 +59,7 @@ def test_strangers_of_other_colours_are_told(toy_data):
 @pytest.mark.parametrize("head", ["class_centres", "lda", "logistic_regression"])
 def test_predict_says_none_for_what_is_like_no_class(head, tiny_pool, toy_data):
     student = MetaLoraTrainer(tiny_pool, None, DistillationConfig(steps=0, rank=4)).train(progress=False)
-    model = MetaLoRAForFewShotClassification.from_student(student, {"head": head})
+    model = student.to_model({"head": head})
     model.fit(toy_data.pixels[::20][:4], ["a", "b", "c", "d"])
     near, features = model.similarity(toy_data.pixels[::7]), model.embed(toy_data.pixels[::7])
     cosine = torch.cosine_similarity(features[:, None], model.embed(toy_data.pixels[::20][:4])[None], dim=-1)

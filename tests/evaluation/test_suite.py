@@ -9,14 +9,14 @@ from PIL import Image
 
 from lora_recycle import DistillationConfig, MetaLoRAForFewShotClassification, MetaLoraTrainer
 from lora_recycle.errors import ConfigError, DataError
-from lora_recycle.evaluation.benchmark import evaluate
+from lora_recycle.evaluation.evaluate import evaluate
 from lora_recycle.evaluation.judge import Judge
-from lora_recycle.evaluation.page import benchmark_page
-from lora_recycle.evaluation.protocol import confidence
 from lora_recycle.evaluation.recipe import BenchmarkRecipe
+from lora_recycle.evaluation.results import confidence
 from lora_recycle.evaluation.suite import Benchmark
 from lora_recycle.evaluation.summary import markdown, rows_and_details
-from lora_recycle.images import load_labelled_images
+from lora_recycle.images.labelled import load_labelled_images
+from lora_recycle.reports.benchmark_page import benchmark_page
 
 
 METHODS = ["frozen-centred", "random", "nearest-group", "ensemble", "frozen + transductive_em", "meta-lora"]
@@ -33,7 +33,7 @@ def work(tmp_path_factory, toy_data, tiny_pool, tiny_pool_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels[i].permute(1, 2, 0).numpy()).save(path)
     student = MetaLoraTrainer(tiny_pool, None, DistillationConfig(steps=0, rank=32)).train(progress=False)
-    MetaLoRAForFewShotClassification.from_student(student).save_pretrained(folder / "meta")
+    student.to_model().save_pretrained(folder / "meta")
     return folder
 
 
@@ -178,7 +178,7 @@ def test_recipes_that_are_wrong(values):
 
 
 def test_the_command(work, values, tmp_path, capsys):
-    from lora_recycle.commands.main import main
+    from lora_recycle.cli.main import main
 
     recipe = tmp_path / "small.yaml"
     recipe.write_text(json.dumps({**values, "methods": ["meta-lora"], "tuning": {}}))

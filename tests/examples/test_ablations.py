@@ -11,8 +11,8 @@ from datasets import Image as ImageFeature
 from helpers_tiny import random_pixels
 from PIL import Image
 
-from lora_recycle.embedded import pool_path
-from lora_recycle.evaluation.protocol import confidence
+from lora_recycle.evaluation.results import confidence
+from lora_recycle.hub.embedded import pool_path
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -10,10 +10,10 @@ import torch
 from helpers_tiny import random_pixels
 
 from lora_recycle import MetaLoRAForFewShotClassification, TaskTuningConfig
-from lora_recycle.evaluation.episodes import sample_episodes
-from lora_recycle.images import LabelledImages
-from lora_recycle.modeling.tuning_task import MetaLoraTuning
-from lora_recycle.task_tuning import tuning_methods
+from lora_recycle.evaluation.tuned import MetaLoraTuning
+from lora_recycle.fewshot.episodes import sample_episodes
+from lora_recycle.finetuning import tuning_methods
+from lora_recycle.images.labelled import LabelledImages
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from more_tables import group_weights as weights_table
 
 from lora_recycle.distillation.config import DistillationConfig
 from lora_recycle.distillation.trainer import MetaLoraTrainer
-from lora_recycle.evaluation.episodes import sample_episodes
+from lora_recycle.fewshot.episodes import sample_episodes
 
 
 def test_students_are_looked_at_by_surrogate_and_by_real_images(tiny_pool, tiny_surrogate, toy_data):

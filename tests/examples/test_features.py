@@ -10,12 +10,12 @@ import pytest
 import torch
 from helpers_hub import publish
 
-from lora_recycle.commands.arguments import SECTIONS, build_config
-from lora_recycle.commands.main import build_parser
+from lora_recycle.cli.arguments import SECTIONS, build_config
+from lora_recycle.cli.main import build_parser
 from lora_recycle.distillation.config import DistillationConfig
+from lora_recycle.images.decode import to_picture
 from lora_recycle.inversion.config import InversionConfig
-from lora_recycle.pictures import to_picture
-from lora_recycle.tuning_config import TuningConfig
+from lora_recycle.pool.config import TuningConfig
 
 
 ROOT = Path(__file__).parents[2]

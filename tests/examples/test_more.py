@@ -15,10 +15,10 @@ from small_files import relative_error
 
 from lora_recycle.distillation.config import DistillationConfig
 from lora_recycle.distillation.trainer import MetaLoraTrainer
-from lora_recycle.evaluation.episodes import sample_episodes
 from lora_recycle.evaluation.incremental import draw_sessions, session_accuracies
 from lora_recycle.evaluation.rejection import OpenTask
-from lora_recycle.modeling.heads import make_head
+from lora_recycle.fewshot.episodes import sample_episodes
+from lora_recycle.fewshot.heads import make_head
 
 
 GAINS = {"a/validation 1": [1.0, 0.1], "a/validation 5": [2.0, 0.2]}

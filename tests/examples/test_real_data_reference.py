@@ -10,7 +10,7 @@ import torch
 from helpers_tiny import random_pixels, tiny_backbone
 
 from lora_recycle import DistillationConfig
-from lora_recycle.images import LabelledImages
+from lora_recycle.images.labelled import LabelledImages
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

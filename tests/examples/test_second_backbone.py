@@ -11,7 +11,7 @@ import torch
 from helpers_tiny import shake
 from transformers import AutoImageProcessor, AutoModel, Dinov2Config, Dinov2Model
 
-from lora_recycle.backbones import Backbone
+from lora_recycle.backbones.backbone import Backbone
 
 
 second = importlib.import_module("second_backbone")

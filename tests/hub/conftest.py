@@ -2,11 +2,11 @@
 
 import pytest
 
-from lora_recycle.backbones import Backbone
+from lora_recycle.backbones.backbone import Backbone
 from lora_recycle.distillation.config import DistillationConfig
+from lora_recycle.distillation.saving import wrap_student
 from lora_recycle.distillation.trainer import MetaLoraTrainer
-from lora_recycle.modeling.saving import wrap_student
-from lora_recycle.pool import AdapterPool
+from lora_recycle.pool.pool import AdapterPool
 
 
 def adapter_files(folder, license):

@@ -11,10 +11,10 @@ from helpers_clip import save_tiny_pair, wear_lora
 from helpers_hub import publish
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_paper_files import paper_tensors
+from test_paper_format import paper_tensors
 from transformers import CLIPModel
 
-from lora_recycle.commands.main import main
+from lora_recycle.cli.main import main
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "hub.md"

@@ -14,10 +14,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from lora_recycle import AdapterError, MetaLoRAForFewShotClassification, PushError, SurrogateDataset
-from lora_recycle.commands.main import main
+from lora_recycle.cli.main import main
 from lora_recycle.hub.cards import surrogate_card
 from lora_recycle.hub.licenses import HUB_LICENSES, inherited_license, read_license
-from lora_recycle.hub.publish import without_local_paths
+from lora_recycle.hub.upload import without_local_paths
 
 
 def load(repo_id, **options):
@@ -209,7 +209,7 @@ def test_sizes_of_data_sets_are_categories_that_the_hub_takes(count, category, t
 def test_the_local_hub_refuses_cards_as_the_real_one(hub, model, monkeypatch, header, complaint):
     assert re.search(complaint, complaints(f"---\n{header}\n---\n")[0][0])
     card = f"---\n{header}\n---\n# A card\n"
-    monkeypatch.setattr("lora_recycle.modeling.publishing.meta_lora_card", lambda *args: card)
+    monkeypatch.setattr("lora_recycle.hub.cards.meta_lora_card", lambda *args: card)
     with pytest.raises(PushError, match=f"Invalid metadata in README.md.*{complaint}"):
         model.push_to_hub("org/meta")
     assert not hub.exists("org/meta")

@@ -4,15 +4,15 @@ import json
 
 import pytest
 
-from lora_recycle.commands.main import main
+from lora_recycle.cli.main import main
 from lora_recycle.distillation.config import DistillationConfig
 from lora_recycle.distillation.trainer import MetaLoraTrainer
 from lora_recycle.errors import DivergenceError
 from lora_recycle.inversion.batch import InversionBatch
 from lora_recycle.inversion.config import InversionConfig
 from lora_recycle.inversion.inverter import LoraInverter
-from lora_recycle.shard_checks import check_manifest
-from lora_recycle.surrogate import SurrogateDataset
+from lora_recycle.surrogate.dataset import SurrogateDataset
+from lora_recycle.surrogate.shards import check_manifest
 
 
 def quick(**changes):

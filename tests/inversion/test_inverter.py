@@ -11,16 +11,16 @@ from helpers_tiny import copied_state, planted_adapter, random_factors, random_p
 from PIL import Image
 from test_backbones import FAMILIES, build
 
-from lora_recycle.adapter_heads import Head
-from lora_recycle.backbones import Backbone
+from lora_recycle.adapters.heads import Head
+from lora_recycle.adapters.stored import StoredAdapter
+from lora_recycle.backbones.backbone import Backbone
+from lora_recycle.backbones.token_selection import select_top
 from lora_recycle.errors import AdapterError, ConfigError
+from lora_recycle.fewshot.relations import relational_divergence
 from lora_recycle.inversion.config import InversionConfig
 from lora_recycle.inversion.inverter import LoraInverter
 from lora_recycle.inversion.pixel_spaces import MultiResolution, Pixels
-from lora_recycle.pool import AdapterPool
-from lora_recycle.relations import relational_divergence
-from lora_recycle.sparsity import select_top
-from lora_recycle.weight_changes import StoredAdapter
+from lora_recycle.pool.pool import AdapterPool
 
 
 def quick(**changes):

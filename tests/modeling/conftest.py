@@ -1,6 +1,6 @@
 import pytest
 
-from lora_recycle import DistillationConfig, MetaLoRAForFewShotClassification, MetaLoraTrainer
+from lora_recycle import DistillationConfig, MetaLoraTrainer
 
 
 @pytest.fixture(scope="module")
@@ -8,5 +8,5 @@ def folder(tiny_pool, tmp_path_factory):
     """A meta-LoRA as it is saved."""
     student = MetaLoraTrainer(tiny_pool, None, DistillationConfig(steps=0, rank=4)).train(progress=False)
     path = tmp_path_factory.mktemp("meta")
-    MetaLoRAForFewShotClassification.from_student(student).save_pretrained(path)
+    student.to_model().save_pretrained(path)
     return path

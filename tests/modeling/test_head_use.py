@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from lora_recycle import fit_head
 from lora_recycle.errors import AdapterError, ConfigError, DataError
-from lora_recycle.modeling.heads import HEADS, make_head
+from lora_recycle.fewshot.heads import HEADS, make_head
 from lora_recycle.modeling.meta_lora import MetaLoRAForFewShotClassification
 from lora_recycle.modeling.pipeline import FewShotImageClassificationPipeline
 from lora_recycle.modeling.task import load_task

@@ -14,8 +14,8 @@ from transformers import AutoModel
 from lora_recycle.distillation.config import DistillationConfig
 from lora_recycle.distillation.trainer import MetaLoraTrainer
 from lora_recycle.errors import AdapterError, DataError
+from lora_recycle.fewshot.prototypes import centre_logits
 from lora_recycle.modeling.meta_lora import MetaLoRAForFewShotClassification
-from lora_recycle.prototypes import centre_logits
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def student(tiny_pool):
 
 @pytest.fixture
 def model(student):
-    return MetaLoRAForFewShotClassification.from_student(student)
+    return student.to_model()
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_forward_by_hand(model):
 @torch.no_grad()
 def test_metric_and_temperature_are_saved(student, tmp_path):
     settings = {"metric": "euclidean", "temperature": 2.0, "sources": ["a"]}
-    MetaLoRAForFewShotClassification.from_student(student, settings).save_pretrained(tmp_path)
+    student.to_model(settings).save_pretrained(tmp_path)
     loaded = MetaLoRAForFewShotClassification.from_pretrained(tmp_path)
     assert loaded.settings["sources"] == ["a"]
     support, query = torch.randn(2, 3, 32, 32), torch.randn(3, 3, 32, 32)
@@ -204,7 +204,7 @@ def test_a_fitted_task_is_saved_and_forgotten_with_it(model, toy_data, tmp_path,
     torch.testing.assert_close(loaded.predict_proba(images), model.predict_proba(images))
     loaded.add_classes(*pictures(toy_data, [1]))
     assert loaded.label_names == ["n0", "n4", "n6", "n1"]
-    MetaLoRAForFewShotClassification.from_student(student).save_pretrained(tmp_path)
+    student.to_model().save_pretrained(tmp_path)
     with pytest.raises(DataError, match="has no task yet"):
         MetaLoRAForFewShotClassification.from_pretrained(tmp_path).predict(images)
 

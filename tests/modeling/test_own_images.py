@@ -9,9 +9,9 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from lora_recycle.backbones import Backbone
+from lora_recycle.backbones.backbone import Backbone
 from lora_recycle.errors import DataError
-from lora_recycle.modeling.heads import HEADS
+from lora_recycle.fewshot.heads import HEADS
 from lora_recycle.modeling.meta_lora import MetaLoRAForFewShotClassification
 
 

@@ -7,7 +7,7 @@ from helpers_tiny import random_pixels, tiny_processor, tiny_vit
 from PIL import Image
 from transformers import CLIPImageProcessorPil, ViTImageProcessorPil
 
-from lora_recycle.backbones import Backbone
+from lora_recycle.backbones.backbone import Backbone
 from lora_recycle.errors import DataError
 from lora_recycle.modeling.preprocessing import to_pixel_values
 

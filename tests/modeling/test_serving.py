@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lora_recycle.errors import AdapterError, DataError
-from lora_recycle.modeling.heads import HEADS
+from lora_recycle.fewshot.heads import HEADS
 from lora_recycle.modeling.meta_lora import MetaLoRAForFewShotClassification
 
 

@@ -9,8 +9,9 @@ from helpers_tiny import random_pixels
 
 from lora_recycle import MetaLoRAForFewShotClassification, TaskTuningConfig
 from lora_recycle.errors import ConfigError, DataError
-from lora_recycle.modeling.tuning_task import MetaLoraTuning, default_config
-from lora_recycle.task_tuning import tuning_methods
+from lora_recycle.evaluation.tuned import MetaLoraTuning
+from lora_recycle.finetuning import tuning_methods
+from lora_recycle.modeling.tuning import default_config
 
 
 NAMES = ["ant", "ant", "bee", "bee", "cow", "cow"]
@@ -76,7 +77,7 @@ def test_a_tuned_model_that_is_merged_stays_tuned(model, images, tmp_path):
 
 def test_no_steps_is_fit(model, images):
     fitted = model.fit(images, NAMES).predict_proba(images)
-    config = TaskTuningConfig(**{**default_config(model).to_dict(), "steps": 0})
+    config = TaskTuningConfig(**{**default_config(model.head).to_dict(), "steps": 0})
     torch.testing.assert_close(model.tune(images, NAMES, config).predict_proba(images), fitted, atol=1e-5, rtol=1e-4)
 
 

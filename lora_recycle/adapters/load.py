@@ -1,0 +1,164 @@
+"""Adapters read for one live backbone: names, shapes and numbers are checked against what PEFT would save."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftConfig, get_peft_model_state_dict
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..errors import AdapterError
+from .files import (
+    HEAD,
+    POOLED_HEAD,
+    read_header,
+)
+from .keys import PEFT_PREFIX, rebuild_config, to_backbone_keys, without_training_only
+from .peft_wrap import wrap
+from .pull import AdapterInfo, file_changed, read_tensors
+
+
+#: Configs whose PEFT model's names and shapes are remembered, about 50 kB each.
+MAX_REMEMBERED = 64
+
+
+@dataclass
+class LoadedAdapter:
+    """An adapter read for one headless live model.
+
+    Args:
+        info (`AdapterInfo`): `generation` is now what the model's names showed.
+        peft_config (`PeftConfig`): its `target_modules` are the sorted live module paths that own adapter tensors.
+        state_dict (`dict[str, Tensor]`): float32, keys `base_model.model.<live module>...` without an adapter name.
+        head_weight (`Tensor`, *optional*): (C, D) float32; D is the hidden size, or twice that for DINOv2.
+        head_bias (`Tensor`, *optional*): (C,) float32.
+        pooled_head (`bool`): whether the head reads the pooled image, not what the family's classifier reads.
+    """
+
+    info: AdapterInfo
+    peft_config: PeftConfig
+    state_dict: dict[str, Tensor]
+    head_weight: Tensor | None
+    head_bias: Tensor | None
+    pooled_head: bool = False
+
+
+def load_adapter(
+    info: AdapterInfo, model: PreTrainedModel, expected: dict[str, dict[str, Tensor]] | None = None
+) -> LoadedAdapter:
+    """Read a pulled adapter's tensors for the headless `model`, which is not changed.
+
+    Load all adapters before one is put on `model`: PEFT replaces modules in place, and their names with them.
+
+    Args:
+        info (`AdapterInfo`): from [`pull_adapter`].
+        model (`PreTrainedModel`): the headless backbone.
+        expected (`dict`, *optional*): kept between calls for the same `model`, it saves building PEFT's model again
+            for adapters of a config that was met before, which is most of the time. Filled here, and bounded.
+
+    Raises:
+        AdapterError: a tensor is not finite, missing, unexpected or of another shape or kind of number than `model`
+            needs; the head is neither `hidden_size` nor twice that wide; or the config would change the base model.
+    """
+    shapes = read_header(info.path, info.where)
+    if (info.path / info.file).stat().st_size != info.size_bytes:
+        raise file_changed(info)
+    head = _head_keys(info, shapes, model.config.hidden_size)
+    try:
+        used = without_training_only(info.config, shapes.keys() - set(head.values()))
+        names, converted = to_backbone_keys(used, model)
+        peft_config = rebuild_config(info.config, names, model)
+    except AdapterError as error:
+        raise AdapterError(f"{info.where}: {info.file}: {error}") from error
+    live_shapes = {names[key]: shapes[key] for key in names}
+    saved = _check_against_model(info, peft_config, live_shapes, model, {} if expected is None else expected)
+    tensors = read_tensors(info)  # only now: nothing of an absurd size gets this far
+    state_dict = {names[key]: tensors[key] for key in sorted(names)}
+    heads = {part: tensors[key] for part, key in head.items()}
+    _check_numbers(info, state_dict | {head[part]: tensor for part, tensor in heads.items()}, saved)
+    info = dataclasses.replace(info, generation=4) if converted else info
+    pooled = POOLED_HEAD in shapes
+    return LoadedAdapter(info, peft_config, state_dict, heads.get("weight"), heads.get("bias"), pooled)
+
+
+def _head_keys(info: AdapterInfo, shapes: dict[str, tuple[int, ...]], hidden: int) -> dict[str, str]:
+    """Keys of the head's (C, D) `weight` and (C,) `bias`, as far as the file has them."""
+    head = {key.rsplit(".", 1)[-1]: key for key in shapes if HEAD.fullmatch(key)}
+    width = shapes[head["weight"]][1] if "weight" in head else hidden
+    if width not in (hidden, 2 * hidden):
+        raise AdapterError(
+            f"{info.where}: {info.file}: {head['weight']} reads {width} features, but the model has "
+            f"{hidden} (or {2 * hidden} with the mean of its patches). Was it made for another base model?"
+        )
+    return head
+
+
+def _check_against_model(
+    info: AdapterInfo,
+    peft_config: PeftConfig,
+    shapes: dict[str, tuple[int, ...]],
+    model: nn.Module,
+    met: dict[str, dict[str, Tensor]],
+) -> dict[str, Tensor]:
+    """Build the PEFT model without memory, and compare the names and shapes it would save with the adapter's.
+
+    Returns what PEFT would save, on the meta device; `met` remembers it by config.
+    """
+    where = f"{info.where}: {info.file}"
+    own = {PEFT_PREFIX + name for name, _ in model.named_parameters()} & shapes.keys()
+    if own and info.peft_type != "LN_TUNING":  # only that type stores its tensors under the base's own names
+        raise AdapterError(f"{where}: {min(own)} retrains a weight of the base model, which adapters here share.")
+    config = repr(peft_config)
+    if config not in met:
+        try:
+            made = _expected_tensors(peft_config, model)
+        except Exception as error:  # noqa: BLE001 - PEFT raises anything for settings that anyone may have written
+            raise AdapterError(f"{info.where}: PEFT cannot build this adapter on the model: {error}") from error
+        if len(met) >= MAX_REMEMBERED:
+            met.clear()
+        met[config] = {key: tensor.detach().to("meta") for key, tensor in made.items()}
+    expected = met[config]
+    for kind, keys in (("lacks", expected.keys() - shapes), ("holds unexpected", shapes.keys() - expected)):
+        if keys:
+            raise AdapterError(f"{where} {kind} {len(keys)} tensor(s): {', '.join(sorted(keys)[:3])}.")
+    for key, shape in sorted(shapes.items()):
+        if shape != tuple(expected[key].shape):
+            raise AdapterError(
+                f"{where}: {key} must be {tuple(expected[key].shape)}, got {shape}. "
+                "Was the adapter made for another base model?"
+            )
+    return expected
+
+
+def _check_numbers(info: AdapterInfo, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Indices are whole numbers and all the rest, the head too, is floating point; nothing is NaN or infinite."""
+    for key, tensor in tensors.items():
+        floating = key not in expected or expected[key].is_floating_point()
+        if tensor.is_complex() or tensor.is_floating_point() != floating:
+            kind = "floating point" if floating else "whole numbers"
+            raise AdapterError(f"{info.where}: {info.file}: {key} must be {kind}, got {tensor.dtype}.")
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(f"{info.where}: {info.file}: {key} holds NaN or infinity.")
+
+
+def _expected_tensors(peft_config: PeftConfig, model: nn.Module) -> dict[str, Tensor]:
+    """What PEFT would save for such an adapter; the tensors are on the meta device where PEFT can build it there."""
+    # the memo makes deepcopy take these for the weights: a copy of the model on the meta device
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()
+    }
+    memo |= {id(b): b.detach().to("meta") for b in model.buffers()}
+    try:
+        return _saved_by_peft(peft_config, copy.deepcopy(model, memo), low_cpu_mem_usage=True)
+    except NotImplementedError:  # types whose shapes follow from the values of the base's weights
+        return _saved_by_peft(peft_config, copy.deepcopy(model).float().cpu(), low_cpu_mem_usage=False)
+
+
+def _saved_by_peft(peft_config: PeftConfig, model: nn.Module, low_cpu_mem_usage: bool) -> dict[str, Tensor]:
+    wearing = wrap(model, copy.deepcopy(peft_config), low_cpu_mem_usage=low_cpu_mem_usage)
+    return get_peft_model_state_dict(wearing, save_embedding_layers=False)

@@ -1,0 +1,199 @@
+"""Adapters of the Hub or of a folder: fetched at one commit, checked, described, and read for one live backbone."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from ..errors import AdapterError
+from ..hub.licenses import read_license
+from ..hub.repo_files import CODES_FILE, CONFIG_FILE, WEIGHTS_FILE
+from ..runtime.files import file_sha256
+from ..runtime.untrusted import count
+from .files import (
+    download,
+    guess_generation,
+    head_classes,
+    read_codes,
+    read_config,
+    read_header,
+    read_labels,
+    target_names,
+    weights_file,
+)
+from .quantization import decode
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What a pulled adapter is, known without a model.
+
+    Args:
+        name (`str`): repo id or folder name.
+        path (`Path`): local folder (a snapshot for a repo) that holds the files.
+        revision (`str`, *optional*): commit SHA, None for a plain local folder.
+        sha256 (`str`): of `file`.
+        base_model (`str`, *optional*): what the adapter's config names as its base, with `base_revision`.
+        peft_type (`str`): `"LORA"`, `"LOHA"`, ...
+        rank (`int`, *optional*): the config's `r`; None for types without a rank. `alpha` likewise.
+        targets (`tuple[str, ...]`): sorted leaf names of the targets as in the file, e.g. `("fc1", "q_proj")`.
+        num_parameters (`int`): numbers in the file, the head's included.
+        size_bytes (`int`): size of the file.
+        num_classes (`int`, *optional*): rows of the head; None where the file has no head.
+        labels (`tuple[str, ...]`, *optional*): from the card, when their number is the head's or there is no head.
+        generation (`int`, *optional*): major version of transformers that alone gives the keys' names, 4 or 5; None
+            where both do, as for most classes of CLIP and SigLIP.
+        config (`dict`): parsed `adapter_config.json`.
+        prompt (`str`, *optional*): what `labels` were put into, where the head was made of them.
+        file (`str`): what the tensors lie in, `adapter_model.safetensors` or, where they are coded,
+            `adapter_codes.safetensors`.
+        bits (`int`, *optional*): for each weight, where they are coded.
+    """
+
+    name: str
+    path: Path
+    revision: str | None
+    sha256: str
+    base_model: str | None
+    base_revision: str | None
+    peft_type: str
+    rank: int | None
+    alpha: float | None
+    targets: tuple[str, ...]
+    num_parameters: int
+    size_bytes: int
+    num_classes: int | None
+    labels: tuple[str, ...] | None
+    generation: int | None
+    config: dict[str, Any]
+    prompt: str | None = None
+    file: str = WEIGHTS_FILE
+    bits: int | None = None
+
+    @property
+    def where(self) -> str:
+        """Name and commit, as error messages give them."""
+        return f"{self.name}@{self.revision}" if self.revision else self.name
+
+    @property
+    def converted(self) -> bool | None:
+        """Whether its tensors have names of an older transformers, which loading turns into today's."""
+        return None if self.generation is None else self.generation < int(transformers.__version__.split(".")[0])
+
+    def to_source(self) -> dict[str, Any]:
+        """What manifests, sidecars and cards say of an adapter that something was made of."""
+        return {
+            "name": self.name,
+            "revision": self.revision,
+            "sha256": self.sha256,
+            "peft_type": self.peft_type,
+            "license": read_license(self.path),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain JSON types."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | {"converted": self.converted}
+        labels = None if self.labels is None else list(self.labels)
+        return copy.deepcopy(values) | {"path": str(self.path), "targets": list(self.targets), "labels": labels}
+
+
+def find_adapters(folder: str | Path) -> list[Path]:
+    """The folder itself if it is an adapter, else its direct sub-folders that are, sorted by name.
+
+    Raises:
+        AdapterError: the folder is missing or holds no adapter.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise AdapterError(f"{folder}: no such folder.")
+    if (folder / CONFIG_FILE).is_file():
+        return [folder]
+    # a hidden folder is one that a writer has not finished
+    found = sorted(p.parent for p in folder.glob(f"*/{CONFIG_FILE}") if not p.parent.name.startswith("."))
+    if not found:
+        raise AdapterError(f"{folder}: no adapter here; neither it nor its sub-folders hold {CONFIG_FILE}.")
+    return found
+
+
+def pull_adapter(
+    repo_or_path: str | Path,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> AdapterInfo:
+    """Fetch one adapter at one commit, check its files without loading tensors, and describe it.
+
+    Args:
+        repo_or_path (`str` or `Path`): a local folder if one exists by that name, else a repo id on the Hub.
+        revision (`str`, *optional*): branch, tag or commit; resolved once to a commit. Not for a local folder.
+        token (`str` or `bool`, *optional*): for private and gated repos, as in `huggingface_hub`.
+        cache_dir (`str` or `Path`, *optional*): defaults to the Hugging Face cache.
+        local_files_only (`bool`, *optional*, defaults to `False`): look in the cache only.
+
+    Raises:
+        AdapterError: nothing there, files missing, damaged, unsafe or of an unknown adapter type.
+    """
+    folder = Path(repo_or_path)
+    if folder.is_dir():
+        if revision is not None:
+            raise AdapterError(f"{folder}: a local folder has no revision {revision!r}; leave `revision` out.")
+        folder = folder.resolve()
+        return _describe(folder, folder.name, None)
+    folder = download(str(repo_or_path), revision, token, cache_dir, local_files_only)
+    return _describe(folder, str(repo_or_path), folder.name)
+
+
+def _describe(folder: Path, name: str, revision: str | None) -> AdapterInfo:
+    where = f"{name}@{revision}" if revision else name
+    config, file = read_config(folder, where), weights_file(folder)
+    bits, shapes = read_codes(folder, where) if file == CODES_FILE else (None, read_header(folder, where))
+    num_classes = head_classes(shapes, where)
+    return AdapterInfo(
+        name=name,
+        path=folder,
+        revision=revision,
+        sha256=file_sha256(folder / file),
+        base_model=config.get("base_model_name_or_path"),
+        base_revision=config.get("revision"),
+        peft_type=config["peft_type"],
+        rank=config.get("r") if isinstance(config.get("r"), int) else None,
+        alpha=config.get("lora_alpha", config.get("alpha")),
+        targets=target_names(config, shapes),
+        num_parameters=sum(count(shape) for shape in shapes.values()),
+        size_bytes=(folder / file).stat().st_size,
+        num_classes=num_classes,
+        labels=read_labels(folder, where, num_classes),
+        generation=guess_generation(config, shapes),
+        config=config,
+        file=file,
+        bits=bits,
+    )
+
+
+def read_tensors(info: AdapterInfo) -> dict[str, Tensor]:
+    """All tensors of the file, decoded, numbers as float32. Raises `AdapterError` where the file changed."""
+    where = f"{info.where}: {info.file}"
+    try:
+        data = (info.path / info.file).read_bytes()
+        if hashlib.sha256(data).hexdigest() != info.sha256:
+            raise file_changed(info)
+        tensors = decode(data) if info.file == CODES_FILE else load(data)
+    except AdapterError:
+        raise
+    except (OSError, SafetensorError, ValueError) as error:
+        raise AdapterError(f"{where} cannot be read ({error}).") from error
+    return {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
+
+
+def file_changed(info: AdapterInfo) -> AdapterError:
+    return AdapterError(f"{info.where}: {info.file} changed since it was pulled; pull it again.")

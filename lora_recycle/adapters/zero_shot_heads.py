@@ -1,0 +1,140 @@
+"""Heads for adapters without one, from class names: zero-shot classification through the base model's text tower."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+from ..backbones.backbone import Backbone
+from ..errors import AdapterError, ConfigError
+from ..hub.embedded import resolve_backbone
+from .adapter import Adapter
+from .heads import TextHead
+from .sources import BadAdapters
+from .stored import StoredAdapter
+
+
+#: CLIP's own prompt for photographs; `{}` stands for the class name.
+PROMPT = "a photo of a {}."
+_TEXTS_AT_ONCE = 256
+
+
+def give_heads(
+    adapters: Sequence[Adapter | StoredAdapter],
+    backbone: Backbone,
+    bad: BadAdapters,
+    *,
+    prompt: str,
+    required: bool,
+    **hub: Any,
+) -> list[Adapter | StoredAdapter]:
+    """Give adapters without a head that know their class names (`info.labels`) one made of them.
+
+    The text tower is loaded once for all of them, and not at all where nobody needs it. An adapter whose names make no
+    head is bad; with `required` so is one without a head, or with one that does not fit.
+    """
+    lacking, heads, reason = [a for a in adapters if a.headless and a.info.labels], [], None
+    if lacking:
+        try:
+            heads = text_heads(backbone, [a.info.labels or () for a in lacking], prompt, **hub)
+        except AdapterError as error:
+            reason = str(error)
+    made, usable = iter(heads), []
+    for adapter in adapters:
+        with bad.handled(adapter.info.where):
+            if adapter.headless and adapter.info.labels:
+                if reason:
+                    where = adapter.info.where
+                    raise AdapterError(f"{where}: has no head, and its class names make none: {reason}")
+                adapter = adapter.with_head(next(made))
+            if required:
+                adapter.require_head(backbone)
+            usable.append(adapter)
+    return usable
+
+
+def text_heads(
+    backbone: Backbone, class_names: Sequence[Sequence[str]], prompt: str = PROMPT, **hub: Any
+) -> list[TextHead]:
+    """One head for each list of class names. On `backbone` its logits are the whole model's `logits_per_image`.
+
+    Radford et al., *Learning Transferable Visual Models From Natural Language Supervision* (2021), section 3.1.2.
+
+    Args:
+        prompt (`str`): what each name is put into, at `{}`.
+        hub: `token`, `cache_dir` and `local_files_only`.
+
+    Raises:
+        AdapterError: the base model has no text tower, or it or its tokenizer cannot be loaded.
+        ConfigError: the prompt has no `{}`.
+    """
+    if "{}" not in prompt:
+        raise ConfigError(f"prompt must hold {{}} where the class name goes, got {prompt!r}.")
+    model, tokenizer = _load_text_tower(backbone, hub)
+    texts = [prompt.replace("{}", name) for name in dict.fromkeys(n for names in class_names for n in names)]
+    unread = [t for t, ids in zip(texts, _token_ids(tokenizer, texts), strict=True) if ids <= {tokenizer.unk_token_id}]
+    if unread:  # without its files transformers makes a tokenizer without words, and says nothing
+        raise AdapterError(
+            f"{backbone.name}: its tokenizer knows no word of {unread[0]!r}. Is tokenizer.json missing in the repo?"
+        )
+    try:
+        embeddings = dict(zip(texts, _embed(model, tokenizer, texts), strict=True))
+    except (IndexError, ValueError, TypeError, RuntimeError) as error:  # a tokenizer that is not the tower's own
+        raise AdapterError(f"{backbone.name}: its text tower cannot read the class names ({error}).") from error
+    scale, bias = model.logit_scale.detach().exp().cpu(), getattr(model, "logit_bias", None)
+    projection = getattr(model, "visual_projection", None)
+    projection = None if projection is None else projection.weight.detach().cpu()
+    heads = []
+    for names in class_names:
+        weight = torch.stack([embeddings[prompt.replace("{}", name)] for name in names]) * scale
+        shift = None if bias is None else bias.detach().cpu().expand(len(names))
+        heads.append(TextHead(weight, shift, projection, prompt))
+    return heads
+
+
+def _load_text_tower(backbone: Backbone, hub: dict[str, Any]) -> tuple[Any, Any]:
+    """The whole model in float32 on the backbone's device, without the image tower, and its tokenizer."""
+    path, hub = resolve_backbone(backbone.name), {**hub, "revision": backbone.revision}
+    try:
+        kind = AutoConfig.from_pretrained(path, **hub).model_type
+        if kind not in ("clip", "siglip"):
+            raise AdapterError(
+                f"{backbone.name}: is a {kind} model without a text tower, and only CLIP and SigLIP, published whole, "
+                "make heads of class names. Use adapters that have heads, or name the whole model as the base."
+            )
+        model, loading = AutoModel.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **hub
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path, **hub)
+    except AdapterError:
+        raise
+    except Exception as error:  # noqa: BLE001 - tokenizers raise anything for files that are missing or damaged
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise AdapterError(f"{backbone.name}: its text tower cannot be loaded ({reason}).") from error
+    if loading["missing_keys"]:  # transformers fills them with random numbers
+        lacking = ", ".join(sorted(loading["missing_keys"])[:3])
+        raise AdapterError(f"{backbone.name}: its text tower is not whole; weights are missing: {lacking}.")
+    model.vision_model = None  # the backbone is there already
+    return model.to(backbone.device).eval(), tokenizer
+
+
+def _token_ids(tokenizer: Any, texts: list[str]) -> list[set[int]]:
+    return [set(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+
+@torch.no_grad()
+def _embed(model: Any, tokenizer: Any, texts: list[str]) -> torch.Tensor:
+    """Texts to their embeddings, of length 1, float32 on the CPU: (N, P)."""
+    longest = model.config.text_config.max_position_embeddings
+    # SigLIP was trained on texts of full length
+    padding = "max_length" if model.config.model_type == "siglip" else True
+    parts = []
+    for start in range(0, len(texts), _TEXTS_AT_ONCE):
+        part = texts[start : start + _TEXTS_AT_ONCE]
+        tokens = tokenizer(part, padding=padding, truncation=True, max_length=longest, return_tensors="pt")
+        parts.append(model.get_text_features(**tokens.to(model.device)).pooler_output)
+    return F.normalize(torch.cat(parts), dim=-1).cpu()

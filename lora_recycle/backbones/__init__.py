@@ -1,0 +1,1 @@
+"""Frozen vision transformers, and which of their tokens are computed."""

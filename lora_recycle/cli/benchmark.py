@@ -1,0 +1,98 @@
+"""`lora-recycle benchmark`: methods x data sets x shots on the same episodes, from a recipe."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError
+from .common import Subparsers, add_device_argument, checked_device, note, table
+
+
+if TYPE_CHECKING:
+    from ..evaluation.cells import Cell
+    from ..evaluation.recipe import BenchmarkRecipe
+
+
+EPILOG = """\
+examples:
+  lora-recycle benchmark examples/benchmark-recipes/mixed.yaml --data-root DATA --output docs/benchmarks
+  lora-recycle benchmark recipe.yaml --episodes 100 --tuning-episodes 5        a quick look
+  lora-recycle benchmark recipe.yaml --part 0 2                                one of two shells that share the work
+
+Writes results.json, results.md and index.html into the output folder, and a file for each finished cell (method, data
+set, shots) into the work folder: run again it goes on where it was. docs/benchmarks.md tells the keys of a recipe.
+"""
+
+
+def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParser:
+    summary = "run methods, data sets and shots of a recipe on the same episodes"
+    parser = subparsers.add_parser("benchmark", help=summary, description=summary, epilog=EPILOG, **options)
+    parser.add_argument("recipe", metavar="RECIPE", help="YAML file of data sets, pools and methods")
+    parser.add_argument("--data-root", metavar="DIR", help="where the recipe's data sets are looked for first")
+    parser.add_argument(
+        "--output", default="runs/benchmark", metavar="DIR", help="where the tables go (default: %(default)s)"
+    )
+    parser.add_argument("--work", metavar="DIR", help="where finished cells lie (default: cells/ in the output)")
+    parser.add_argument("--episodes", type=int, metavar="N", help="in place of the recipe's")
+    parser.add_argument("--tuning-episodes", type=int, metavar="N", help="in place of the recipe's")
+    parser.add_argument(
+        "--part", nargs=2, type=int, default=(0, 1), metavar=("I", "N"), help="compute only every N-th cell from I on"
+    )
+    add_device_argument(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    part, total = args.part
+    if not 0 <= part < total:
+        raise ConfigError(f"--part {part} {total}: the parts of {total} are 0 to {total - 1}.")
+    if args.data_root is not None and not Path(args.data_root).is_dir():
+        raise ConfigError(f"--data-root {args.data_root}: no such folder.")
+    from ..evaluation.recipe import BenchmarkRecipe
+    from ..evaluation.suite import Benchmark
+    from ..runtime.config import read_yaml
+
+    given = {"episodes": args.episodes, "tuning_episodes": args.tuning_episodes}
+    values = {**read_yaml(args.recipe), **{key: value for key, value in given.items() if value is not None}}
+    recipe, output = BenchmarkRecipe.from_dict(values, args.recipe), Path(args.output)
+    work = Path(args.work) if args.work else output / "cells"
+    benchmark = Benchmark(recipe, work, args.data_root, checked_device(args.device))
+    cells = benchmark.run((part, total), progress=not args.quiet)
+    for remark in benchmark.notes:
+        note(remark)
+    missing = sum(cell.verdict is None for cell in cells)
+    if missing:
+        note(f"{missing} of {len(cells)} cells are left to the other parts; the one that ends last writes the tables.")
+        return
+    _write(Path(args.recipe).stem, recipe, cells, benchmark.notes, output)
+
+
+def _write(name: str, recipe: BenchmarkRecipe, cells: list[Cell], notes: list[str], output: Path) -> None:
+    from ..evaluation.summary import markdown, rows_and_details
+    from ..reports.benchmark_page import benchmark_page
+    from ..runtime.files import atomic_write
+    from ..runtime.provenance import versions
+
+    rows, details = rows_and_details(cells)
+    about = {"recipe": recipe.to_dict(), "notes": notes, "versions": versions()}
+    values = {"rows": rows, "details": details, **about}
+    atomic_write(output / "results.json", (json.dumps(values, indent=1) + "\n").encode())
+    atomic_write(output / "results.md", markdown(rows, details).encode())
+    atomic_write(output / "index.html", benchmark_page(f"Benchmark: {name}", rows, details, about).encode())
+    header = ("method", "data", "shots", "accuracy", "vs frozen", "vs average")
+    shown = [
+        (
+            row["method"],
+            row["data"],
+            row["shots"],
+            f"{row['accuracy']:.2f} ± {row['ci95']:.2f}",
+            f"{row['delta_vs_frozen']:+.2f} ± {row['delta_ci95']:.2f}",
+            f"{detail['delta_vs_average']:+.2f} ± {detail['delta_vs_average_ci95']:.2f}",
+        )
+        for row, detail in zip(rows, details, strict=True)
+    ]
+    print(table(header, shown))
+    note(f"Wrote {', '.join(str(output / file) for file in ('results.json', 'results.md', 'index.html'))}.")

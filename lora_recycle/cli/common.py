@@ -1,0 +1,162 @@
+"""What several verbs share: tables and hints, the pool's arguments, the device."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from ..hub.embedded import pool_path
+
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..pool.pool import AdapterPool
+
+#: What `add_subparsers` returns, for which argparse has no public name.
+Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Rows in aligned columns under a header, numbers to the right."""
+    rows = [list(row) for row in rows]
+    lines = [list(header)] + [["-" if cell is None else str(cell) for cell in row] for row in rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    numeric = [
+        bool(rows) and all(isinstance(row[i], (int, float, type(None))) for row in rows) for i in range(len(widths))
+    ]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(line, widths, numeric, strict=True)
+        ).rstrip()
+        for line in lines
+    )
+
+
+def note(text: str) -> None:
+    """A remark on stderr: what the user should know but no program should parse."""
+    print(text, file=sys.stderr)
+
+
+_quiet = False  # of the command that runs in this process; `main` sets it
+
+
+def quieten(quiet: bool) -> None:
+    """Whether hints are left out, as `--quiet` asks for."""
+    global _quiet
+    _quiet = quiet
+
+
+def hint(command: str) -> None:
+    """The command that usually comes next, on stderr, unless `--quiet` was given."""
+    if not _quiet:
+        note(f"Next: {command}")
+
+
+def add_base_model_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--base-model", metavar="X", help="folder or repo id of the base; by default what adapters name"
+    )
+    parser.add_argument("--base-revision", metavar="R", help="its branch, tag or commit")
+
+
+def add_on_error_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--on-error",
+        choices=("raise", "skip"),
+        default="raise",
+        help="whether an adapter that cannot be used stops the run, or is left out and told (default: %(default)s)",
+    )
+
+
+def add_resume_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="go on with what an interrupted run of the same settings left in the output folder, which is what "
+        "happens by default; --no-resume deletes it and starts again",
+    )
+
+
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device",
+        metavar="D",
+        help="where to compute, as torch names it: cpu, cuda, cuda:1, mps (default: a GPU where there is one)",
+    )
+
+
+def add_class_names_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--class-names",
+        metavar="NAMES",
+        help="class names of adapters without a head: cat,dog for all of them, a .txt file with one in each line, "
+        "or a .yaml or .json file with a list, or with a list for each adapter",
+    )
+
+
+#: What names a meta-LoRA, for the help.
+META_LORA_HELP = "folder or repo id (org/name@revision) of a meta-LoRA, or demo for the shipped one"
+#: In how many bits weights can be stored, for the help.
+BITS_HELP = "32 or 16 (bfloat16), plain PEFT; 8, 4, 2 or 1, codes that lora_recycle alone reads"
+#: The strings that name adapters, for the help.
+POOL_HELP = (
+    "folders of adapters, adapters, repo ids (org/name@revision), .txt files with one of them in each line, "
+    "collection:org/slug, search:tag,tag, author:org, or demo for the shipped ones"
+)
+
+
+def add_pool_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("pool", nargs="+", metavar="POOL", help=POOL_HELP)
+    add_on_error_argument(parser)
+    add_base_model_argument(parser)
+    add_device_argument(parser)
+
+
+def sources(names: Sequence[str]) -> list[str | Path]:
+    """The names as the user gave them, with `demo` for the embedded pool."""
+    return [pool_path() if name == "demo" else name for name in names]
+
+
+def load_pool(args: argparse.Namespace, **options: Any) -> AdapterPool:
+    """The [`AdapterPool`] that the pool arguments describe. Skipped adapters are told on stderr."""
+    from ..pool.pool import AdapterPool
+
+    device = checked_device(args.device)  # first: a launch that went wrong is to be refused before anything is read
+    pool = AdapterPool.from_pretrained(
+        sources(args.pool),
+        args.base_model,
+        base_revision=args.base_revision,
+        on_error=args.on_error,
+        device=device,
+        progress=not args.quiet,
+        **options,
+    )
+    if is_main_process():
+        tell_skipped(pool.skipped, len(pool))
+    return pool
+
+
+def tell_skipped(skipped: Sequence[tuple[str, str]], used: int) -> None:
+    """A table of the adapters that were left out, and why, on stderr."""
+    if skipped:
+        note(f"{len(skipped)} of {used + len(skipped)} adapters skipped:\n{table(('skipped', 'reason'), skipped)}")
+
+
+def checked_device(name: str | None) -> torch.device:
+    """Where to compute. Raises `ConfigError` where this machine has no device of this name."""
+    from ..runtime.launch import choose_device
+
+    return choose_device(name)
+
+
+def is_main_process() -> bool:
+    """False on all but one of the processes that `accelerate launch` started."""
+    from ..runtime.launch import process_state
+
+    return process_state().is_main_process

@@ -1,0 +1,34 @@
+"""`lora-recycle import`: an adapter saved by the paper's own code, as a PEFT folder."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from typing import Any
+
+from .common import Subparsers, hint
+
+
+EPILOG = """\
+examples:
+  lora-recycle import lora_0.safetensors --base-model openai/clip-vit-base-patch16 --output adapters/lora_0
+
+The file holds w_a_000, w_b_000, ... and fc_512in_5out, as the code of the paper LoRA Recycle saves them for CLIP.
+"""
+
+
+def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParser:
+    summary = "turn an adapter that the paper's own code saved into a PEFT folder"
+    parser = subparsers.add_parser("import", help=summary, description=summary, epilog=EPILOG, **options)
+    parser.add_argument("file", metavar="FILE", help="safetensors file that the paper's code saved")
+    parser.add_argument("--base-model", required=True, metavar="X", help="folder or repo id of the CLIP model")
+    parser.add_argument("--base-revision", metavar="R", help="its branch, tag or commit")
+    parser.add_argument("--output", required=True, metavar="DIR", help="new folder that the adapter goes to")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..adapters.paper_format import import_paper_file
+
+    print(import_paper_file(args.file, args.base_model, args.output, base_revision=args.base_revision))
+    hint(f"lora-recycle inspect {shlex.quote(args.output)}")

@@ -1,0 +1,189 @@
+"""`lora-recycle inspect`: what adapters, pools and surrogate data are, read without a model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError, DataError
+from .common import (
+    META_LORA_HELP,
+    POOL_HELP,
+    Subparsers,
+    add_class_names_argument,
+    add_on_error_argument,
+    hint,
+    note,
+    sources,
+    table,
+    tell_skipped,
+)
+
+
+if TYPE_CHECKING:
+    from ..adapters.pull import AdapterInfo
+    from ..backbones.backbone import Backbone
+    from ..surrogate.dataset import SurrogateDataset
+
+
+EPILOG = """\
+examples:
+  lora-recycle inspect demo                                the shipped pool
+  lora-recycle inspect pool/cats someone/vit-lora-birds@v1 a folder and a repo of the Hub
+  lora-recycle inspect search:base_model:adapter:google/vit-base-patch16-224,peft --on-error skip
+  lora-recycle inspect surrogate                           surrogate data that invert made
+  lora-recycle inspect surrogate --images                  a page of its images, masks and confidences
+  lora-recycle inspect surrogate --images --meta-lora meta_lora --data photos    and maps before and after
+  lora-recycle inspect pool --json | jq '.[].sha256'
+  lora-recycle inspect search:peft,birds --on-error skip --short > ids.txt      as other verbs take it: id@commit
+"""
+
+ADAPTER_HEADER = (
+    *("name", "base", "revision", "type", "rank", "targets", "classes", "labels"),
+    *("transformers", "converted", "size", "commit"),
+)
+SHARD_HEADER = ("adapter", "images", "accuracy", "confidence")
+
+
+def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParser:
+    summary = "describe adapters, folders of adapters, or surrogate data"
+    parser = subparsers.add_parser("inspect", help=summary, description=summary, epilog=EPILOG, **options)
+    parser.add_argument("what", nargs="+", metavar="WHAT", help=f"surrogate folders, and {POOL_HELP}")
+    add_on_error_argument(parser)
+    add_class_names_argument(parser)
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="print everything that is known as JSON")
+    output.add_argument("--short", action="store_true", help="print names only, pinned to commits: a list for ids.txt")
+    output.add_argument("--images", action="store_true", help="write images.html into each surrogate folder")
+    parser.add_argument("--meta-lora", metavar="X", help=f"with --images: maps without and with it; {META_LORA_HELP}")
+    parser.add_argument("--data", metavar="PATH", help="with --images: real images on the map, in class folders")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..adapters.class_names import name_classes
+    from ..adapters.sources import BadAdapters, pull_adapters
+    from ..surrogate.dataset import MANIFEST, SurrogateDataset
+
+    if (args.meta_lora or args.data) and not args.images:
+        raise ConfigError("--meta-lora and --data go with --images.")
+    named = sources(args.what)
+    folders = [name for name in named if (Path(name) / MANIFEST).is_file()]
+    surrogates = [SurrogateDataset.from_pretrained(folder) for folder in folders]
+    if args.images:
+        _write_pages(args, surrogates, [name for name in named if name not in folders])
+        return
+    bad = BadAdapters(args.on_error)
+    infos = pull_adapters([name for name in named if name not in folders], bad, progress=not args.quiet)
+    infos = name_classes(infos, args.class_names, [name for name, _ in bad.skipped])
+    if args.json:
+        everything = [{"kind": "adapter", **info.to_dict()} for info in infos]
+        everything += [{"kind": "skipped", "name": name, "reason": reason} for name, reason in bad.skipped]
+        everything += [{"kind": "surrogate", "path": str(s.folder), **s.manifest} for s in surrogates]
+        print(json.dumps(everything, indent=1, default=str))
+    elif args.short:
+        for info in infos:
+            print(info.where if info.revision else info.path)
+        for surrogate in surrogates:
+            print(surrogate.folder)
+    else:
+        parts = [table(ADAPTER_HEADER, map(_adapter_row, infos))] if infos else []
+        parts += [_surrogate_text(surrogate) for surrogate in surrogates]
+        if parts:
+            print("\n\n".join(parts))
+    tell_skipped(bad.skipped, len(infos))
+    hint(_next(args, infos, bool(surrogates)))
+
+
+def _next(args: argparse.Namespace, infos: list[AdapterInfo], surrogate: bool) -> str:
+    """What these are for: surrogate data to distil, a meta-LoRA, which has no head to invert, to predict with."""
+    from ..hub.repo_files import SIDECAR_FILE
+
+    if surrogate:
+        return f"lora-recycle distill POOL --surrogate {shlex.join(args.what)} --output meta_lora"
+    if len(infos) == 1 and (infos[0].path / SIDECAR_FILE).is_file():
+        return f"lora-recycle predict {shlex.join(args.what)} --support EXAMPLES PHOTOS"
+    return f"lora-recycle invert {shlex.join(args.what)} --output surrogate"
+
+
+def _write_pages(args: argparse.Namespace, surrogates: list, others: list) -> None:
+    """A page in each surrogate folder; its path goes to stdout."""
+    if others or not surrogates:
+        raise DataError(f"{(others or args.what)[0]}: no surrogate data here; --images shows only that.")
+    from ..images.labelled import load_labelled_images
+    from ..reports.surrogate_page import map_images, read_patch_size, write_surrogate_page
+
+    for surrogate in surrogates:
+        views = _views(args, surrogate) if args.meta_lora or args.data else []
+        images = None
+        if views:
+            backbone = views[0][1]
+            size = (backbone.image_size, int(backbone.processor.resample))
+            images = map_images(surrogate, load_labelled_images(args.data, *size) if args.data else None)
+        patch_size = views[0][1].patch_size if views else read_patch_size(surrogate)
+        if patch_size is None:
+            note(f"{surrogate.folder}: the patch size of its backbone is not to be had, so masks are left out.")
+        path = surrogate.folder / "images.html"
+        print(write_surrogate_page(path, surrogate, patch_size=patch_size, images=images, views=views))
+    hint(f"lora-recycle distill POOL --surrogate {shlex.join(args.what)} --output meta_lora")
+
+
+def _views(args: argparse.Namespace, surrogate: SurrogateDataset) -> list[tuple[str, Backbone]]:
+    """The frozen backbone and, where one is named, the meta-LoRA on it."""
+    from ..adapters.sources import one_id
+    from ..backbones.backbone import Backbone
+    from ..modeling.meta_lora import MetaLoRAForFewShotClassification
+
+    views, base = [], surrogate.manifest.get("backbone", {})
+    if args.meta_lora:
+        name, revision = one_id(args.meta_lora)
+        worn = MetaLoRAForFewShotClassification.from_pretrained(name, revision=revision).backbone
+        views, base = [("With the meta-LoRA", worn)], {"name": worn.name, "revision": worn.revision}
+    if not base.get("name"):
+        raise DataError(f"{surrogate.folder}: its manifest names no backbone. Name one with --meta-lora.")
+    return [("Frozen backbone", Backbone.from_pretrained(base["name"], revision=base.get("revision"))), *views]
+
+
+def _adapter_row(info: AdapterInfo) -> tuple[Any, ...]:
+    return (
+        info.name,
+        info.base_model,
+        _short(info.base_revision),
+        info.peft_type + ("+DoRA" if info.config.get("use_dora") else ""),
+        info.rank,
+        ",".join(info.targets),
+        info.num_classes,
+        _first(info.labels),
+        info.generation,
+        None if info.converted is None else "yes" if info.converted else "no",
+        _size(info.size_bytes),
+        _short(info.revision),
+    )
+
+
+def _short(revision: str | None) -> str | None:
+    """A commit's first 12 digits; names of branches and tags as they are."""
+    return revision[:12] if revision and re.fullmatch("[0-9a-f]{40}", revision) else revision
+
+
+def _first(labels: tuple[str, ...] | None, shown: int = 3, width: int = 20) -> str | None:
+    if labels is None:
+        return None
+    names = [label if len(label) <= width else label[: width - 1] + "…" for label in labels[:shown]]
+    return ", ".join(names) + (", …" if len(labels) > shown else "")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
+
+
+def _surrogate_text(surrogate: SurrogateDataset) -> str:
+    shards = surrogate.manifest["shards"]
+    rows = [(s["adapter"]["name"], s["num_images"], s["accuracy"], s["confidence"]) for s in shards]
+    base = surrogate.manifest.get("backbone", {}).get("name", "an unknown base")
+    title = f"{surrogate.folder}: {len(surrogate)} images of {surrogate.num_shards} adapters of {base}"
+    return f"{title}\n{table(SHARD_HEADER, rows)}"

@@ -1,0 +1,89 @@
+"""`lora-recycle invert`: surrogate images from adapters."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from typing import Any
+
+from ..inversion.config import InversionConfig
+from .arguments import add_config_arguments, build_config
+from .common import (
+    Subparsers,
+    add_class_names_argument,
+    add_pool_arguments,
+    add_resume_argument,
+    hint,
+    is_main_process,
+    load_pool,
+    note,
+    table,
+    tell_skipped,
+)
+
+
+#: Mean probability of the intended class below which an adapter's images are told to be doubtful.
+LOW_CONFIDENCE = 0.5
+
+EPILOG = """\
+examples:
+  lora-recycle invert demo --output surrogate
+  lora-recycle invert pool --output surrogate --iterations 100 --priors tv=0.1 patch_entropy=0.05
+  lora-recycle invert someone/vit-lora-birds@v1 pool --output surrogate --keep-ratio 0.5
+  lora-recycle invert ids.txt collection:someone/vit-loras --on-error skip --output surrogate
+  lora-recycle invert pool --output surrogate --starts images=1 --start-images my_photos
+  lora-recycle invert someone/clip-lora --class-names cat,dog,fox --output surrogate
+  accelerate launch --num_processes 4 -m lora_recycle invert pool --output surrogate
+
+When the command is run again (with --resume or without) finished shards are kept and damaged ones are made again.
+"""
+
+
+def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParser:
+    summary = "make surrogate images from adapters"
+    parser = subparsers.add_parser("invert", help=summary, description=summary, epilog=EPILOG, **options)
+    add_pool_arguments(parser)
+    add_class_names_argument(parser)
+    parser.add_argument("--prompt", metavar="TEXT", help="what class names are put into (default: 'a photo of a {}.')")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder that the surrogate data goes to")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="number type of the backbone (default: float32)"
+    )
+    add_resume_argument(parser)
+    add_config_arguments(parser, InversionConfig)
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    config = build_config(args, InversionConfig)
+    import torch
+
+    from ..adapters.zero_shot_heads import PROMPT
+    from ..inversion.inverter import LoraInverter
+    from ..runtime.launch_checks import check_same
+
+    pool = load_pool(
+        args,
+        class_names=args.class_names,
+        prompt=PROMPT if args.prompt is None else args.prompt,
+        require_heads=True,
+        dtype=getattr(torch, args.dtype) if args.dtype else None,
+    )
+    check_same(verb=args.verb, settings=config.to_dict(), adapters=[info.sha256 for info in pool.infos])
+    inverter = LoraInverter(pool, config)
+    surrogate = inverter.run(args.output, progress=not args.quiet, resume=args.resume)
+    if not is_main_process():
+        return
+    failed = [(entry["name"], entry["reason"]) for entry in inverter.failed]
+    tell_skipped(failed, surrogate.num_shards)
+    shards = surrogate.manifest["shards"]
+    rows = [(s["adapter"]["name"], s["num_images"], s["accuracy"], s["confidence"]) for s in shards]
+    print(table(("adapter", "images", "accuracy", "confidence"), rows))
+    if low := [f"{name} ({score:.2f})" for name, _, _, score in rows if score < LOW_CONFIDENCE]:
+        note(
+            f"Their own heads are not sure of the images of {len(low)} adapters: {', '.join(low)}. More --iterations "
+            f"help; `distill --min-confidence {LOW_CONFIDENCE}` leaves them out."
+        )
+    if not args.quiet:
+        note(f"See them: lora-recycle inspect {shlex.quote(args.output)} --images")
+    hint(f"lora-recycle distill {shlex.join(args.pool)} --surrogate {shlex.quote(args.output)} --output meta_lora")

@@ -1,0 +1,158 @@
+"""`lora-recycle predict`: classify images after one look at a few examples of each class."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import DataError
+from .common import (
+    META_LORA_HELP,
+    Subparsers,
+    add_base_model_argument,
+    add_device_argument,
+    checked_device,
+    hint,
+    note,
+    table,
+)
+
+
+if TYPE_CHECKING:
+    import torch
+
+
+EPILOG = """\
+examples:
+  lora-recycle predict demo --support examples photo.jpg      folders examples/cat, examples/dog, ...
+  lora-recycle predict meta_lora --support examples photos/ --json
+  lora-recycle predict meta_lora --support examples photos/ --csv --skip-errors > answers.csv
+  lora-recycle predict demo --support examples photos/ --head transductive_em      all photos as one set
+  lora-recycle predict fitted_model photo.jpg                 a model that was saved with its task
+  lora-recycle predict --support examples photos/*.jpg        without MODEL: the shipped one
+
+heads: class_centres, cosine_centres, euclidean_centres, lda, logistic_regression; and, for images that come together
+and belong to the classes shown, transductive_laplacian, transductive_transport, transductive_em.
+"""
+
+
+def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParser:
+    summary = "classify images after one look at a few examples of each class"
+    parser = subparsers.add_parser("predict", help=summary, description=summary, epilog=EPILOG, **options)
+    parser.add_argument("model", metavar="MODEL", help=f"{META_LORA_HELP}; it may be left out before several images")
+    parser.add_argument(
+        "--support", metavar="FOLDER", help="folder with one folder of examples for each class (or a parquet file)"
+    )
+    parser.add_argument("images", nargs="+", metavar="IMAGES", help="image files, and folders of them")
+    parser.add_argument("--head", metavar="NAME", help="few-shot head (default: the one that MODEL was saved with)")
+    forms = parser.add_mutually_exclusive_group()
+    forms.add_argument("--json", action="store_true", help="print all class probabilities as JSON")
+    forms.add_argument(
+        "--csv", action="store_true", help="print all class probabilities as CSV, a column p(CLASS) each"
+    )
+    parser.add_argument(
+        "--skip-errors", action="store_true", help="leave out images that cannot be read, and tell them on stderr"
+    )
+    add_base_model_argument(parser)
+    add_device_argument(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..adapters.sources import one_id
+    from ..modeling.meta_lora import MetaLoRAForFewShotClassification
+    from ..modeling.support import support_set
+
+    named, images = _model_and_images(args)
+    paths = _expand(images)
+    support = support_set(args.support, None) if args.support else None  # errors come before the loading
+    name, revision = one_id(named)
+    model = MetaLoRAForFewShotClassification.from_pretrained(
+        name,
+        revision=revision,
+        head=args.head,
+        base_model=args.base_model,
+        base_revision=args.base_revision,
+        device=checked_device(args.device),
+    )
+    failures: dict[int, str] | None = {} if args.skip_errors else None
+    if support:
+        model.fit(*support, failures=failures)
+        _tell(failures)
+    elif not model.label_names:
+        raise DataError(f"{args.model} was saved without a task: show examples with --support FOLDER.")
+    probabilities = model.predict_proba(paths, failures=failures, progress=not args.quiet and len(paths) > 64)
+    _tell(failures)
+    if failures and len(failures) == len(paths):
+        raise DataError(f"None of the {_images(len(paths))} can be read.")
+    read = [number for number in range(len(paths)) if not failures or number not in failures]
+    _print(args, [paths[number] for number in read], probabilities[read], model.label_names)
+    hint(f"lora-recycle evaluate {shlex.quote(named)} --data FOLDER measures how often such answers are right.")
+
+
+def _model_and_images(args: argparse.Namespace) -> tuple[str, list[str]]:
+    """What MODEL and IMAGES are: a picture, or a folder that is no adapter, in MODEL's place is the first image."""
+    from ..hub.repo_files import CONFIG_FILE
+
+    first = Path(args.model)
+    if first.is_file() or (first.is_dir() and not (first / CONFIG_FILE).exists()):
+        if args.support is None:
+            raise DataError(
+                f"{first} is no meta-LoRA (it has no {CONFIG_FILE}). Name one, or demo, before the images."
+            )
+        note("No MODEL was given: this is the shipped one, demo.")
+        return "demo", [args.model, *args.images]
+    return args.model, args.images
+
+
+def _print(args: argparse.Namespace, paths: list[Path], probabilities: torch.Tensor, label_names: list[Any]) -> None:
+    """One line or object for each image on stdout, in the form that was asked for."""
+    best = probabilities.argmax(1)
+    labels = [label_names[i] for i in best.tolist()]
+    highest = probabilities.gather(1, best[:, None]).flatten().tolist()
+    names = [str(name) for name in label_names]
+    if args.json:
+        rows = [
+            {"file": str(path), "label": label, "probabilities": dict(zip(names, row, strict=True))}
+            for path, label, row in zip(paths, labels, probabilities.tolist(), strict=True)
+        ]
+        print(json.dumps(rows, indent=1))
+    elif args.csv:
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(["file", "label", "probability", *(f"p({name})" for name in names)])
+        for path, label, value, row in zip(paths, labels, highest, probabilities.tolist(), strict=True):
+            writer.writerow([path, label, f"{value:.6f}", *(f"{share:.6f}" for share in row)])
+    else:
+        shown = [f"{value:.3f}" for value in highest]
+        print(table(("file", "label", "probability"), zip(paths, labels, shown, strict=True)))
+
+
+def _tell(failures: dict[int, str] | None) -> None:
+    """The images that were left out, and why, on stderr."""
+    if failures:
+        note("\n".join([f"{_images(len(failures))} skipped:", *failures.values()]))
+
+
+def _images(count: int) -> str:
+    return f"{count} image" + "s" * (count != 1)
+
+
+def _expand(names: list[str]) -> list[Path]:
+    """The files, with those below a folder in its place. Raises `DataError` for what does not exist."""
+    from ..images.decode import local_path
+    from ..images.sources import images_below
+
+    paths: list[Path] = []
+    for path in map(local_path, names):
+        if path.is_dir():
+            paths += images_below(path, "no images below this folder.")
+        elif path.is_file():
+            paths.append(path)
+        else:
+            raise DataError(f"{path}: no such image or folder.")
+    return paths

@@ -1,0 +1,75 @@
+"""`lora-recycle push`: a meta-LoRA, surrogate data or an adapter to the Hub, in one commit."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, PushError
+from .common import BITS_HELP, Subparsers, hint
+
+
+EPILOG = """\
+examples:
+  lora-recycle push meta_lora someone/meta-lora
+  lora-recycle push surrogate someone/surrogate --private         a data set repo
+  lora-recycle push meta_lora someone/small-meta-lora --bits 4    a seventh of the size, read by lora_recycle alone
+  lora-recycle push pool/birds-000 someone/vit-lora-birds
+  lora-recycle push meta_lora team/meta-lora --create-pr          a pull request, for others to merge
+
+Log in with `hf auth login` or set HF_TOKEN. A push that failed has left nothing in the repo and can be repeated.
+"""
+
+
+def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParser:
+    summary = "publish a meta-LoRA, surrogate data or an adapter on the Hub"
+    parser = subparsers.add_parser("push", help=summary, description=summary, epilog=EPILOG, **options)
+    parser.add_argument("folder", metavar="FOLDER", help="what distill, invert or tune-pool wrote")
+    parser.add_argument("repo_id", metavar="REPO_ID", help="owner/name; made if it is new")
+    parser.add_argument("--private", action="store_true", default=None, help="make a new repo private")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch to push to; made from main if it is new")
+    parser.add_argument("--message", metavar="TEXT", help="commit message")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request")
+    parser.add_argument(
+        "--bits", type=int, metavar="N", help=f"store an adapter's weights in so many bits: {BITS_HELP}"
+    )
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    folder = Path(args.folder)
+    options = {
+        "private": args.private,
+        "revision": args.revision,
+        "commit_message": args.message,
+        "create_pr": args.create_pr,
+    }
+    options |= {} if args.bits is None else {"bits": args.bits}
+    if args.bits is not None and (folder / "manifest.json").is_file():
+        raise ConfigError("--bits is for adapters; surrogate data has no weights.")
+    push = _surrogate if (folder / "manifest.json").is_file() else _adapter
+    push(folder, args.repo_id, options)
+
+
+def _surrogate(folder: Path, repo_id: str, options: dict) -> None:
+    from ..surrogate.dataset import SurrogateDataset
+
+    print(SurrogateDataset.from_pretrained(folder).push_to_hub(repo_id, **options))
+    hint(f"lora-recycle distill POOL --surrogate {repo_id} --output meta_lora")
+
+
+def _adapter(folder: Path, repo_id: str, options: dict) -> None:
+    from ..hub.repo_files import CONFIG_FILE, SIDECAR_FILE
+    from ..modeling.publishing import push_adapter_folder
+
+    if not folder.exists():
+        raise PushError(f"{folder}: no such folder.")
+    if not (folder / CONFIG_FILE).is_file():
+        raise PushError(
+            f"{folder}: no meta-LoRA, surrogate data or adapter here: neither {CONFIG_FILE} nor manifest.json. "
+            "Of a pool, push one adapter's folder at a time."
+        )
+    print(push_adapter_folder(folder, repo_id, **options))
+    meta_lora = (folder / SIDECAR_FILE).is_file()
+    hint(f"lora-recycle {f'predict {repo_id} --support EXAMPLES PHOTOS' if meta_lora else f'inspect {repo_id}'}")

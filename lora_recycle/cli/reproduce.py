@@ -1,0 +1,59 @@
+"""`lora-recycle reproduce`: a meta-LoRA made again from its sidecar, and compared."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .common import META_LORA_HELP, POOL_HELP, Subparsers, add_device_argument, note, sources, table
+
+
+EPILOG = """\
+examples:
+  lora-recycle reproduce someone/meta-lora                    its adapters are fetched at the recorded commits
+  lora-recycle reproduce meta_lora pool                       made of folders, which lie in pool
+  lora-recycle reproduce meta_lora pool --surrogate surrogate  from the surrogate images, not from the adapters alone
+
+The exit code is 0 where the weights are the same byte for byte, 1 where they are not. Only the same versions on the
+same kind of machine promise the same bytes; what differs there is listed.
+"""
+
+
+def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParser:
+    summary = "make a meta-LoRA again from what it says of its origin, and compare"
+    parser = subparsers.add_parser("reproduce", help=summary, description=summary, epilog=EPILOG, **options)
+    parser.add_argument("model", metavar="META_LORA", help=META_LORA_HELP)
+    parser.add_argument("pool", nargs="*", metavar="POOL", help=f"where its adapters lie, if in folders: {POOL_HELP}")
+    parser.add_argument(
+        "--surrogate",
+        metavar="DATA",
+        help="its surrogate data, a folder or repo id; without, the adapters are inverted again",
+    )
+    parser.add_argument(
+        "--output", default="runs/reproduced", metavar="DIR", help="where all goes (default: %(default)s)"
+    )
+    add_device_argument(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..distillation.reproduction import reproduce
+    from .common import checked_device
+
+    result = reproduce(
+        args.model,
+        args.output,
+        pool=sources(args.pool),
+        surrogate=args.surrogate,
+        device=checked_device(args.device),
+        progress=not args.quiet,
+    )
+    if result.shards is not None:
+        note("surrogate data: {} of {} shards byte-identical".format(*result.shards))
+    if result.conditions:
+        note(table(("differs", "recorded", "here"), result.conditions))
+    if result.identical:
+        print(f"{result.folder}: byte-identical")
+        return 0
+    print(f"{result.folder}: not byte-identical; the largest difference of a weight is {result.max_difference:.3g}")
+    return 1

@@ -1,0 +1,56 @@
+"""`lora-recycle tune-pool`: adapters with heads from any labelled data set."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from typing import Any
+
+from ..pool.config import TuningConfig
+from .arguments import add_config_arguments, build_config
+from .common import Subparsers, add_device_argument, checked_device, hint, is_main_process, note, table
+
+
+EPILOG = """\
+examples:
+  lora-recycle tune-pool photos --output pool                          folders photos/cat, photos/dog, ...
+  lora-recycle tune-pool cifar.parquet --output pool --tasks 20 --classes 15 --rank 4
+  lora-recycle tune-pool characters --output pool --targets q_proj,v_proj --no-flip
+  lora-recycle tune-pool photos --output pool --base-model facebook/dinov2-small --peft-type DORA
+
+Finished adapters are kept when the command is run again.
+"""
+
+
+def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParser:
+    summary = "make adapters with heads from a labelled data set"
+    parser = subparsers.add_parser("tune-pool", help=summary, description=summary, epilog=EPILOG, **options)
+    parser.add_argument(
+        "data", metavar="DATA", help="parquet file, data set folder, folder of class folders or Hub id"
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder that the adapters' folders go to")
+    parser.add_argument("--base-model", default="demo", metavar="X", help="what they adapt (default: %(default)s)")
+    add_device_argument(parser)
+    add_config_arguments(parser, TuningConfig)
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    config = build_config(args, TuningConfig)
+    from accelerate.utils import gather_object
+
+    from ..pool.training import tune_pool
+
+    device = checked_device(args.device)
+    made = tune_pool(args.data, args.output, config, args.base_model, device, progress=not args.quiet)
+    made = sorted(gather_object(made), key=lambda result: result["adapter"])
+    if not is_main_process():
+        return
+    rows = [(result["adapter"], result["accuracy"], result["frozen_class_centres"]) for result in made]
+    print(table(("adapter", "held-out accuracy", "frozen class centres"), rows))
+    if len(made) < config.tasks:
+        note(f"{config.tasks - len(made)} adapters were there already and were kept.")
+    behind = sum(result["accuracy"] <= result["frozen_class_centres"] for result in made)
+    if behind:
+        note(f"{behind} of {len(made)} adapters are no better than the frozen backbone: more --epochs or images help.")
+    hint(f"lora-recycle invert {shlex.quote(args.output)} --output surrogate")

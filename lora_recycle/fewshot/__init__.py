@@ -1,0 +1,1 @@
+"""Few-shot classification on embeddings: prototypes, heads, episodes, accuracy."""

@@ -1,0 +1,1 @@
+"""Pictures in the forms in which users keep them, decoded and labelled."""

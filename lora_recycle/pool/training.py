@@ -1,0 +1,264 @@
+"""Make a pool: tune adapters with heads on the classes of a labelled data set and save them as anyone publishes them.
+
+This is the answer to "where do I get the LoRAs?". Nothing later in the library reads the images again.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import torch.nn.functional as F
+from peft.helpers import disable_input_dtype_casting
+from tqdm.auto import tqdm
+from transformers import AutoModelForImageClassification, PreTrainedModel
+
+from ..backbones.backbone import Backbone, extract_features
+from ..backbones.token_selection import num_kept
+from ..errors import DataError
+from ..fewshot.prototypes import centre_logits, class_centres
+from ..hub.embedded import backbone_name, resolve_backbone
+from ..images.labelled import LabelledImages, load_labelled_images
+from ..runtime.launch import deal, mixed_precision, process_state
+from .config import TuningConfig
+
+
+#: Images, uint8 (N, 3, H, W), and their labels, int64 (N,).
+Task = tuple[torch.Tensor, torch.Tensor]
+
+
+def adapter_config(config: TuningConfig, model: PreTrainedModel) -> peft.PeftConfig:
+    """The PEFT configuration for one adapter with its head."""
+    linear = {name.split(".")[-1] for name, m in model.base_model.named_modules() if isinstance(m, torch.nn.Linear)}
+    targets = sorted(linear) if config.targets == "all" else [t.strip() for t in config.targets.split(",")]
+    unknown = sorted(set(targets) - linear)
+    config.require(not unknown, f"targets: {unknown[:1]} is no linear layer here ({', '.join(sorted(linear))})")
+    common: dict[str, Any] = {"target_modules": targets, "modules_to_save": ["classifier"], "r": config.rank}
+    if config.peft_type in ("LORA", "DORA"):
+        return peft.LoraConfig(lora_alpha=2 * config.rank, use_dora=config.peft_type == "DORA", **common)
+    return {"LOHA": peft.LoHaConfig, "LOKR": peft.LoKrConfig}[config.peft_type](alpha=2 * config.rank, **common)
+
+
+def augment(pixels: torch.Tensor, flip: bool, generator: torch.Generator, reach: int = 4) -> torch.Tensor:
+    """A random shift of up to `reach` pixels and, with `flip`, a mirror image: (B, 3, H, W) to the same."""
+    batch, _, height, width = pixels.shape
+    padded = F.pad(pixels, (reach,) * 4, mode="replicate")
+    dy, dx = torch.randint(0, 2 * reach + 1, (2, batch, 1), generator=generator)
+    rows, columns = dy + torch.arange(height), dx + torch.arange(width)
+    if flip:
+        mirrored = torch.rand(batch, 1, generator=generator) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    index = torch.arange(batch)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def split_task(
+    data: LabelledImages, classes: list[int], config: TuningConfig, generator: torch.Generator
+) -> tuple[Task, Task]:
+    """Training and held-out images of a task, labels renumbered: ((N, 3, H, W), (N,)) twice."""
+    train, held = [], []
+    by_class = data.by_class()
+    for new, old in enumerate(classes):
+        index = by_class[old][torch.randperm(len(by_class[old]), generator=generator)]
+        k = min(config.held_out, max(1, len(index) // 5))
+        if len(index) <= k:
+            raise DataError(f"{data.name}: class {data.label_names[old]!r} has {len(index)} image: two are needed.")
+        held += [(i, new) for i in index[:k].tolist()]
+        train += [(i, new) for i in index[k : k + config.images_per_class].tolist()]
+    tasks = [(data.pixels[[i for i, _ in part]], torch.tensor([y for _, y in part])) for part in (train, held)]
+    return tasks[0], tasks[1]
+
+
+def start_head(view: Backbone, head: torch.nn.Linear, train: Task, held: Task) -> float:
+    """Set the head to the nearest centre of what it reads on the frozen backbone, so that tuning starts from that.
+
+    Returns the held-out accuracy of frozen class centres with cosine (per cent): what an adapter must beat.
+    """
+    (images, labels), (held_images, held_labels) = train, held
+    features, read = _features_and_head_inputs(view, images)
+    centres = class_centres(read, labels, head.out_features)
+    logits = -0.5 * torch.cdist(read, centres).square()
+    scale = 2.0 / logits.std(1).mean()  # soft enough to learn from
+    with torch.no_grad():
+        head.weight.copy_(scale * (centres - centres.mean(0)))
+        head.bias.copy_(scale * 0.5 * (centres.mean(0).square().sum() - centres.square().sum(1)))
+    scores = centre_logits(extract_features(view, held_images), class_centres(features, labels, head.out_features))
+    return (scores.argmax(1) == held_labels).float().mean().item() * 100
+
+
+@torch.inference_mode()
+def _features_and_head_inputs(view: Backbone, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features and what heads of this family read: uint8 (N, 3, H, W) to float32 (N, D), (N, `head_size`), on CPU."""
+    if view.family.head_input == "cls":
+        features = extract_features(view, images)
+        return features, features
+    hidden = (view(view.normalize(part))[0] for part in images.split(128))
+    pairs = [(view.pool(tokens).float().cpu(), view.pool_for_head(tokens).float().cpu()) for tokens in hidden]
+    features, read = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    return features, read
+
+
+def tune_adapter(
+    data: LabelledImages,
+    classes: list[int],
+    output: Path,
+    config: TuningConfig,
+    base_model: str,
+    seed: int,
+    device: torch.device | str | None = None,
+) -> dict[str, float]:
+    """Tune one adapter with its head on `classes` of `data` and save it with PEFT into `output`.
+
+    Returns its held-out accuracy and that of frozen class centres, in per cent. The folder appears when it is whole.
+    """
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    names = [data.label_names[c] for c in classes]
+    model = AutoModelForImageClassification.from_pretrained(
+        resolve_backbone(base_model),
+        dtype=torch.float32,  # whatever the file holds: float16 would not learn
+        num_labels=len(classes),
+        id2label=dict(enumerate(names)),
+    )
+    view = Backbone(model.base_model, Backbone.from_pretrained(base_model).processor, base_model).to(device)
+    train, held = split_task(data, classes, config, generator)
+    frozen = start_head(view, model.classifier, train, held)
+    wrapped = peft.get_peft_model(model, adapter_config(config, model)).to(view.device)
+    # PEFT makes each input float32, for autocast to make it bfloat16 again: a sixth of the time of a step on a CPU
+    for_nothing = config.peft_type == "LORA" and mixed_precision().mixed_precision == "bf16"
+    with disable_input_dtype_casting(wrapped, for_nothing):
+        _fit(wrapped, view, *train, config, generator)
+    accuracy = _accuracy(wrapped, view, *held)
+    wrapped.peft_config["default"].base_model_name_or_path = base_model
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.half()
+    partial = output.with_name(f".{output.name}.{os.getpid()}")
+    wrapped.save_pretrained(str(partial), save_embedding_layers=False)
+    results = {"accuracy": round(accuracy, 2), "frozen_class_centres": round(frozen, 2)}
+    (partial / "README.md").write_text(_card(output.name.lstrip("."), base_model, data.name, names, results, config))
+    if output.exists():
+        shutil.rmtree(output)
+    partial.rename(output)
+    return results
+
+
+def _logits(
+    wrapped: Any, view: Backbone, pixel_values: torch.Tensor, kept: torch.Tensor | None = None
+) -> torch.Tensor:
+    hidden, _ = view(pixel_values, kept)
+    return wrapped.base_model.model.classifier(view.pool_for_head(hidden))
+
+
+def _fit(
+    wrapped: peft.PeftModel,
+    view: Backbone,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    config: TuningConfig,
+    generator: torch.Generator,
+) -> None:
+    parameters = [p for p in wrapped.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.01)
+    per_epoch = math.ceil(len(images) / config.batch_size)
+    steps, patches = per_epoch * config.epochs, view.num_patches
+    accelerator = mixed_precision()
+    for step in range(steps):
+        if step % per_epoch == 0:
+            order = torch.randperm(len(images), generator=generator)
+        index = order[(step % per_epoch) * config.batch_size :][: config.batch_size]
+        kept = None
+        if config.keep_ratio < 1 and step < steps - per_epoch:
+            k = num_kept(patches, config.keep_ratio)
+            kept = torch.rand(len(index), patches, generator=generator).argsort(1)[:, :k].to(view.device)
+        pixels = view.normalize(augment(images[index], config.flip, generator))
+        warmup = min(1.0, (step + 1) / (0.05 * steps + 1))
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * warmup * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        with accelerator.autocast():
+            logits = _logits(wrapped, view, pixels, kept)
+        loss = F.cross_entropy(logits.float(), labels[index].to(view.device))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+
+@torch.inference_mode()
+def _accuracy(wrapped: peft.PeftModel, view: Backbone, images: torch.Tensor, labels: torch.Tensor) -> float:
+    wrapped.eval()
+    logits = torch.cat([_logits(wrapped, view, view.normalize(part)).cpu() for part in images.split(128)])
+    return (logits.argmax(1) == labels).float().mean().item() * 100
+
+
+def _card(
+    name: str,
+    base_model: str,
+    data_name: str,
+    labels: list[str],
+    results: dict[str, float],
+    config: TuningConfig,
+) -> str:
+    """A model card as people write them; `id2label` in its header is where the class names survive."""
+    import yaml
+
+    header = {
+        "library_name": "peft",
+        "base_model": base_model,
+        "pipeline_tag": "image-classification",
+        "tags": ["lora", "image-classification"],
+        "id2label": dict(enumerate(labels)),
+    }
+    lines = [
+        "---",
+        yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip(),
+        "---",
+        f"# {name}",
+        f"{config.peft_type} adapter (rank {config.rank}, layers: {config.targets}) of `{base_model}` with a head for "
+        f"{len(labels)} classes, tuned on images of `{data_name}`.",
+        f"Accuracy on held-out images of these classes: {results['accuracy']:.1f} % "
+        f"(class centres on the frozen backbone: {results['frozen_class_centres']:.1f} %).",
+    ]
+    return "\n\n".join(["\n".join(lines[:3]), *lines[3:]]) + "\n"
+
+
+def tune_pool(
+    data_path: str | Path,
+    output_dir: str | Path,
+    config: TuningConfig,
+    base_model: str = "demo",
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> list[dict]:
+    """Tune `config.tasks` adapters on random draws of classes. Finished adapters are kept when it is run again.
+
+    Several processes (`accelerate launch`) share the tasks. Raises `DataError` where the data has too few classes.
+    """
+    state, output_dir = process_state(), Path(output_dir)
+    backbone = Backbone.from_pretrained(base_model)
+    data = load_labelled_images(data_path, backbone.image_size, backbone.processor.resample, seed=config.seed)
+    available = sorted(data.by_class())
+    if len(available) < config.classes:
+        raise DataError(f"{data.name} has {len(available)} classes, fewer than the {config.classes} of a task.")
+    base_name = backbone_name(base_model)
+    results = []
+    disable = not (progress and state.is_main_process)
+    for task in tqdm(deal(config.tasks), desc="tune-pool", total=config.tasks, disable=disable):
+        target = output_dir / f"{data.name.replace('/', '-')}-{task:03d}"
+        if (target / "adapter_config.json").exists():
+            continue
+        draw = torch.Generator().manual_seed(config.seed * 100_003 + task)
+        classes = [available[i] for i in torch.randperm(len(available), generator=draw)[: config.classes].tolist()]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        results.append(
+            {
+                "adapter": str(target),
+                **tune_adapter(data, classes, target, config, base_name, config.seed * 100_003 + task, device),
+            }
+        )
+    return results

@@ -1,0 +1,1 @@
+"""What every stage runs on: settings, files that are whole or absent, processes, untrusted input."""

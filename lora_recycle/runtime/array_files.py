@@ -1,0 +1,104 @@
+"""Arrays on disk of which only the rows asked for are read, so that memory holds a batch and never the array."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..errors import DataError
+from .files import replacing
+
+
+_NUMPY_TYPES = {"U8": np.uint8, "I16": np.int16, "I64": np.int64, "F16": np.float16, "F32": np.float32}
+
+
+@dataclasses.dataclass(frozen=True)
+class RowFile:
+    """One array of a file: `shape[0]` rows, one after the other from byte `offset` on.
+
+    Rows are read, not mapped into memory: pages of a map stay in the process for as long as the map does.
+    """
+
+    path: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def _row_size(self) -> int:
+        return math.prod(self.shape[1:])
+
+    def read(self, rows: torch.Tensor) -> torch.Tensor:
+        """int64 (B,) row numbers to (B, ...), in this order."""
+        found = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        places = found.reshape(len(rows), self._row_size)
+        with self.path.open("rb", buffering=0) as file:
+            for place, row in zip(places, rows.tolist(), strict=True):
+                file.seek(self.offset + row * place.nbytes)
+                self._fill(file, place)
+        return torch.from_numpy(found)
+
+    def read_range(self, start: int, stop: int) -> torch.Tensor:
+        """Rows `start` to `stop`, the last one not included."""
+        found = np.empty((min(stop, len(self)) - start, *self.shape[1:]), self.dtype)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.offset + start * self._row_size * self.dtype.itemsize)
+            self._fill(file, found)
+        return torch.from_numpy(found)
+
+    def _fill(self, file: io.FileIO, place: np.ndarray) -> None:
+        rest = place.reshape(-1).view(np.uint8).data
+        while len(rest):
+            count = file.readinto(rest)  # a single call reads 2 GiB at most
+            if not count:
+                raise DataError(f"{self.path}: ends before its last row. Was it changed during the run?")
+            rest = rest[count:]
+
+
+def safetensors_rows(path: Path, names: Iterable[str]) -> dict[str, RowFile]:
+    """Tensors of a safetensors file, which the caller has opened with `safetensors` and so checked, by name."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    found = {}
+    for name in names:
+        entry = header[name]
+        dtype = np.dtype(_NUMPY_TYPES.get(entry["dtype"], np.void))
+        found[name] = RowFile(path, dtype, tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+    return found
+
+
+def write_rows(path: Path, dtype: np.dtype | type, shape: tuple[int, ...], blocks: Iterable[torch.Tensor]) -> RowFile:
+    """Write blocks of rows, in order, as one `.npy` file that is whole or absent, and open it."""
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+    with replacing(path) as partial:
+        with partial.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for block in blocks:
+                file.write(np.ascontiguousarray(block.numpy()).data)
+    return open_rows(path)
+
+
+def open_rows(path: Path) -> RowFile:
+    """Open a `.npy` file. Raises `DataError` where it is damaged."""
+    try:
+        with path.open("rb") as file:
+            np.lib.format.read_magic(file)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            found = RowFile(path, dtype, shape, file.tell())
+        size = math.prod(shape) * dtype.itemsize
+        if path.stat().st_size != found.offset + size:
+            raise ValueError(f"{path.stat().st_size} bytes, expected {found.offset + size}")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: damaged ({error}). Delete it; it is made again.") from error
+    return found

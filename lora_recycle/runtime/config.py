@@ -1,0 +1,130 @@
+"""One dataclass is the Python argument, the YAML recipe and the command-line flags of a stage."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from ..errors import ConfigError
+
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # of typing itself from Python 3.11 on
+
+
+@dataclasses.dataclass
+class RecipeConfig:
+    """Base of the configs: checked at construction, read from and written to plain dictionaries and YAML files.
+
+    A subclass lists its fields with `field(default, "help text")` and checks ranges in `check`.
+    """
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for f in dataclasses.fields(self):
+            setattr(self, f.name, _coerce(getattr(self, f.name), hints[f.name], f"{type(self).__name__}.{f.name}"))
+        self.check()
+
+    def check(self) -> None:
+        """Raise `ConfigError` where a value is out of range."""
+
+    def require(self, condition: bool, message: str) -> None:
+        if not condition:
+            raise ConfigError(f"{type(self).__name__}: {message}")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "the recipe") -> Self:
+        names = [f.name for f in dataclasses.fields(cls)]
+        unknown = sorted(set(values) - set(names), key=str)
+        if unknown:
+            raise ConfigError(
+                f"{where}: unknown key {unknown[0]!r} for {cls.__name__}. Known keys: {', '.join(names)}."
+            )
+        return cls(**values)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Self:
+        return cls.from_dict(read_yaml(path), where=str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def field(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A dataclass field with its documentation and, for strings, the values allowed."""
+    metadata = {"help": help, "choices": choices}
+    if isinstance(default, (dict, list)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def require_choices(config: RecipeConfig) -> None:
+    """Raise `ConfigError` where a field with `choices` holds something else."""
+    for f in dataclasses.fields(config):
+        choices, value = f.metadata.get("choices"), getattr(config, f.name)
+        if choices and value is not None and value not in choices:
+            config.require(False, f"{f.name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def differences(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """What two recipes disagree about, the first few keys: "lr: 0.1 there, 0.2 here"."""
+    found = [
+        f"{key}: {there.get(key)!r} there, {here.get(key)!r} here"
+        for key in dict.fromkeys([*there, *here])
+        if there.get(key) != here.get(key)
+    ]
+    return "; ".join(found[:4]) + (f"; and {len(found) - 4} more" if len(found) > 4 else "")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises `ConfigError` where it is missing, unreadable or no mapping."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:  # brackets nested a thousand deep
+        raise ConfigError(f"{path}: not valid YAML ({str(error).splitlines()[0]}).") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a recipe is a mapping of settings, got a {type(values).__name__}.")
+    return values
+
+
+def _key(key: Any, hint: type, where: str) -> Any:
+    """A key of a mapping: JSON and the command line make a string of a number."""
+    try:
+        return hint(key)
+    except ValueError:
+        raise ConfigError(f"{where}: expected {hint.__name__} as key, got {key!r}.") from None
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    """Accept what YAML and the command line give for `hint`; raise `ConfigError` otherwise."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _coerce(value, next(a for a in arguments if a is not type(None)), where)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_coerce(v, arguments[0], where) for v in value)
+    if origin is dict and isinstance(value, dict):
+        return {_key(k, arguments[0], where): _coerce(v, arguments[1], where) for k, v in value.items()}
+    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-3 as a string
+        except ValueError:
+            pass
+    elif hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    elif origin is None and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    if isinstance(value, float) and hint is float:
+        return value
+    name = getattr(hint, "__name__", str(hint))
+    raise ConfigError(f"{where}: expected {name}, got {value!r}.")

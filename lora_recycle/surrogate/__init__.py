@@ -1,0 +1,1 @@
+"""Surrogate data on disk: shards of images with what their adapter says of them."""

@@ -1,0 +1,201 @@
+"""Launches of several real processes, which meet over gloo: what they make, and how they fail."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+
+pytestmark = pytest.mark.slow
+
+LAUNCHED = Path(__file__).with_name("launched.py")
+INVERT = ["--images-per-class", "6", "--iterations", "5", "--keep-ratio", "0.5", "--jitter", "0"]
+DISTILL = ["--steps", "6", "--rank", "4", "--relational-batch", "16", "--checkpoint-every", "3"]
+DISTILL += ["--ways", "3", "--queries", "3", "--episodes", "2", "--kl-weight", "1", "--interpolation-weight", "1"]
+DISTILL += ["--gradient-accumulation-steps", "2", "--max-grad-norm", "0.5", "--held-out", "0"]
+#: From here the best of the judged steps is neither the first nor the last.
+BEST_WITHIN = ["--held-out", "0.2", "--groups", "one", "--judge-every", "2", "--init", "zero", "--lr", "0.03"]
+#: The pool's average is judged, and blends of what is learnt.
+PART = ["--held-out", "0.2", "--groups", "one", "--judge-every", "2"]
+
+
+def environment(**changes):
+    packages = str(Path(__file__).parents[2])
+    return os.environ | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONPATH": packages} | changes
+
+
+def accelerate_launch(*arguments, **changes):
+    """`accelerate launch` as FACTS has it: on CPU it starts several processes only so."""
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_machines", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment(**changes))
+
+
+def launch(processes, commands, fault=None):
+    scenario = json.dumps({"commands": [[str(word) for word in command] for command in commands], "fault": fault})
+    return accelerate_launch("--multi_gpu", "--num_processes", processes, LAUNCHED, scenario)
+
+
+def distill(pool, surrogate, output, *more):
+    return ["distill", str(pool), "--surrogate", str(surrogate), "--output", str(output), *DISTILL, *more]
+
+
+def meta_lora(folder):
+    return load_file(Path(folder) / "adapter_model.safetensors")
+
+
+def losses_of(folder):
+    return json.loads((Path(folder) / "work" / "training_log.json").read_text())
+
+
+def judged_in(folder):
+    return json.loads((Path(folder) / "meta_lora_config.json").read_text())["judged"]
+
+
+def furthest(one, other):
+    assert one.keys() == other.keys()
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory, tiny_pool_path, tiny_surrogate):
+    """Launches whose processes are forked: name to (exit code, all that they said, folder)."""
+    work, surrogate = tmp_path_factory.mktemp("forked"), tiny_surrogate.folder
+    kinds = {
+        "one": (1, {}, None),
+        "fsdp": (2, {"ACCELERATE_USE_FSDP": "true"}, None),
+        "best one": (1, {}, None),
+        "best two": (2, {}, None),
+        "best fsdp": (2, {"ACCELERATE_USE_FSDP": "true"}, None),
+        "part one": (1, {}, None),
+        "part two": (2, {}, None),
+        "part fsdp": (2, {"ACCELERATE_USE_FSDP": "true"}, None),
+        "bf16 one": (1, {"ACCELERATE_MIXED_PRECISION": "bf16"}, None),
+        "bf16": (2, {"ACCELERATE_MIXED_PRECISION": "bf16"}, None),
+        "raise": (2, {}, ("raise", 1)),
+        "silent": (2, {"LORA_RECYCLE_TIMEOUT": "10"}, ("hang", 1)),
+    }
+    scenarios = []
+    for name, (processes, changes, fault) in kinds.items():
+        more = {"best": BEST_WITHIN, "part": PART}.get(name.partition(" ")[0], ())
+        command = distill(tiny_pool_path, surrogate, work / name, *more)
+        scenarios.append({"processes": processes, "environment": changes, "commands": [command], "fault": fault})
+    resumed = [distill(tiny_pool_path, surrogate, work / "fsdp")]
+    scenarios.append({"processes": 2, "environment": kinds["fsdp"][1], "commands": resumed})
+    scenarios.append({"processes": 2, "commands": [["deal", "12"]]})
+    names = [*kinds, "fsdp again", "deal"]
+    for name, scenario in zip(names, scenarios, strict=True):
+        scenario["log"] = str(work / f"{name}.log")
+    command = [sys.executable, str(LAUNCHED), "--fork", json.dumps(scenarios)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment())
+    codes = json.loads(ran.stdout)
+    return {n: (c, (work / f"{n}.log").read_text(), work / n) for n, c in zip(names, codes, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory, tiny_pool_path, tiny_surrogate):
+    """Both stages by `accelerate launch` in two processes: what was said, and where `surrogate` and `meta` are."""
+    work = tmp_path_factory.mktemp("two")
+    invert = ["invert", tiny_pool_path, "--output", work / "surrogate", *INVERT]
+    ran = launch(2, [invert, distill(tiny_pool_path, tiny_surrogate.folder, work / "meta")])
+    assert ran.returncode == 0, ran.stderr
+    return ran, work
+
+
+def test_two_processes_make_the_same_shards(two_processes, tiny_surrogate):
+    for entry in tiny_surrogate.manifest["shards"]:
+        made = two_processes[1] / "surrogate" / entry["file"]
+        assert made.read_bytes() == (tiny_surrogate.folder / entry["file"]).read_bytes()
+    assert json.loads((two_processes[1] / "surrogate" / "manifest.json").read_text()) == tiny_surrogate.manifest
+
+
+def test_only_the_main_process_reports(two_processes):
+    lines = two_processes[0].stdout.splitlines()
+    assert sum(line.startswith("adapter-0 ") for line in lines) == 1
+    assert sum(line.startswith("relational ") for line in lines) == 1
+    assert two_processes[0].stderr.count("Next: ") == 2
+
+
+def test_one_two_and_four_processes_make_the_same_meta_lora(
+    two_processes, forked, tiny_pool_path, tiny_surrogate, tmp_path
+):
+    ran = launch(4, [distill(tiny_pool_path, tiny_surrogate.folder, tmp_path)])
+    assert ran.returncode == 0, ran.stderr
+    one = meta_lora(forked["one"][2])
+    assert max(value.abs().max() for value in one.values()) > 0.1
+    assert furthest(one, meta_lora(two_processes[1] / "meta")) < 5e-6
+    assert furthest(one, meta_lora(tmp_path)) < 5e-6
+    losses = losses_of(tmp_path)
+    for name, values in losses_of(forked["one"][2]).items():
+        assert values == pytest.approx(losses[name], rel=1e-4)
+
+
+def assert_judged_alike(folder, other):
+    one, two = judged_in(folder), judged_in(other)
+    for name in ("figures", "rises"):
+        assert one[name] == pytest.approx(two.pop(name), abs=0.5)  # per cent of 60 episodes
+    assert {key: one[key] for key in two} == two and two["steps"][-4:] == [0, 2, 4, 6] and len(two["adapters"]) == 1
+
+
+def test_processes_keep_the_same_best(forked):
+    for name in ("best two", "best fsdp"):
+        assert forked[name][0] == 0, forked[name][1]
+        assert_judged_alike(forked[name][2], forked["best one"][2])
+        assert furthest(meta_lora(forked[name][2]), meta_lora(forked["best one"][2])) < 5e-6
+        best = judged_in(forked[name][2])["best_step"]
+        assert 0 < best < 6 and forked[name][1].count(f"Step {best} of 6 is kept") == 1
+
+
+def test_processes_judge_the_same_blends_and_keep_the_same(forked):
+    for name in ("part two", "part fsdp"):
+        assert forked[name][0] == 0, forked[name][1]
+        assert_judged_alike(forked[name][2], forked["part one"][2])
+        assert furthest(meta_lora(forked[name][2]), meta_lora(forked["part one"][2])) < 5e-6
+    judged = judged_in(forked["part one"][2])
+    assert judged["blends"] == [[0, 0], [0, 1]] + 3 * [[0.25, 0.75]]
+
+
+def test_a_sharded_student_learns_the_same_and_resumes(forked):
+    assert forked["fsdp"][0] == forked["fsdp again"][0] == 0, forked["fsdp"][1]
+    assert furthest(meta_lora(forked["one"][2]), meta_lora(forked["fsdp"][2])) < 5e-6
+    assert "relational" in forked["fsdp again"][1]  # a finished run: weights and losses come from the checkpoint
+
+
+def test_bfloat16_on_two_processes(forked):
+    assert forked["bf16 one"][0] == forked["bf16"][0] == 0, forked["bf16"][1]
+    exact, one, two = (losses_of(forked[name][2]) for name in ("one", "bf16 one", "bf16"))
+    assert one != exact  # it is really rounded
+    for name, values in one.items():
+        assert two[name] == pytest.approx(values, rel=0.05)
+
+
+def test_a_failing_process_is_named_and_ends_the_launch(forked, tiny_pool_path, tiny_surrogate, tmp_path):
+    command = distill(tiny_pool_path, tiny_surrogate.folder, tmp_path)
+    ran = launch(2, [command], fault=("raise", 1))  # a hang would outlast the time that `launch` gives it
+    said = "lora-recycle: process 1: error: planted: the disk of this process is gone"
+    assert ran.returncode != 0 and said in ran.stderr
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+    assert forked["raise"][0] == 1 and said in forked["raise"][1]
+    assert "process 0: error: distill: process 0 lost the others" in forked["raise"][1]
+
+
+def test_a_silent_process_is_named_and_ends_the_launch(forked):
+    code, said, _ = forked["silent"]
+    assert code == 1
+    assert "lora-recycle: distill: process 1 (pid " in said and ") has made no progress for " in said
+    assert "process 0: error: distill: process 0 lost the others: process 1 (pid " in said
+
+
+def test_a_slow_process_holds_nobody_up(forked):
+    found = {told["rank"]: told["numbers"] for told in map(json.loads, forked["deal"][1].splitlines())}
+    assert sorted(found[0] + found[1]) == list(range(12)) and len(found[0]) <= 4 < len(found[1])
+
+
+def test_a_launch_that_became_one_process_is_refused(tmp_path):
+    ran = accelerate_launch("--cpu", "--num_processes", 2, "-m", "lora_recycle", "invert", "x", "--output", tmp_path)
+    assert ran.returncode != 0
+    assert "was asked for several processes, but started one" in ran.stderr and "--multi_gpu" in ran.stderr
