@@ -5,33 +5,34 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CHECKED := lora_recycle examples tests docs/hooks.py
 
-.PHONY: demo test quick lowest quality style docs
+.PHONY: help demo test quick lowest quality style docs
 
-demo: $(READY)
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 10
+
+demo: $(READY)  ## the shipped pool, from adapters to a meta-LoRA that classifies handwritten digits
 	$(BIN)/lora-recycle demo --output runs/demo
 
-# All tests, and the lines of the package that they run: fails below the share in pyproject.toml.
-test: $(READY)
+test: $(READY)  ## all tests; fails if they run fewer of the package's lines than pyproject.toml demands
 	$(BIN)/python -m pytest --cov
 
-# Without the slow tests and without counting lines.
-quick: $(READY)
+quick: $(READY)  ## all but the slow tests, without counting lines
 	$(BIN)/python -m pytest -m 'not slow'
 
-# The quick tests with the oldest versions that setup.cfg allows, in an environment of their own.
-lowest: $(VENV)-lowest/.ready
+lowest: $(VENV)-lowest/.ready  ## the quick tests with the oldest versions that setup.cfg allows, in an environment of their own
 	$(VENV)-lowest/bin/python -m pytest -m 'not slow'
 
-quality: $(READY)
+quality: $(READY)  ## ruff and mypy, changing nothing
 	$(BIN)/ruff check $(CHECKED)
 	$(BIN)/ruff format --check $(CHECKED)
 	$(BIN)/mypy
 
-style: $(READY)
+style: $(READY)  ## ruff: fix, sort imports, format
 	$(BIN)/ruff check --fix $(CHECKED)
 	$(BIN)/ruff format $(CHECKED)
 
-docs: $(VENV)/.docs  # never with --quiet: what it does not print it does not count as a warning either
+# never with --quiet: what it does not print it does not count as a warning either
+docs: $(VENV)/.docs  ## the documentation as a site in build/site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 $(VENV)/.docs: $(READY)
