@@ -116,7 +116,7 @@ class Judgements:
         blends: what was judged, `[learnt, init]` of [`Blend`]; `[0, 0]` is the pool's average.
         figures: mean error of each, per cent.
         margins: half the 95% interval of its paired difference to the first: 1.96 standard errors over the episodes.
-        rises: by how much the error is surely above the first: the lower end of the paired 95% interval over the
+        rises: how much the error is significantly above the first: the lower end of the paired 95% interval over the
             episodes, of all of them or of the group that fares worst. At most 0: it may be no worse.
         first: (E,) the first's error in each episode.
         weights: the student's trainable weights at the best, in main memory.
@@ -151,13 +151,13 @@ class Judgements:
 
     @property
     def _best(self) -> int:
-        """Of what was learnt the lowest that is not surely above the first, in sum or in a group; else of the starts.
+        """The lowest step not significantly above the first, overall or in a group; else the lowest start.
 
         Of the groups of a mixed pool small ones gain most easily at the expense of the largest, of which most adapters
         are. There the figure, which begins with the average, is a guard and no more: what is better on real images by
         a point moves it by a few tenths, as chance does, so to ask for an improvement would throw away most of what
         there is. Where the start itself is the first, as in a pool of one group, there is less to be gained, and what
-        is learnt must be surely below it.
+        is learnt must be significantly below it.
         """
         sound = [i for i, rise in enumerate(self.rises) if rise <= 0]
         learnt = [i for i in sound if self.steps[i] > 0]
@@ -199,28 +199,34 @@ class Judgements:
 
     @property
     def who(self) -> str:
-        """By whom it was judged."""
-        return f"{len(self.adapters)} adapter{'s' * (len(self.adapters) != 1)} that taught nothing"
+        """What the errors were measured on."""
+        return f"{len(self.adapters)} validation adapter{'s' * (len(self.adapters) != 1)}"
 
     def verdict(self) -> str:
         """What is kept and why, in a sentence."""
         if not self.steps:
             return (
-                f"Nothing was judged, and the last step is kept: judging takes {SMALLEST_GROUP} adapters that are "
-                "alike, with 2 images of a class. Add adapters, or set `held_out` to 0."
+                f"No validation was possible, so the last step is kept: it needs {SMALLEST_GROUP} similar adapters "
+                "with 2 images per class. Add adapters, or set `held_out` to 0."
             )
         first, best, last = self.figures[0], self.figures[self._best], self.figures[-1]
         where, start = f"on the classes of {self.who}", "average" if self._against_average else "start"
         if self._best == 0:
-            group = ", in sum or in a group of them," if len(set(self.groups)) > 1 else ""
-            makes = f"a surely larger error{group}" if self._against_average else "no surely smaller error"
+            group = ", overall or in one of their groups," if len(set(self.groups)) > 1 else ""
+            makes = (
+                f"a significantly larger error{group}" if self._against_average else "no significantly smaller error"
+            )
             return (
-                f"The {start} is kept: what was learnt in {self.steps[-1]} steps makes {makes} {where} "
+                f"The {start} is kept: {self.steps[-1]} steps give {makes} {where} "
                 f"({first:.1f}% with the {start}, {last:.1f}% at the end)."
             )
         kept = f"Step {self.best_step} of {self.steps[-1]}" if self.best_step else "The start"
-        worse = f"not surely worse than the {start}" if self._against_average else f"surely better than the {start}"
+        worse = (
+            f"not significantly worse than the {start}"
+            if self._against_average
+            else f"significantly better than the {start}"
+        )
         return (
-            f"{kept} is kept: of what is {worse} it makes the smallest error {where} ({best:.1f}%, {first:.1f}% with "
+            f"{kept} is kept: of the steps {worse}, it has the smallest error {where} ({best:.1f}%; {first:.1f}% with "
             f"the {start}, {last:.1f}% at the end)."
         )

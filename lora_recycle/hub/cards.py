@@ -158,8 +158,8 @@ def _origin(
     if kept == 0:
         stayed = "stayed there" if learnt or rest else "went back to that average as it is"
         return (
-            f"{start}, and {stayed}: {distillation['steps']} steps on surrogate images made it not surely better "
-            "at the classes of adapters that were kept from teaching."
+            f"{start}, and {stayed}: {distillation['steps']} steps on surrogate images did not make it significantly "
+            "better on the classes of the validation adapters."
         )
     steps = f"{kept} of {distillation['steps']}" if kept else distillation["steps"]
     images = ", ".join(name for name, share in inversion["starts"].items() if share > 0)

@@ -121,7 +121,7 @@ def test_where_steps_are_worse_the_average_is_given_back(tiny_pool, tiny_surroga
     errors[0, AVERAGE] = 40.0
     student, card, page = after_steps_that_make_it_worse(tiny_pool, tiny_surrogate, tmp_path)
     assert_equal(deltas(student), start(tiny_pool, "average"), rtol=0, atol=0)
-    assert "The average is kept: what was learnt in 4 steps makes a surely larger error" in caplog.text
+    assert "The average is kept: 4 steps give a significantly larger error" in caplog.text
     assert "and went back to that average as it is: 4 steps" in card
     assert "(40.0 with the pool&#x27;s average, which is kept): 50 to 50 in 4 steps<" in page
 
@@ -130,7 +130,7 @@ def test_or_the_start_where_that_errs_less(tiny_pool, tiny_surrogate, errors, tm
     errors.update({(0, Blend(0.0, 1.0)): 40.0, (2, KEPT): 60.0, (4, KEPT): 60.0})
     student, card, page = after_steps_that_make_it_worse(tiny_pool, tiny_surrogate, tmp_path)
     assert_equal(deltas(student), start(tiny_pool, "restored"), rtol=0, atol=0)
-    assert "The start is kept: of what is not surely worse than the average" in caplog.text
+    assert "The start is kept: of the steps not significantly worse than the average" in caplog.text
     assert "and stayed there: 4 steps" in card
     assert "(50.0 with the pool&#x27;s average): 40 to 60 in 4 steps; the circle, step 0, is kept<" in page
 

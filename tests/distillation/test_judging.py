@@ -147,7 +147,7 @@ def test_where_no_step_is_better_the_start_is_given_back_bit_for_bit(tiny_pool, 
     assert len(trainer.history["relational"]) == 12 and trainer.judged.figures[-1] > trainer.judged.figures[0] + 5
     assert equal(weights(trainer), weights(start))
     assert (
-        "The start is kept: what was learnt in 12 steps makes no surely smaller error on the classes of 1 adapter"
+        "The start is kept: 12 steps give no significantly smaller error on the classes of 1 validation adapter"
         in caplog.text
     )
     for name, made in (("trained", trainer), ("start", start)):
@@ -160,7 +160,7 @@ def test_where_no_step_is_better_the_start_is_given_back_bit_for_bit(tiny_pool, 
     card = (tmp_path / "trained" / "README.md").read_text()
     assert "and stayed there: 12 steps on surrogate images" in card and "made, but not learned from" in card
     page = write_training_report(tmp_path / "report.html", trainer, settings, "x").read_text()
-    assert "error on the classes of 1 adapter that taught nothing" in page and "; the circle, step 0, is kept" in page
+    assert "error on the classes of 1 validation adapter" in page and "; the circle, step 0, is kept" in page
 
 
 def test_the_command_says_what_is_kept(tiny_pool_path, tiny_surrogate, tmp_path, capsys, best_within):
@@ -170,7 +170,10 @@ def test_the_command_says_what_is_kept(tiny_pool_path, tiny_surrogate, tmp_path,
     command = ["distill", str(tiny_pool_path), "--surrogate", str(tiny_surrogate.folder), *settings, "--output"]
     assert main([*command, str(tmp_path / "a"), "--init", "zero", "--lr", "0.03"]) == 0
     captured = capsys.readouterr()
-    assert "Step 2 of 4 is kept: of what is surely better than the start it makes the smallest error" in captured.err
+    assert (
+        "Step 2 of 4 is kept: of the steps significantly better than the start, it has the smallest error"
+        in captured.err
+    )
     assert "is kept" not in captured.out and "judged=" in captured.err  # the progress bar
 
 
@@ -226,7 +229,9 @@ def test_without_judging_the_last_step_is_kept(tiny_pool, tiny_surrogate, tmp_pa
 
 def test_too_few_adapters_to_judge_by_are_told(tiny_pool, tiny_surrogate, caplog):
     trainer = train(tiny_pool.subset([0, 1, 2]), tiny_surrogate, recipe(steps=2))
-    assert trainer.judged.steps == [] and "Nothing was judged, and the last step is kept: judging takes" in caplog.text
+    assert (
+        trainer.judged.steps == [] and "No validation was possible, so the last step is kept: it needs" in caplog.text
+    )
 
 
 def judgements(first, groups, *errors):
@@ -254,19 +259,19 @@ def test_what_is_not_surely_worse_than_the_average_takes_its_place():
     for noise in (NOISE, -NOISE):
         assert judgements(AVERAGE, [0], START, START + noise).best_step == 1
     judged = judgements(AVERAGE, [0], START, START + 1, START * float("nan"))
-    assert judged.best_step == 0 and "makes a surely larger error on the classes" in judged.verdict()
+    assert judged.best_step == 0 and "give a significantly larger error on the classes" in judged.verdict()
 
 
 def test_what_is_better_in_sum_and_surely_worse_in_a_group_is_not_kept():
     start = torch.cat([START, torch.tensor([50.0, 50.0])])
     changes = ([0.0] * 6, [1.0, 1.0, -9.0, -9.0, -9.0, -9.0], [-4.0, 5.0, -6.0, -6.0, 1.0, 1.0], [-1.0] * 6)
-    for first, kept in ((AVERAGE, 2), (OWN, 3)):  # the first group of 2 rose by half a point, but not surely
+    for first, kept in ((AVERAGE, 2), (OWN, 3)):  # the first group of 2 rose by half a point, but not significantly
         judged = judgements(first, [0, 1, 1], *(start + torch.tensor(change) for change in changes))
         assert judged.figures[1] == min(judged.figures) and judged.rises[1] == 1.0
         assert judged.best_step == kept and judged.rises[2] < 0 and judged.to_dict()["rises"] == judged.rises
         only_worse = judgements(first, [0, 1], *(start[:4] + torch.tensor(change[:4]) for change in changes[:2]))
         assert only_worse.best_step == 0
-    assert "makes no surely smaller error" in only_worse.verdict()
+    assert "give no significantly smaller error" in only_worse.verdict()
 
 
 def test_a_judge_says_the_same_of_the_same_weights(tiny_pool, tiny_surrogate, monkeypatch):
@@ -288,7 +293,7 @@ def test_a_judge_says_the_same_of_the_same_weights(tiny_pool, tiny_surrogate, mo
         ({"held_out": 0.6}, r"held_out must be in \[0, 0.5\], got 0.6"),
         ({"judge_every": 0}, "judge_every must be at least 1, got 0"),
         ({"patience": -1}, "patience must not be negative, got -1"),
-        ({"patience": 2, "held_out": 0.0}, "patience needs judgements: set held_out above 0"),
+        ({"patience": 2, "held_out": 0.0}, "patience needs validation adapters: set held_out above 0"),
     ],
 )
 def test_settings_out_of_range(changes, told):
