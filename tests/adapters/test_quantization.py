@@ -144,7 +144,7 @@ def test_push_in_few_bits_and_back(hub, model, toy_data, tmp_path, capsys):
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(again.features(x), loaded.features(x), rtol=1e-4, atol=1e-5)
-    assert "plain PEFT adapter too" in (tmp_path / "plain" / "README.md").read_text()
+    assert "It is also a plain PEFT adapter" in (tmp_path / "plain" / "README.md").read_text()
     assert main(["quantise", "org/small", "--bits", "2", "--output", str(tmp_path / "plain")]) == 1  # no overwriting
     model.push_to_hub("org/small")
     assert PLAIN in hub.files("org/small") and CODES_FILE not in hub.files("org/small")

@@ -158,7 +158,9 @@ def test_where_no_step_is_better_the_start_is_given_back_bit_for_bit(tiny_pool, 
     assert settings["judged"] == trainer.judged.to_dict() and settings["judged"]["best_step"] == 0
     assert "judged" in (tmp_path / "start" / "meta_lora_config.json").read_text() and start.judged.to_dict() is None
     card = (tmp_path / "trained" / "README.md").read_text()
-    assert "and stayed there: 12 steps on surrogate images" in card and "made, but not learned from" in card
+    assert (
+        "and was kept as it was: 12 steps on surrogate images" in card and "made, but not used in the result" in card
+    )
     page = write_training_report(tmp_path / "report.html", trainer, settings, "x").read_text()
     assert "error on the classes of 1 validation adapter" in page and "; the circle, step 0, is kept" in page
 

@@ -80,7 +80,7 @@ def test_the_card_says_where_it_came_from(hub, model):
         "![Surrogate images](surrogate.png)",
         "| meta-lora | birds/test | 5-way 1-shot | 600 | 54.47 ± 0.78 | +1.53 ± 0.31 |",
         "was not trained",
-        "Images like these were made, but not learned from",
+        "Images like these were made, but not used in the result",
         "All source adapters are under `apache-2.0`",
         "steps: 0",
         "## Limits",
@@ -103,7 +103,7 @@ def test_the_licence_is_the_sources_or_stated_as_mixed(hub, make_model, licenses
     header = header_of(card)
     assert {key: header[key] for key in ("license", "license_name") if key in header} == fields
     assert text in card and "model-index" not in header and "surrogate.png" not in card
-    assert "Its accuracy was not measured" in card
+    assert "Its accuracy has not been measured" in card
 
 
 def test_names_of_strangers_do_not_break_the_tables(hub, model):
@@ -298,7 +298,7 @@ def test_the_card_of_surrogate_data(hub, tiny_surrogate):
     for entry in tiny_surrogate.manifest["shards"]:
         row = f"`{entry['adapter']['sha256']}` | 4 | 24 | {entry['accuracy']:.2f} | {entry['confidence']:.2f} |"
         assert row in card
-    assert "iterations: 5" in card and "optimised in 5 steps out of starting images" in card
+    assert "iterations: 5" in card and "optimised in 5 steps from starting images" in card
     assert tiny_surrogate.manifest["backbone"]["name"] not in card  # a folder of this machine
 
 
