@@ -36,6 +36,10 @@ import torch  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 from helpers_tiny import save_tiny_backbone, toy_images  # noqa: E402
 
+from lora_recycle.backbones.backbone import Backbone  # noqa: E402
+from lora_recycle.distillation.config import DistillationConfig  # noqa: E402
+from lora_recycle.distillation.saving import wrap_student  # noqa: E402
+from lora_recycle.distillation.trainer import MetaLoraTrainer  # noqa: E402
 from lora_recycle.hub import download as snapshots  # noqa: E402
 from lora_recycle.inversion.config import InversionConfig  # noqa: E402
 from lora_recycle.inversion.inverter import LoraInverter  # noqa: E402
@@ -146,6 +150,36 @@ def tiny_surrogate(tmp_path_factory, tiny_pool):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return LoraInverter(tiny_pool, config).run(tmp_path_factory.mktemp("surrogate"), progress=False)
+
+
+def files_with_license(folder, license):
+    """The files of an adapter folder with a card that states a licence (None: states none)."""
+    stated = f"license: {license}\n" if license else ""
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    return {name: (folder / name).read_bytes() for name in names} | {"README.md": f"---\n{stated}---\n# An adapter\n"}
+
+
+@pytest.fixture
+def make_model(hub, tiny_backbone_path, tiny_pool_path, tiny_surrogate):
+    """Makes a meta-LoRA of org/adapter-0 and -1 for org/tiny-vit, all on the Hub; `licenses` are the adapters'."""
+
+    def make(licenses=("apache-2.0", "apache-2.0"), surrogate=tiny_surrogate, **config):
+        if not hub.exists("org/tiny-vit"):
+            hub.put("org/tiny-vit", tiny_backbone_path)
+        for i, license in enumerate(licenses):
+            hub.put(f"org/adapter-{i}", files_with_license(tiny_pool_path / f"adapter-{i}", license))
+        backbone = Backbone.from_pretrained("org/tiny-vit")
+        backbone.revision = hub.repo("org/tiny-vit").resolve("main").sha
+        pool = AdapterPool.from_pretrained([f"org/adapter-{i}" for i in range(len(licenses))], backbone=backbone)
+        settings = DistillationConfig(**{"steps": 0, "rank": 4, **config})
+        return wrap_student(MetaLoraTrainer(pool, surrogate, settings))
+
+    return make
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model()
 
 
 @pytest.fixture

@@ -209,7 +209,7 @@ def test_sizes_of_data_sets_are_categories_that_the_hub_takes(count, category, t
 def test_the_local_hub_refuses_cards_as_the_real_one(hub, model, monkeypatch, header, complaint):
     assert re.search(complaint, complaints(f"---\n{header}\n---\n")[0][0])
     card = f"---\n{header}\n---\n# A card\n"
-    monkeypatch.setattr("lora_recycle.hub.cards.meta_lora_card", lambda *args: card)
+    monkeypatch.setattr("lora_recycle.modeling.publishing.meta_lora_card", lambda *args: card)
     with pytest.raises(PushError, match=f"Invalid metadata in README.md.*{complaint}"):
         model.push_to_hub("org/meta")
     assert not hub.exists("org/meta")

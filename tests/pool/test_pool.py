@@ -8,7 +8,7 @@ import torch
 from helpers_adapters import CONFIGS, edit_config, edit_tensors, save_adapter
 from helpers_tiny import copied_state, planted_adapter, random_factors, same_weights, tiny_backbone, tiny_processor
 
-from lora_recycle.adapters import pull as hub_adapters
+from lora_recycle.adapters import load as adapter_loading
 from lora_recycle.adapters.low_rank import truncate
 from lora_recycle.adapters.stored import StoredAdapter
 from lora_recycle.adapters.weight_deltas import ChangeSum
@@ -293,8 +293,8 @@ def test_adapters_of_one_config_are_compared_with_one_model_of_peft(tmp_path, mo
     for i in range(3):
         _, twin = save_adapter(tmp_path / f"a{i}")
     save_adapter(tmp_path / "b", CONFIGS["rslora"])
-    built, wrap = [], hub_adapters.wrap
-    monkeypatch.setattr(hub_adapters, "wrap", lambda *a, **k: built.append(1) or wrap(*a, **k))
+    built, wrap = [], adapter_loading.wrap
+    monkeypatch.setattr(adapter_loading, "wrap", lambda *a, **k: built.append(1) or wrap(*a, **k))
     pool = AdapterPool.from_pretrained(tmp_path, backbone=Backbone(twin, tiny_processor(), "t"))
     assert len(list(pool)) == 4 and len(built) == 2
     edit_tensors(tmp_path / "a2", lambda tensors: {key: tensor[:1] for key, tensor in tensors.items()})
