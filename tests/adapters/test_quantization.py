@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 import torch
@@ -138,7 +139,7 @@ def test_push_in_few_bits_and_back(hub, model, toy_data, tmp_path, capsys):
     loaded = MetaLoRAForFewShotClassification.from_pretrained("org/small")
     assert loaded.label_names == model.label_names
     assert main(["quantise", "org/small", "--bits", "32", "--output", str(tmp_path / "plain")]) == 0
-    assert "bytes in adapter_model.safetensors, before" in capsys.readouterr().out
+    assert re.search(r"bytes in adapter_model.safetensors, \d+ before", capsys.readouterr().out)
     again = MetaLoRAForFewShotClassification.from_pretrained(tmp_path / "plain")
     assert again.label_names == model.label_names
     x = torch.randn(2, 3, 32, 32)

@@ -130,7 +130,7 @@ def test_a_fresh_process_predicts_the_same_bit_for_bit(hub, model, tmp_path):
     pixels, support = random_pixels(6), random_pixels(4, seed=1)
     model.fit(support, ["b", "a", "b", "c"]).push_to_hub("org/meta")
     assert "few_shot_task.safetensors" in hub.files("org/meta")
-    assert "already: 3 classes" in hub.files("org/meta")["README.md"].decode()
+    assert "It includes a fitted task with 3 classes" in hub.files("org/meta")["README.md"].decode()
     torch.save([pixels, support], tmp_path / "in.pt")
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", SCRIPT, tmp_path / "in.pt", tmp_path / "out.pt"]
