@@ -181,8 +181,8 @@ def test_recipes_that_are_wrong(values):
         "tuning_episodes must be 2 to 20": {"tuning_episodes": 21},
         "'frozen-centred' does not tune": {"tuning": {"frozen-centred": {}}},
         "unknown key 'stepz'": {"tuning": {"linear-probe": {"stepz": 3}}},
-        "cannot be called 'ties'": {"pools": {"a": {"meta_loras": {"ties": "x"}}}},
-        "pools: a: 'ties' is not among the recipe's methods": {"pools": {"a": {"methods": ["ties"]}}},
+        "cannot be named 'ties'": {"pools": {"a": {"meta_loras": {"ties": "x"}}}},
+        "pools: a: 'ties' is not one of the recipe's methods": {"pools": {"a": {"methods": ["ties"]}}},
         "expected a mapping of settings, got 3": {"pools": {"a": 3}},
         "max_per_class must be at least 1": {"data": [{"path": "x", "max_per_class": 0}]},
     }
@@ -204,5 +204,5 @@ def test_the_command(work, values, tmp_path, capsys):
     assert [row["method"] for row in found["rows"]] == ["frozen", "average", "meta-lora"] * 2
     assert found["recipe"]["ways"] == 3 and "torch" in found["versions"]
     assert main([*command, "--part", "2", "2"]) == 1
-    assert "the parts of 2 are 0 to 1" in capsys.readouterr().err
+    assert "--part 2 2: I must be between 0 and 1" in capsys.readouterr().err
     assert main(["benchmark", str(recipe), "--data-root", str(tmp_path / "none")]) == 1

@@ -104,5 +104,5 @@ def test_priors_are_summed_with_their_weights():
 
 
 def test_an_unknown_prior_is_refused():
-    with pytest.raises(ConfigError, match="priors: 'gan' is unknown, choose from tv, patch_entropy, batch_norm"):
+    with pytest.raises(ConfigError, match="priors: 'gan' is unknown; choose from tv, patch_entropy, batch_norm"):
         InversionConfig(priors={"gan": 1.0})
