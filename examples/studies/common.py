@@ -7,9 +7,11 @@ from pathlib import Path
 
 import torch
 
+from lora_recycle import AdapterPool
 from lora_recycle.backbones.backbone import extract_features
 from lora_recycle.fewshot.accuracy import prototype_accuracy
 from lora_recycle.images.labelled import LabelledImages, load_labelled_images
+from lora_recycle.merging.base import Changes, Merge, add_scaled
 
 
 #: classes at the end of a training split that no adapter sees, kept for validation where a set has no such split
@@ -49,3 +51,27 @@ def evaluate_network(network, sets, episodes) -> dict[str, torch.Tensor]:
         for shots in (1, 5):
             accuracies[f"{data.name} {shots}"] = prototype_accuracy(features, episodes[data.name, shots])
     return accuracies
+
+
+class Weighted(Merge):
+    """The groups' averages, each times a factor of its own, the small ones cut to a rank."""
+
+    def __init__(self, averages: list[Changes], factors: tuple[float, ...], rank: int | None):
+        self.averages, self.factors, self.rank = averages, factors, rank
+
+    def changes(self, pool: AdapterPool) -> Changes:
+        total: Changes = {}
+        for i, (average, factor) in enumerate(zip(self.averages, self.factors, strict=True)):
+            add_scaled(total, cut(average, self.rank) if i and self.rank else average, factor)
+        return total
+
+
+def cut(changes: Changes, rank: int) -> Changes:
+    """Each matrix's best approximation of that rank (truncated SVD)."""
+    found = {}
+    for name, change in changes.items():
+        if change.ndim == 2:
+            u, s, v = torch.linalg.svd(change, full_matrices=False)
+            change = (u[:, :rank] * s[:rank]) @ v[:rank]
+        found[name] = change
+    return found

@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import FROM_INIT, evaluate_network, validation_sets
+from common import FROM_INIT, Weighted, evaluate_network, validation_sets
 
 from lora_recycle import AdapterPool, DistillationConfig, MetaLoRATrainer, SurrogateDataset
 from lora_recycle.adapters.trainable import adapted_layers, linear_layers
@@ -63,19 +63,6 @@ DISTILLED = {
 }
 #: Of RegMean: what is left of the products of two different inputs, and a ridge as a share of the mean square.
 KEPT, RIDGE = 0.9, 1e-3
-
-
-class Weighted(Merge):
-    """The groups' averages, each times a factor of its own, the small ones cut to a rank."""
-
-    def __init__(self, averages: list[Changes], factors: tuple[float, ...], rank: int | None):
-        self.averages, self.factors, self.rank = averages, factors, rank
-
-    def changes(self, pool: AdapterPool) -> Changes:
-        total: Changes = {}
-        for i, (average, factor) in enumerate(zip(self.averages, self.factors, strict=True)):
-            add_scaled(total, cut(average, self.rank) if i and self.rank else average, factor)
-        return total
 
 
 class Regressed(Merge):
@@ -136,17 +123,6 @@ def average_of(pool: AdapterPool, names: tuple[str, ...]) -> Changes:
     for i in members:
         add_scaled(total, dense_changes(pool[i], pool.backbone.device), 1 / len(members))
     return total
-
-
-def cut(changes: Changes, rank: int) -> Changes:
-    """Each matrix's best approximation of that rank (truncated SVD)."""
-    found = {}
-    for name, change in changes.items():
-        if change.ndim == 2:
-            u, s, v = torch.linalg.svd(change, full_matrices=False)
-            change = (u[:, :rank] * s[:rank]) @ v[:rank]
-        found[name] = change
-    return found
 
 
 def distilled(pool: AdapterPool, surrogate: SurrogateDataset, settings: dict, work: str) -> Merge:

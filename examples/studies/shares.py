@@ -19,8 +19,7 @@ import argparse
 import json
 from pathlib import Path
 
-from common import evaluate_network, validation_sets
-from group_weights import Weighted, cut
+from common import Weighted, cut, evaluate_network, validation_sets
 
 from lora_recycle import AdapterPool
 from lora_recycle.evaluation.results import confidence
