@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
             echo(surrogate.folder)
     else:
         parts = [table(ADAPTER_HEADER, map(_adapter_row, infos, checked))] if infos else []
-        reasons = [f"usable: {found}" for found in checked if found.reason]
+        reasons = [single_line(f"usable: {found}") for found in checked if found.reason]
         parts += ["\n".join(reasons)] if reasons else []
         parts += [_surrogate_text(surrogate) for surrogate in surrogates]
         if parts:

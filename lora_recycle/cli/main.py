@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sys.stderr is None:  # `2>&-`; its number is taken, or the next file that is opened would get all messages
         sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     if sys.stdout is None:  # `>&-`
-        print("lora-recycle: error: stdout is closed. Send it to a file, or to /dev/null.", file=sys.stderr)
+        note("lora-recycle: error: stdout is closed. Send it to a file, or to /dev/null.")
         return 1
     argv = sys.argv[1:] if argv is None else list(argv)
     args = _parsed(argv)

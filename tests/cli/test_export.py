@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lora_recycle import MetaLoRAForFewShotClassification
+from lora_recycle.runtime.outputs import MARKER
 
 
 def test_export_of_a_task_prints_its_files(work, tmp_path, run):
@@ -28,7 +29,7 @@ def test_export_of_a_network_has_no_place_for_a_task(work, tmp_path, run, fails)
     assert "holds the network alone" in fails(*command, "--task", work / "photos")
     code, out, err = run(*command)
     names = {"config.json", "export.json", "model.safetensors", "preprocessor_config.json"}
-    assert code == 0 and {path.name for path in (tmp_path / "vit").iterdir()} == names
+    assert code == 0 and {path.name for path in (tmp_path / "vit").iterdir()} == {*names, MARKER} and MARKER not in out
     assert all(name in out for name in names) and "16 embeddings" in err
 
 

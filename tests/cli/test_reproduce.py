@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from helpers_old_names import as_format_1
+from helpers_tiny import repair_checksums
 from safetensors.torch import load_file, save_file
 
 from lora_recycle.distillation.reproduction import reproduce
@@ -68,6 +69,7 @@ def test_what_is_not_the_same_is_told_with_the_versions(work, tmp_path, run):
     sidecar["hardware"]["name"] = "another"
     sidecar["sources"][1]["surrogate_sha256"] = "0" * 64
     path.write_text(json.dumps(sidecar))
+    repair_checksums(tmp_path / "meta")
     command = ["reproduce", tmp_path / "meta", work / "pool", "--surrogate", work / "surrogate", "--quiet"]
     code, out, err = run(*command, "--output", tmp_path / "again")
     assert code == 1 and "not byte-identical; the largest difference of a weight is 0.25" in out

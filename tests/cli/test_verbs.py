@@ -11,6 +11,8 @@ from safetensors import safe_open
 from transformers import ViTModel
 
 from lora_recycle import MetaLoRAForFewShotClassification
+from lora_recycle.demo.run import OUTPUT
+from lora_recycle.runtime.outputs import claim_output
 from lora_recycle.runtime.provenance import PACKAGES
 
 
@@ -223,7 +225,8 @@ def test_demo_writes_table_results_and_report_and_resumes(work, tmp_path, run):
 def test_demo_leaves_checkpoints_alone_that_are_not_its_own(work, tmp_path, fails):
     recipe, output = tmp_path / "recipe.yaml", tmp_path / "demo"
     recipe.write_text(RECIPE.replace("STEPS", "2"))
-    shutil.copytree(work / "meta" / "work", output / "meta_lora" / "work")
+    claim_output(output, OUTPUT)
+    shutil.copytree(work / "meta", output / "meta_lora")
     line = fails("demo", "--pool", work / "pool", "--recipe", recipe, "--output", output, "--quiet")
     assert "checkpoint of another recipe" in line
     assert (output / "meta_lora" / "work" / "checkpoint-00000003.safetensors").exists()

@@ -82,7 +82,7 @@ def test_images_may_leave_a_batch_whose_prior_saw_them(monkeypatch, parameteriza
     backbone = tiny_backbone()
     adapter = planted_adapter("a", {})
     adapter.head = Head(torch.randn(2, 32))
-    objective = Objective(backbone, adapter, config, build_priors(config.priors, 1), None, mixed_precision())
+    objective = Objective(backbone, adapter, config, build_priors(config.priors, 1), mixed_precision())
     batch = InversionBatch(objective, torch.rand(3, 3, 32, 32), torch.tensor([0, 1, 0]), torch.Generator())
     batch.step()
     batch.keep(torch.tensor([True, False, True]))

@@ -92,5 +92,5 @@ class Lbfgs(LoRAInverter):
     """Inversion by [`LbfgsBatch`]."""
 
     def batch(self, index, starts, labels, generator) -> InversionBatch:
-        parts = (self.backbone, self.pool[index], self.config, self.prior, self.reference, self.accelerator)
+        parts = (self.backbone, self.pool[index], self.config, self.prior, self.accelerator)
         return LbfgsBatch(inverter.Objective(*parts), starts, labels, generator)
