@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 EPILOG = """\
 examples:
-  lora-recycle benchmark examples/benchmark-recipes/mixed.yaml --data-root DATA --output docs/benchmarks
+  lora-recycle benchmark examples/studies/benchmark-recipes/mixed.yaml --data-root DATA --output docs/benchmarks
   lora-recycle benchmark recipe.yaml --episodes 100 --tuning-episodes 5        a quick run
   lora-recycle benchmark recipe.yaml --part 0 2                                one of two shells that share the work
 

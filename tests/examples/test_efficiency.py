@@ -11,7 +11,7 @@ import torch
 from lora_recycle import DistillationConfig, InversionConfig, LoRAInverter
 
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples" / "studies"
 
 
 @pytest.fixture
