@@ -101,7 +101,7 @@ class Heartbeat:
                 "was finished is kept; run the command again."
             ) from error
         if error is None:
-            self._tell(left=True)
+            self._leave()
         self._thread = self._store = None
 
     def beat(self, doing: str) -> None:
@@ -151,6 +151,13 @@ class Heartbeat:
                 self._stop.wait(min(_INTERVAL, self._limit / 50))
         except RuntimeError:  # the store went with the process that held it
             return
+
+    def _leave(self) -> None:
+        try:
+            self._tell(left=True)
+        except RuntimeError as gone:  # they are done, or failed, which the next collective says
+            if not lost_the_others(gone):
+                raise
 
     def _tell(self, left: bool = False) -> None:
         self._alive += 1
