@@ -13,7 +13,7 @@ from ..fewshot.domains import SHARED, DomainChoice
 from ..fewshot.heads import FewShotHead
 from ..fewshot.prototypes import prototype_logits
 from ..runtime.outputs import check_file
-from .support import support_set, without_failures
+from .support import require_two_classes, support_set, without_failures
 from .task import FewShotTask, holds_task, save_task
 
 
@@ -99,8 +99,7 @@ class FewShotClassifier:
             DataError: no images, another number of labels, one class only, or a class whose images all failed.
         """
         images, names = support_set(images, labels)
-        if len(set(names)) < 2:
-            raise DataError("A support set needs at least two classes, or there is nothing to tell apart.")
+        require_two_classes(names)
         features, kept, chosen = self._choice(images, names, failures, domain)
         self._task = FewShotTask.fitted(features, kept, self.head, domain=chosen)
         return self

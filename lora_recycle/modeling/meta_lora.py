@@ -32,7 +32,7 @@ from .preprocessing import as_batch, pixel_batches, to_pixel_values
 from .publishing import push_adapter_folder
 from .serialization import write_meta_lora
 from .sidecar import read_picture, read_sidecar, task_file
-from .support import support_set, without_failures
+from .support import require_two_classes, support_set, without_failures
 from .task import FewShotTask, load_task
 
 
@@ -347,8 +347,7 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
         from .tuning import default_config, tuned_task
 
         images, names = support_set(images, labels)
-        if len(set(names)) < 2:
-            raise DataError("A support set needs at least two classes, or there is nothing to tell apart.")
+        require_two_classes(names)
         config = config or default_config(self.head)
         network = self.tuning_network(config)  # which takes back what was tuned before, so that the choice sees none
         choice = None
@@ -508,8 +507,7 @@ def _check_support(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     if len(labels) != len(images) or not len(labels):
         raise DataError(f"{len(images)} support images, but {len(labels)} labels.")
     present = labels.unique()
-    if len(present) < 2:
-        raise DataError("A support set needs at least two classes, or there is nothing to tell apart.")
+    require_two_classes(present.tolist())
     if not torch.equal(present.cpu(), torch.arange(len(present))):
         raise DataError(f"Support labels must number the classes 0 to {len(present) - 1}, got {present.tolist()}.")
     return labels.long()
