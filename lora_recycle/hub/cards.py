@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -149,6 +150,49 @@ def _surrogate_usage(name: str) -> str:
             f"surrogate = SurrogateDataset.from_pretrained({repo})  # with the outputs of the teachers",
         )
     )
+
+
+def adapter_card(
+    name: str,
+    base_model: str,
+    data_name: str,
+    labels: Sequence[str],
+    *,
+    peft_type: str,
+    rank: int,
+    targets: str,
+    accuracy: float,
+    frozen_accuracy: float,
+) -> str:
+    """The README.md of an adapter with a head; `id2label` in its header is where the class names survive.
+
+    Args:
+        accuracy: on held-out images of its classes, per cent.
+        frozen_accuracy: of prototypes on the frozen backbone, per cent.
+    """
+    header = ModelCardData(
+        library_name="peft",
+        base_model=base_model,
+        pipeline_tag="image-classification",
+        tags=["lora", "image-classification"],
+        id2label=dict(enumerate(labels)),
+    )
+    card = ModelCard.from_template(
+        header,
+        str(TEMPLATES / "adapter.md"),
+        name=name,
+        base=base_model,
+        data=data_name,
+        classes=len(labels),
+        peft_type=peft_type,
+        rank=rank,
+        targets=targets,
+        accuracy=accuracy,
+        frozen=frozen_accuracy,
+        code=code,
+        text=text,
+    )
+    return str(card)
 
 
 def _origin(
