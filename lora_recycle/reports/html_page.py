@@ -8,6 +8,7 @@ from pathlib import Path
 from string import Template
 
 from ..runtime.files import atomic_write
+from ..runtime.terminal import utf8
 
 
 _GENERATOR = '<meta name="generator" content="lora-recycle">'
@@ -96,7 +97,7 @@ def page(title: str, sections: Sequence[tuple[str, str]], style: str = "", patte
 
 def write_page(path: str | Path, title: str, sections: Sequence[tuple[str, str]]) -> Path:
     """Write a page whose charts may hatch, atomically, and return its path."""
-    atomic_write(Path(path), page(title, sections, patterns=_PATTERNS).encode())
+    atomic_write(Path(path), utf8(page(title, sections, patterns=_PATTERNS)))
     return Path(path)
 
 

@@ -7,11 +7,13 @@ neither minutes nor gigabytes.
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
 import os
 import re
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,12 +74,28 @@ def _link_roots(folder: Path) -> list[Path]:
     return [folder, repo / "blobs", repo.parent / "blobs"] if cached else [folder]  # the last: shared by several repos
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read its bytes.
+
+    Raises:
+        ValueError: it is a FIFO, a socket or a device, where a reader might wait forever or find no end.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise ValueError("it is not a regular file")
+
+
 def read_text(path: Path, most: int = MAX_TEXT_BYTES) -> str:
     """The file as UTF-8. Raises `ValueError` where it is longer than `most` bytes."""
-    size = path.stat().st_size
-    if size > most:
-        raise ValueError(f"{size} bytes, more than {most}")
-    with path.open("rb") as file:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise ValueError(f"{size} bytes, more than {most}")
         data = file.read(size + 1)
     if len(data) > size:
         raise ValueError("it grows while it is read")
@@ -180,8 +198,8 @@ class SafetensorsHeader:
 
 def read_safetensors_header(path: Path) -> SafetensorsHeader:
     """The header of a file: names once, few and short, sizes whole numbers, and all of it within bounds."""
-    with path.open("rb") as file:
-        return _read_header(file, path.stat().st_size)
+    with open_regular(path) as file:
+        return _read_header(file, os.fstat(file.fileno()).st_size)
 
 
 def parse_safetensors_header(data: bytes) -> SafetensorsHeader:
