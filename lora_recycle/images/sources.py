@@ -131,6 +131,8 @@ def _read_saved(folder: Path, split: str | None, order: Sequence[str]) -> Any:
 
     try:
         loaded = load_from_disk(str(folder))
+        for part in loaded.values() if isinstance(loaded, dict) else [loaded]:
+            part.data.validate(full=True)  # Arrow reads beyond its buffers where its offsets lie
     except Exception as error:  # pyarrow and datasets share no base error
         raise DataError(f"{folder}: not a readable saved data set ({_first_line(error)}).") from error
     return _one_split(loaded, split, folder, order)

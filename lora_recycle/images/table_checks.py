@@ -80,6 +80,6 @@ def check_inside(path: str, roots: Sequence[Path], where: str) -> str:
     target = Path(path).resolve()
     if not any(target.is_relative_to(root.resolve()) for root in roots):
         raise DataError(
-            f"{where}: names the file {path}, which is not of the data set. Store images as bytes, or beside the table."
+            f"{where}: names the file {path}, which is not of the data set. Store images as bytes, or beside it."
         )
     return path

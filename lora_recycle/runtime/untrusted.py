@@ -74,6 +74,14 @@ def _link_roots(folder: Path) -> list[Path]:
     return [folder, repo / "blobs", repo.parent / "blobs"] if cached else [folder]  # the last: shared by several repos
 
 
+def check_utf8(path: Path) -> None:
+    """Raise `ValueError` where the path is not UTF-8: safetensors opens no such file."""
+    try:
+        os.fsencode(path).decode("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError("its path is not UTF-8, which safetensors needs; rename it") from None
+
+
 def open_regular(path: Path) -> BinaryIO:
     """Open a file to read its bytes.
 

@@ -29,7 +29,7 @@ from ..hub.upload import push_files, without_local_paths
 from ..runtime.files import atomic_write, file_sha256, read_header, save_sealed
 from ..runtime.outputs import OutputKind, holds_json
 from ..runtime.terminal import utf8
-from ..runtime.untrusted import MAX_FILE_BYTES, MAX_TEXT_BYTES, parse_json, path_inside, read_text
+from ..runtime.untrusted import MAX_FILE_BYTES, MAX_TEXT_BYTES, check_utf8, parse_json, path_inside, read_text
 from .manifest import check_manifest
 from .shards import TENSORS, ShardRows, check_alike, open_shard
 from .table import to_table
@@ -161,6 +161,7 @@ class SurrogateDataset:
             except AdapterError as error:
                 raise DataError(str(error)) from error
         try:
+            check_utf8(folder.absolute())
             path = path_inside(folder, MANIFEST) or folder / MANIFEST
             manifest = parse_json(read_text(path, MAX_MANIFEST_BYTES))
             if manifest["format_version"] > FORMAT_VERSION:

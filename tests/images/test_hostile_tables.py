@@ -17,7 +17,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import ClassLabel, Dataset, Features, config
+from datasets import ClassLabel, Dataset, Features, config, disable_progress_bars
 from datasets import Image as ImageFeature
 from PIL import Image
 
@@ -114,6 +114,19 @@ def test_a_table_that_never_ends(tmp_path):
         load_labelled_images(tmp_path, 8)
 
 
+def test_offsets_that_lie_do_not_read_other_memory(tmp_path):
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=["a", "b"])})
+    Dataset.from_dict({"image": IMAGES.to_pylist(), "label": NUMBERS}, features=features).save_to_disk(tmp_path)
+    (path,) = tmp_path.glob("*.arrow")
+    size = len(picture())
+    offsets = b"".join((size * i).to_bytes(4, "little") for i in range(5))
+    data = path.read_bytes()
+    assert offsets in data
+    path.write_bytes(data.replace(offsets, offsets[:8] + (2**31 - 1).to_bytes(4, "little") + offsets[12:]))
+    with pytest.raises(DataError, match="not a readable saved data set"):
+        load_labelled_images(tmp_path, 8)
+
+
 def prepare(folder: Path) -> dict[str, bytes]:
     """The same images as a parquet file and as a saved data set: path to content."""
     cells = [{"bytes": picture((20 * i, 0, 0)), "path": None} for i in range(9)]
@@ -187,6 +200,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0)
     arguments = parser.parse_args()
+    disable_progress_bars()
     with tempfile.TemporaryDirectory() as scratch:
         config.HF_DATASETS_CACHE = Path(scratch) / "cache"
         print(fuzz(Path(scratch), arguments.inputs, arguments.seed, arguments.first))
