@@ -1,39 +1,21 @@
 """Surrogate data whose checksums are right and whose content is not, as a hostile author would make it."""
 
-import json
 import shutil
 
 import pytest
 import torch
+from helpers_surrogate import edit, replace_shard
 
 from lora_recycle.distillation.surrogate_images import match_shards
 from lora_recycle.errors import DataError
 from lora_recycle.hub.cards import surrogate_card
-from lora_recycle.runtime.files import file_sha256
-from lora_recycle.surrogate.dataset import MANIFEST, Shard, SurrogateDataset, save_shard
+from lora_recycle.surrogate.dataset import MANIFEST, Shard, SurrogateDataset
 
 
 @pytest.fixture
 def folder(tiny_surrogate, tmp_path):
     """A copy of `tiny_surrogate`."""
     return shutil.copytree(tiny_surrogate.folder, tmp_path / "surrogate")
-
-
-def edit(folder, change) -> None:
-    """Change the manifest in place."""
-    manifest = json.loads((folder / MANIFEST).read_text())
-    change(manifest)
-    (folder / MANIFEST).write_text(json.dumps(manifest))
-
-
-def replace_shard(folder, number, change) -> None:
-    """Change one shard in place, and its checksum with it."""
-    data = SurrogateDataset.from_pretrained(folder)
-    entry, shard = data.manifest["shards"][number], data.shard(number)
-    change(shard)
-    save_shard(folder / entry["file"], shard, "id")
-    digits = file_sha256(folder / entry["file"])
-    edit(folder, lambda manifest: manifest["shards"][number].update(sha256=digits))
 
 
 @pytest.mark.parametrize(
