@@ -285,9 +285,17 @@ def check_settings(config: dict[str, Any]) -> None:
     for key in ("base_model_name_or_path", "revision"):
         if not isinstance(config.get(key), (str, type(None))):
             raise ValueError(f"{key} must be a string, got {config[key]!r}")
+        check_file_name(config.get(key) or "", key)
     for key, value in config.items():
         if not _FREE_SETTINGS.search(key):
             _check_sizes(key, value, _MAX_LONG_SETTING if key in _LONG_SETTINGS else MAX_SIZE_SETTING)
+
+
+def check_file_name(name: str, what: str) -> None:
+    """Refuse a name that the system would not look for as a folder."""
+    longest = max(len(part.encode("utf-8", "surrogatepass")) for part in name.split("/"))
+    if longest > 255 or len(name) > 2000 or "\0" in name:
+        raise ValueError(f"{what} is no name of a folder or a repo: {name[:80]!r}... ({len(name)} characters)")
 
 
 def check_pattern(pattern: str) -> str:

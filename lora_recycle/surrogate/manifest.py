@@ -7,6 +7,8 @@ import re
 from pathlib import PurePosixPath
 from typing import Any
 
+from ..runtime.untrusted import check_file_name
+
 
 #: Images of one adapter, and of all together.
 MAX_IMAGES = 100_000_000
@@ -23,6 +25,7 @@ def check_manifest(manifest: Any) -> None:
     for key in ("name", "revision"):
         if not isinstance(manifest.get("backbone", {}).get(key), (str, type(None))):
             raise ValueError(f"{key} of the backbone must be a string")
+        check_file_name(manifest.get("backbone", {}).get(key) or "", f"{key} of the backbone")
     check_starts(manifest.get("config", {}))
     for entry in manifest["shards"]:
         _check_entry(entry)

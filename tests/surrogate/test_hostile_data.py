@@ -49,6 +49,7 @@ def test_another_number_of_images_than_there_are(folder):
         (lambda m: m["config"].update(starts={"noise": 10**400}), "starts must map kinds of images to shares"),
         (lambda m: m["config"].update(iterations={}), "iterations is {}"),
         (lambda m: m.update(backbone={"name": ["x"]}), "name of the backbone must be a string"),
+        (lambda m: m.update(backbone={"name": "x" * 5000}), "name of the backbone is no name of a folder or a repo"),
     ],
 )
 def test_odd_types_that_a_card_would_tell(folder, change, message):
