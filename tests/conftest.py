@@ -38,14 +38,13 @@ import peft  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
-from helpers_tiny import TINY_LAYERS, save_tiny_adapter, save_tiny_backbone, toy_images  # noqa: E402
+from helpers_tiny import TINY_LAYERS, GivenImages, save_tiny_adapter, save_tiny_backbone, toy_images  # noqa: E402
 
 from lora_recycle.backbones.backbone import Backbone  # noqa: E402
 from lora_recycle.distillation.config import DistillationConfig  # noqa: E402
 from lora_recycle.distillation.trainer import MetaLoRATrainer  # noqa: E402
 from lora_recycle.hub import download  # noqa: E402
 from lora_recycle.inversion.config import InversionConfig  # noqa: E402
-from lora_recycle.inversion.inverter import LoRAInverter  # noqa: E402
 from lora_recycle.pool.pool import AdapterPool  # noqa: E402
 
 
@@ -151,17 +150,6 @@ def tiny_pool(tiny_pool_path):
     """Its adapters stay in memory: to read a DoRA again takes longer than most of what is done with it."""
     stored = AdapterPool.from_pretrained(tiny_pool_path)
     return AdapterPool(stored.backbone, list(stored))
-
-
-class GivenImages(LoRAInverter):
-    """Stores toy images of the classes, dimmed and noisy, where an inversion would optimise them."""
-
-    def _optimise(self, index, starts, labels, generator):
-        data, noise = toy_images(), torch.randint(0, 256, starts.shape, generator=generator)
-        first = {name: data.label_names.index(name) * 20 for name in self.pool.infos[index].labels}
-        names = [self.pool.infos[index].labels[label] for label in labels.tolist()]
-        rows = torch.tensor([first[name] + i % 20 for i, name in enumerate(names)])
-        return (0.4 * data.pixels[rows] + 0.6 * noise).to(torch.uint8)
 
 
 @pytest.fixture(scope="session")

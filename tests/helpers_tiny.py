@@ -15,6 +15,7 @@ from lora_recycle.adapters.files import checksums
 from lora_recycle.adapters.pull import AdapterInfo
 from lora_recycle.backbones.backbone import Backbone
 from lora_recycle.images.labelled import LabelledImages
+from lora_recycle.inversion.inverter import LoRAInverter
 
 
 SIZES = {
@@ -148,6 +149,16 @@ def save_tiny_adapter(
     card = f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n# {folder.name}\n"
     (folder / "README.md").write_text(card, encoding="utf-8")
     return folder
+
+
+class GivenImages(LoRAInverter):
+    """Stores toy images of the classes, dimmed and noisy, where an inversion would optimise them."""
+
+    def _optimise(self, index, starts, labels, generator):
+        data, noise = toy_images(), torch.randint(0, 256, starts.shape, generator=generator)
+        names = [self.pool.infos[index].labels[label] for label in labels.tolist()]
+        rows = torch.tensor([data.label_names.index(name) * 20 + i % 20 for i, name in enumerate(names)])
+        return (0.4 * data.pixels[rows] + 0.6 * noise).to(torch.uint8)
 
 
 def ridge(features: torch.Tensor, targets: torch.Tensor, penalty: float = 1e-3) -> torch.Tensor:

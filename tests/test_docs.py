@@ -21,6 +21,7 @@ from helpers_hub import publish
 from PIL import Image
 
 from lora_recycle import __all__
+from lora_recycle.backbones.families import FAMILIES, TOWERS
 from lora_recycle.cli.main import build_parser, main
 from lora_recycle.evaluation import evaluate as evaluation
 from lora_recycle.fewshot.episodes import sample_episodes
@@ -95,7 +96,7 @@ def ours(words: list[str]) -> list[str] | None:
 
 @pytest.fixture
 def small(monkeypatch):
-    """Settings are capped, and heads and methods that a page registers are gone afterwards."""
+    """Settings are capped, and heads and families that a page registers are gone afterwards."""
     checked = RecipeConfig.__post_init__
 
     def cap(config):
@@ -109,10 +110,11 @@ def small(monkeypatch):
 
     monkeypatch.setattr(RecipeConfig, "__post_init__", cap)
     monkeypatch.setattr(evaluation, "sample_episodes", few)
-    known = dict(HEADS)
+    registries = [(registry, dict(registry)) for registry in (HEADS, FAMILIES, TOWERS)]
     yield
-    HEADS.clear()
-    HEADS.update(known)
+    for registry, known in registries:
+        registry.clear()
+        registry.update(known)
 
 
 @pytest.fixture(scope="session")

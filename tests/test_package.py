@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from helpers_install import REPOSITORY, make_environment, requirement_lines
 from packaging.version import Version
 from PIL import Image
@@ -122,6 +123,30 @@ def test_version_licence_and_citation_agree():
     assert f"\nversion: {lora_recycle.__version__}\n" in citation and "\nlicense: Apache-2.0\n" in citation
     assert "Apache License\n                           Version 2.0" in (REPOSITORY / "LICENSE").read_text()
     assert (PACKAGE / "py.typed").is_file()
+
+
+def test_the_changelog_has_an_entry_for_this_version():
+    headings = re.findall(r"^## (\S+)", (REPOSITORY / "docs" / "changelog.md").read_text(encoding="utf-8"), re.M)
+    assert lora_recycle.__version__ in headings
+
+
+def test_make_help_lists_every_target():
+    targets = re.search(r"^\.PHONY: (.*)", (REPOSITORY / "Makefile").read_text(), re.M)[1].split()
+    done = subprocess.run(["make"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    lines = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
+    assert [line[0] for line in lines] == targets and all(len(line) == 2 for line in lines)
+
+
+def test_pre_commit_runs_what_make_quality_runs_and_downloads_nothing():
+    config = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text())
+    assert [repo["repo"] for repo in config["repos"]] == ["local"]
+    hooks = config["repos"][0]["hooks"]
+    tools = [hook["entry"].removeprefix(".venv/bin/").removesuffix(" --fix") for hook in hooks]
+    checked = re.search(r"^quality:.*\n((?:\t.*\n)+)", (REPOSITORY / "Makefile").read_text(), re.M)[1]
+    commands = re.findall(r"\$\(BIN\)/(\w+(?: check| format)?)", checked)
+    assert tools == commands and all(hook["language"] == "system" for hook in hooks)
+    ours = re.compile(hooks[0]["files"])
+    assert ours.search("lora_recycle/pool/pool.py") and ours.search("docs/hooks.py") and not ours.search("setup.py")
 
 
 def test_type_checkers_see_what_is_loaded_on_first_use():

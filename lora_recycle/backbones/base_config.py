@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.activations import ACT2CLS
@@ -150,8 +151,8 @@ def _built(model_type: str, settings: dict[str, Any], where: str, **options: Any
             _check_encoder(config)
         if num_parameters(config) > MAX_PARAMETERS:
             raise ValueError(f"a model of at least {num_parameters(config)} parameters, more than {MAX_PARAMETERS}")
-    except (ValueError, TypeError) as error:
-        raise AdapterError(f"{where}: {CONFIG_FILE}: {_first_line(error)}.") from error
+    except (ValueError, TypeError, StrictDataclassError) as error:  # the last: transformers' own checks
+        raise AdapterError(f"{where}: {CONFIG_FILE}: {_first_line(error.__cause__ or error)}.") from error
     return config
 
 
@@ -259,5 +260,5 @@ def _short(value: Any) -> str:
     return f"a {type(value).__name__}" if isinstance(value, (list, dict)) else repr(value)[:80]
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

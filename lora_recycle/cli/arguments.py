@@ -24,7 +24,7 @@ def add_config_arguments(parser: argparse.ArgumentParser, config_class: type[Rec
 
     Flags that are not given leave no trace in the namespace, so that they do not override the recipe.
     """
-    group = parser.add_argument_group("settings", "each flag goes before the same key of --recipe")
+    group = parser.add_argument_group("settings", "a flag overrides the same key of --recipe")
     group.add_argument("--recipe", metavar="FILE", help="YAML file of settings, flat or in sections named after verbs")
     hints = typing.get_type_hints(config_class)
     for f in dataclasses.fields(config_class):

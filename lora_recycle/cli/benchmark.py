@@ -19,28 +19,35 @@ if TYPE_CHECKING:
 
 EPILOG = """\
 examples:
-  lora-recycle benchmark examples/benchmark-recipes/mixed.yaml --data-root DATA --output docs/benchmarks
-  lora-recycle benchmark recipe.yaml --episodes 100 --tuning-episodes 5        a quick look
+  lora-recycle benchmark examples/studies/benchmark-recipes/mixed.yaml --data-root DATA --output docs/benchmarks
+  lora-recycle benchmark recipe.yaml --episodes 100 --tuning-episodes 5        a quick run
   lora-recycle benchmark recipe.yaml --part 0 2                                one of two shells that share the work
 
 Writes results.json, results.md and index.html into the output folder, and a file for each finished cell (method, data
-set, shots) into the work folder: run again it goes on where it was. docs/benchmarks.md tells the keys of a recipe.
+set, shots) into the work folder, from which the same command resumes. docs/benchmarks.md lists the keys of a recipe.
 """
 
 
 def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParser:
-    summary = "run methods, data sets and shots of a recipe on the same episodes"
+    summary = "compare the methods of a recipe on the same episodes"
     parser = subparsers.add_parser("benchmark", help=summary, description=summary, epilog=EPILOG, **options)
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file of data sets, pools and methods")
-    parser.add_argument("--data-root", metavar="DIR", help="where the recipe's data sets are looked for first")
+    parser.add_argument("--data-root", metavar="DIR", help="folder in which data sets are looked for first")
     parser.add_argument(
-        "--output", default="runs/benchmark", metavar="DIR", help="where the tables go (default: %(default)s)"
+        "--output", default="runs/benchmark", metavar="DIR", help="folder for the tables (default: %(default)s)"
     )
-    parser.add_argument("--work", metavar="DIR", help="where finished cells lie (default: cells/ in the output)")
-    parser.add_argument("--episodes", type=int, metavar="N", help="in place of the recipe's")
-    parser.add_argument("--tuning-episodes", type=int, metavar="N", help="in place of the recipe's")
     parser.add_argument(
-        "--part", nargs=2, type=int, default=(0, 1), metavar=("I", "N"), help="compute only every N-th cell from I on"
+        "--work", metavar="DIR", help="folder of finished cells (default: cells/ in the output folder)"
+    )
+    parser.add_argument("--episodes", type=int, metavar="N", help="override the recipe's episodes")
+    parser.add_argument("--tuning-episodes", type=int, metavar="N", help="override the recipe's tuning_episodes")
+    parser.add_argument(
+        "--part",
+        nargs=2,
+        type=int,
+        default=(0, 1),
+        metavar=("I", "N"),
+        help="compute only every N-th cell, starting at I (0 to N - 1)",
     )
     add_device_argument(parser)
     return parser
@@ -49,7 +56,7 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
 def run(args: argparse.Namespace) -> None:
     part, total = args.part
     if not 0 <= part < total:
-        raise ConfigError(f"--part {part} {total}: the parts of {total} are 0 to {total - 1}.")
+        raise ConfigError(f"--part {part} {total}: I must be between 0 and {total - 1}.")
     if args.data_root is not None and not Path(args.data_root).is_dir():
         raise ConfigError(f"--data-root {args.data_root}: no such folder.")
     from ..evaluation.benchmark import Benchmark
@@ -69,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
         note(remark)
     missing = sum(cell.result is None for cell in cells)
     if missing:
-        note(f"{missing} of {len(cells)} cells are left to the other parts; the one that ends last writes the tables.")
+        note(f"{missing} of {len(cells)} cells are left to the other parts; the last to finish writes the tables.")
         return
     _write(Path(args.recipe).stem, recipe, cells, benchmark.notes, output)
 

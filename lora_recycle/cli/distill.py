@@ -40,10 +40,10 @@ examples:
   lora-recycle distill pool --surrogate surrogate --output meta_lora --init zero --kl-weight 1 --interpolation-weight 1
   lora-recycle distill pool --surrogate surrogate --output meta_lora --report-to tensorboard
   accelerate launch --num_processes 4 -m lora_recycle distill pool --surrogate surrogate --output meta_lora
-  lora-recycle distill pool --output average --init average --steps 0      the exact average, no training
-  lora-recycle distill pool --output merged --steps 0          the same, with the largest domain at full strength
+  lora-recycle distill pool --output average --init average --steps 0      the exact average, without training
+  lora-recycle distill pool --output merged --steps 0          the same, the largest domain at full strength
 
-A killed run goes on where it was when the command is run again, with --resume or without.
+Run the same command again to resume a run that was interrupted.
 """
 
 
@@ -52,17 +52,22 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
     parser = subparsers.add_parser("distill", help=summary, description=summary, epilog=EPILOG, **options)
     add_pool_arguments(parser)
     parser.add_argument(
-        "--surrogate", metavar="DATA", help="surrogate data of these adapters, a folder or repo id (org/name@revision)"
+        "--surrogate",
+        metavar="DATA",
+        help="surrogate data of these adapters: a folder or a repo id (org/name@revision)",
     )
     parser.add_argument(
-        "--output", required=True, metavar="DIR", help="new or empty folder for the meta-LoRA, or its own"
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="output folder for the meta-LoRA: new, empty, or one with an earlier meta-LoRA",
     )
     parser.add_argument(
         "--report-to",
         nargs="+",
         default=[],
         metavar="NAME",
-        help="trackers that get the numbers of every step: tensorboard (writes DIR/work/trackers), wandb, mlflow ...",
+        help="trackers to log every step to: tensorboard (writes DIR/work/trackers), wandb, mlflow ...",
     )
     add_resume_argument(parser)
     add_config_arguments(parser, DistillationConfig)
@@ -72,7 +77,7 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
 def run(args: argparse.Namespace) -> None:
     config = build_config(args, DistillationConfig)
     if args.surrogate is None and config.steps > 0:
-        raise ConfigError("distill needs --surrogate DIR (what invert wrote); only --steps 0 goes without.")
+        raise ConfigError("distill needs --surrogate DIR, the output of invert, unless --steps is 0.")
     from ..adapters.sources import one_id
     from ..distillation.callbacks import Trackers
     from ..distillation.saving import save_meta_lora
@@ -116,7 +121,7 @@ def run(args: argparse.Namespace) -> None:
         note(trainer.selection.verdict())
     if trainer.skipped:
         steps = ", ".join(map(str, trainer.skipped))
-        note(f"{len(trainer.skipped)} of {config.steps} steps were left out, for spikes of the loss: {steps}")
+        note(f"{len(trainer.skipped)} of {config.steps} steps were skipped because of spikes of the loss: {steps}")
     hint(f"lora-recycle evaluate {shlex.quote(args.output)} --data PATH --pool {shlex.join(args.pool)}")
 
 
@@ -128,8 +133,8 @@ def _notify_share(student: Student) -> None:
         while student.average_share(higher) < ENOUGH_OF_AVERAGE:
             higher *= 2
         note(
-            f"Rank {student.rank} holds {share:.0%} of the average that it starts from (of its squared norm). What is "
-            f"cut off may be worth having: --rank {higher} holds {student.average_share(higher):.0%}."
+            f"Rank {student.rank} holds only {share:.0%} of the squared norm of the average that it starts from; "
+            f"--rank {higher} would hold {student.average_share(higher):.0%}."
         )
 
 
@@ -137,7 +142,7 @@ def _with_images(pool: AdapterPool, surrogate: SurrogateDataset) -> AdapterPool:
     """The adapters that have surrogate images: those that could not be inverted are told and left out."""
     inverted = {entry["adapter"]["sha256"] for entry in surrogate.manifest["shards"]}
     kept = [i for i, info in enumerate(pool.infos) if info.sha256 in inverted]
-    reason = f"{surrogate.folder} holds no images of it"
+    reason = f"{surrogate.folder} has no images of it"
     without = [(info.where, reason) for info in pool.infos if info.sha256 not in inverted]
     if is_main_process():
         notify_skipped(without, len(kept))

@@ -1,4 +1,4 @@
-"""`lora-recycle evaluate`: a meta-LoRA and baselines on real images, all on the same episodes."""
+"""`lora-recycle evaluate`: a meta-LoRA and the baselines on real images, all on the same episodes."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ examples:
   lora-recycle evaluate demo --data photos                    folders photos/cat, photos/dog, ...
   lora-recycle evaluate meta_lora --data test.parquet --pool pool --json results.json
   lora-recycle evaluate someone/meta-lora --data cifar10 --split test --ways 10 --shots 1 5 20
-  lora-recycle evaluate demo --data photos --no-pool          quicker: only frozen and meta-lora
+  lora-recycle evaluate demo --data photos --no-pool          faster: only frozen and meta-lora
   lora-recycle evaluate demo --data photos --methods average ties nearest-group
-  lora-recycle evaluate demo --data photos --heads lda transductive_em     other few-shot heads as well
+  lora-recycle evaluate demo --data photos --heads lda transductive_em     more few-shot heads
 
-methods: frozen (prototypes on the bare backbone) and meta-lora, always; frozen-centred, frozen-euclidean. With a
-pool, none of them tuned: average (of all weight changes), average-rank-16, ensemble (all adapters, one forward each),
+methods: frozen (prototypes on the bare backbone) and meta-lora, always; frozen-centred, frozen-euclidean. With a pool,
+all without tuning: average (of all weight changes), average-rank-16, ensemble (all adapters, one forward pass each),
 random (a control), magnitude, dare, ties, knots (merges), restored, undiluted, group-sum, nearest-group (groups of
-like adapters), class-statistics (the adapter whose classes the support set is most like; needs heads), arrow (routes
-tokens to adapters). docs/methods.md says which to use when.
+similar adapters), class-statistics (the adapter whose classes are most similar to the support set; needs heads), arrow
+(routes tokens to adapters). docs/methods.md says when to use which.
 
 heads, each on frozen and on meta-lora: cosine_prototypes, euclidean_prototypes, lda, logistic_regression,
-transductive_laplacian, transductive_transport, transductive_em; the transductive ones see all queries of an episode at
-once. docs/concepts.md says what they assume.
+transductive_laplacian, transductive_transport, transductive_em; the transductive ones classify all queries of an
+episode jointly. docs/concepts.md says what they assume.
 """
 
 
@@ -61,15 +61,17 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
         "--data",
         required=True,
         metavar="PATH",
-        help="parquet file, data set folder, folder of class folders or Hub id",
+        help="labelled images: a parquet file, a data set folder, a folder of class folders or a Hub id",
     )
     parser.add_argument(
-        "--split", metavar="S", help="split of the data set (default: test, else validation, else train)"
+        "--split",
+        metavar="S",
+        help="split of the data set (default: test, else validation, else train)",
     )
     pools = parser.add_mutually_exclusive_group()
-    pools.add_argument("--pool", nargs="+", metavar="POOL", help=f"adapters to compare with: {POOL_HELP}")
-    pools.add_argument("--no-pool", action="store_true", help="leave out the methods that need a pool")
-    parser.add_argument("--json", metavar="FILE", help="write the rows to this file as well")
+    pools.add_argument("--pool", nargs="+", metavar="POOL", help=f"compare with these {POOL_HELP}")
+    pools.add_argument("--no-pool", action="store_true", help="skip the methods that need a pool")
+    parser.add_argument("--json", metavar="FILE", help="also write the rows to this file")
     add_on_error_argument(parser)
     add_base_model_argument(parser)
     add_device_argument(parser)
@@ -114,5 +116,7 @@ def _load_pool(args: argparse.Namespace, model: MetaLoRAForFewShotClassification
     pool = load_pool(args)
     mine, theirs = backbone_name(model.backbone.name), backbone_name(pool.backbone.name)
     if mine != theirs:
-        raise ConfigError(f"{args.model} adapts {mine}, the pool {theirs}. If they are the same, pass --base-model.")
+        raise ConfigError(
+            f"{args.model} adapts {mine}, but the pool adapts {theirs}. Pass --base-model if they are the same."
+        )
     return pool

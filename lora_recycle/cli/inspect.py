@@ -37,13 +37,13 @@ if TYPE_CHECKING:
 EPILOG = """\
 examples:
   lora-recycle inspect demo                                the shipped pool
-  lora-recycle inspect pool/cats someone/vit-lora-birds@v1 a folder and a repo of the Hub
+  lora-recycle inspect pool/cats someone/vit-lora-birds@v1 a folder and a repo on the Hub
   lora-recycle inspect search:base_model:adapter:google/vit-base-patch16-224,peft --on-error skip
-  lora-recycle inspect surrogate                           surrogate data that invert made
+  lora-recycle inspect surrogate                           surrogate data made by invert
   lora-recycle inspect surrogate --images                  a page of its images, masks and confidences
-  lora-recycle inspect surrogate --images --meta-lora meta_lora --data photos    and maps before and after
+  lora-recycle inspect surrogate --images --meta-lora meta_lora --data photos    with maps before and after
   lora-recycle inspect pool --json | jq '.[].sha256'
-  lora-recycle inspect search:peft,birds --on-error skip --short > ids.txt      as other verbs take it: id@commit
+  lora-recycle inspect search:peft,birds --on-error skip --short > ids.txt      pinned: id@commit
 """
 
 ADAPTER_HEADER = (
@@ -62,11 +62,15 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
     add_on_error_argument(parser)
     add_class_names_argument(parser)
     output = parser.add_mutually_exclusive_group()
-    output.add_argument("--json", action="store_true", help="print everything that is known as JSON")
-    output.add_argument("--short", action="store_true", help="print names only, pinned to commits: a list for ids.txt")
+    output.add_argument("--json", action="store_true", help="print all details as JSON")
+    output.add_argument("--short", action="store_true", help="print only names, pinned to commits, for ids.txt")
     output.add_argument("--images", action="store_true", help="write images.html into each surrogate folder")
-    parser.add_argument("--meta-lora", metavar="X", help=f"with --images: maps without and with it; {META_LORA_HELP}")
-    parser.add_argument("--data", metavar="PATH", help="with --images: real images on the map, in class folders")
+    parser.add_argument(
+        "--meta-lora",
+        metavar="X",
+        help=f"with --images: also map the embeddings without and with this {META_LORA_HELP}",
+    )
+    parser.add_argument("--data", metavar="PATH", help="with --images: real images for the map, in class folders")
     return parser
 
 
@@ -77,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
     from ..surrogate.dataset import MANIFEST, SurrogateDataset
 
     if (args.meta_lora or args.data) and not args.images:
-        raise ConfigError("--meta-lora and --data go with --images.")
+        raise ConfigError("--meta-lora and --data need --images.")
     named = sources(args.what)
     folders = [name for name in named if (Path(name) / MANIFEST).is_file()]
     surrogates = [SurrogateDataset.from_pretrained(folder) for folder in folders]
@@ -103,7 +107,7 @@ def run(args: argparse.Namespace) -> None:
             echo(surrogate.folder)
     else:
         parts = [table(ADAPTER_HEADER, map(_adapter_row, infos, checked))] if infos else []
-        reasons = [f"usable: {found}" for found in checked if found.reason]
+        reasons = [single_line(f"usable: {found}") for found in checked if found.reason]
         parts += ["\n".join(reasons)] if reasons else []
         parts += [_surrogate_text(surrogate) for surrogate in surrogates]
         if parts:
@@ -127,7 +131,7 @@ def _next(args: argparse.Namespace, infos: list[AdapterInfo], surrogate: bool) -
 def _write_pages(args: argparse.Namespace, surrogates: list, others: list) -> None:
     """A page in each surrogate folder; its path goes to stdout."""
     if others or not surrogates:
-        raise DataError(f"{(others or args.what)[0]}: no surrogate data here; --images shows only that.")
+        raise DataError(f"{(others or args.what)[0]}: has no surrogate data, which --images needs.")
     from ..images.labelled import load_labelled_images
     from ..reports.html_page import is_page
     from ..reports.surrogate_page import map_images, read_patch_size, write_surrogate_page
@@ -144,7 +148,7 @@ def _write_pages(args: argparse.Namespace, surrogates: list, others: list) -> No
             images = map_images(surrogate, load_labelled_images(args.data, *size) if args.data else None)
         patch_size = views[0][1].patch_size if views else read_patch_size(surrogate)
         if patch_size is None:
-            note(f"{surrogate.folder}: the patch size of its backbone is not to be had, so masks are left out.")
+            note(f"{surrogate.folder}: the patch size of its backbone is not available, so masks are not shown.")
         path = surrogate.folder / PAGE
         echo(write_surrogate_page(path, surrogate, patch_size=patch_size, images=images, views=views))
     hint(f"lora-recycle distill POOL --surrogate {shlex.join(args.what)} --output meta_lora")
@@ -162,7 +166,7 @@ def _views(args: argparse.Namespace, surrogate: SurrogateDataset) -> list[tuple[
         worn = MetaLoRAForFewShotClassification.from_pretrained(name, revision=revision).backbone
         views, base = [("With the meta-LoRA", worn)], {"name": worn.name, "revision": worn.revision}
     if not base.get("name"):
-        raise DataError(f"{surrogate.folder}: its manifest names no backbone. Name one with --meta-lora.")
+        raise DataError(f"{surrogate.folder}: its manifest names no backbone. Pass one with --meta-lora.")
     return [("Frozen backbone", Backbone.from_pretrained(base["name"], revision=base.get("revision"))), *views]
 
 

@@ -36,7 +36,7 @@ examples:
   lora-recycle invert someone/clip-lora --class-names cat,dog,fox --output surrogate
   accelerate launch --num_processes 4 -m lora_recycle invert pool --output surrogate
 
-When the command is run again (with --resume or without) finished shards are kept and damaged ones are made again.
+Run the same command again to resume: finished shards are kept, damaged ones are rebuilt.
 """
 
 
@@ -45,13 +45,14 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
     parser = subparsers.add_parser("invert", help=summary, description=summary, epilog=EPILOG, **options)
     add_pool_arguments(parser)
     add_class_names_argument(parser)
-    parser.add_argument("--prompt", metavar="TEXT", help="what class names are put into (default: 'a photo of a {}.')")
+    parser.add_argument("--prompt", metavar="TEXT", help="prompt for class names (default: 'a photo of a {}.')")
     parser.add_argument(
-        "--output", required=True, metavar="DIR", help="new or empty folder for the surrogate data, or its own"
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="output folder for the surrogate data: new, empty, or one with earlier surrogate data",
     )
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="number type of the backbone (default: float32)"
-    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the backbone (default: float32)")
     add_resume_argument(parser)
     add_config_arguments(parser, InversionConfig)
     return parser
@@ -87,9 +88,9 @@ def run(args: argparse.Namespace) -> None:
     echo(table(("adapter", "images", "accuracy", "confidence"), rows))
     if low := [f"{name} ({score:.2f})" for name, _, _, score in rows if score < LOW_CONFIDENCE]:
         note(
-            f"Their own heads are not sure of the images of {len(low)} adapters: {', '.join(low)}. More --iterations "
-            f"help; `distill --min-confidence {LOW_CONFIDENCE}` leaves them out."
+            f"{len(low)} adapters give their own images a low probability: {', '.join(low)}. Raise --iterations, or "
+            f"leave them out with `distill --min-confidence {LOW_CONFIDENCE}`."
         )
     if not args.quiet:
-        note(f"See them: lora-recycle inspect {shlex.quote(args.output)} --images")
+        note(f"To see the images: lora-recycle inspect {shlex.quote(args.output)} --images")
     hint(f"lora-recycle distill {shlex.join(args.pool)} --surrogate {shlex.quote(args.output)} --output meta_lora")

@@ -62,9 +62,9 @@ SHARED = ("train-adapters", "invert", "distill")
 
 EPILOG = """\
 examples:
-  lora-recycle demo                                          the whole way on the shipped adapters
-  lora-recycle train-adapters photos --output pool                make adapters from labelled images
-  lora-recycle invert pool --output surrogate                surrogate images from adapters alone
+  lora-recycle demo                                          all steps on the shipped adapters
+  lora-recycle train-adapters photos --output pool                train adapters on labelled images
+  lora-recycle invert pool --output surrogate                surrogate images from adapters only
   lora-recycle distill pool --surrogate surrogate --output meta
   lora-recycle evaluate meta --data new_photos --pool pool
   lora-recycle benchmark recipe.yaml                         many methods, data sets and shots
@@ -72,10 +72,10 @@ examples:
   lora-recycle app --model meta                              the same in the browser
   lora-recycle export meta --task examples --output deployed
   lora-recycle push meta someone/meta-lora
-  lora-recycle reproduce someone/meta-lora                   is it what its sidecar says?
+  lora-recycle reproduce someone/meta-lora                   rebuild it and compare
 
-`lora-recycle VERB --help` lists the settings of a verb and examples. Results go to stdout, all else to stderr.
-exit codes: 0 done, 1 an error that one line tells, 2 wrong usage, 130 Ctrl-C, 143 terminated.
+`lora-recycle VERB --help` lists its settings, with examples. Results go to stdout, everything else to stderr.
+exit codes: 0 success, 1 an error (described in one line), 2 wrong usage, 130 Ctrl-C, 143 terminated.
 """
 
 
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sys.stderr is None:  # `2>&-`; its number is taken, or the next file that is opened would get all messages
         sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
     if sys.stdout is None:  # `>&-`
-        print("lora-recycle: error: stdout is closed. Send it to a file, or to /dev/null.", file=sys.stderr)
+        note("lora-recycle: error: stdout is closed. Send it to a file, or to /dev/null.")
         return 1
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # one in ASCII or latin-1 shows as escapes what it cannot hold
@@ -128,16 +128,18 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser with all verbs. Nothing here imports torch."""
     common = argparse.ArgumentParser(add_help=False)
     # suppressed, so that the verb's default does not undo what stood before the verb
-    common.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the trace of an error")
-    common.add_argument("--quiet", action="store_true", default=argparse.SUPPRESS, help="no progress bars and hints")
+    common.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+    )
+    common.add_argument("--quiet", action="store_true", default=argparse.SUPPRESS, help="no progress bars, no hints")
     parser = _Parser(
         prog="lora-recycle",
-        description="Recycle LoRAs of vision transformers into one meta-LoRA that classifies new tasks untuned.",
+        description="Recycle LoRAs of vision transformers into one meta-LoRA for new tasks, without tuning.",
         epilog=EPILOG,
         parents=[common],
     )
     parser.add_argument("--version", action="version", version=f"lora-recycle {__version__}")
-    parser.add_argument("--print-completion", action=PrintCompletion, help="completion script of bash, zsh or fish")
+    parser.add_argument("--print-completion", action=PrintCompletion, help="print completion for bash, zsh or fish")
     subparsers = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
     for module in VERBS:
         verb = module.add_parser(subparsers, parents=[common])
@@ -153,7 +155,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {single_line(message)}\n`{self.prog} --help` says what there is.\n")
+        self.exit(2, f"{self.prog}: error: {single_line(message)}\nSee `{self.prog} --help`.\n")
 
 
 class _PrintableFormatter(logging.Formatter):
@@ -203,18 +205,18 @@ def _process() -> str:
 def _way_on(args: argparse.Namespace, argv: list[str]) -> str:
     """How to go on after an interruption, as the end of a sentence."""
     if not hasattr(args, "resume"):
-        return "; what was finished is kept."
+        return "; finished work is kept."
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        return "; what was finished is kept. Launch the same command again, with --resume, to go on."
+        return "; finished work is kept. Launch the same command again, with --resume, to continue."
     again = [word for word in argv if word not in ("--resume", "--no-resume")]
-    return f"; what was finished is kept. To go on: {shlex.join(['lora-recycle', *again, '--resume'])}"
+    return f"; finished work is kept. To continue: {shlex.join(['lora-recycle', *again, '--resume'])}"
 
 
 def _reason(error: Exception) -> str:
     """What the user reads: an error's one line, or that this is no error of theirs and where its trace is."""
     if _is_expected(error):
         return f"error: {one_line(error)}"
-    return f"bug: {type(error).__name__}: {one_line(error)} (run it again with --debug for the trace, and report it)"
+    return f"bug: {type(error).__name__}: {one_line(error)} (run it with --debug for the traceback, and report it)"
 
 
 def one_line(error: BaseException) -> str:

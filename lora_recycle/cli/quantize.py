@@ -14,19 +14,19 @@ examples:
   lora-recycle quantize meta_lora --bits 4 --output small
   lora-recycle quantize someone/small-meta-lora --bits 32 --output plain      for PeftModel.from_pretrained
 
-Everything here reads all of them: predict, evaluate, pools of adapters. Other PEFT users need 32 or 16 bits. Going
-back to 32 bits makes the file plain; what the codes lost stays lost. docs/more.md has size against accuracy.
+lora_recycle reads all of them; PEFT needs 32 or 16 bits. Converting back to 32 bits makes the file plain PEFT, but
+does not restore what the codes lost. docs/more.md compares size and accuracy.
 """
 
 
 def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParser:
-    summary = "write an adapter with its weights in fewer bits, or as a plain PEFT adapter again"
+    summary = "store an adapter in fewer bits per weight, or convert it back to plain PEFT"
     parser = subparsers.add_parser("quantize", help=summary, description=summary, epilog=EPILOG, **options)
     parser.add_argument(
-        "adapter", metavar="ADAPTER", help="an adapter or meta-LoRA: folder, repo id (org/name@revision), or demo"
+        "adapter", metavar="ADAPTER", help="adapter or meta-LoRA: a folder, a repo id (org/name@revision), or demo"
     )
-    parser.add_argument("--bits", type=int, required=True, metavar="N", help=f"for each weight: {BITS_HELP}")
-    parser.add_argument("--output", required=True, metavar="DIR", help="new folder that it goes to")
+    parser.add_argument("--bits", type=int, required=True, metavar="N", help=f"bits per weight: {BITS_HELP}")
+    parser.add_argument("--output", required=True, metavar="DIR", help="new folder for the result")
     return parser
 
 
@@ -42,5 +42,5 @@ def run(args: argparse.Namespace) -> None:
     before = pull_adapter(resolve_meta_lora(name), revision=revision)
     write_adapter(before, args.output, args.bits)
     after = pull_adapter(args.output)
-    echo(f"{args.output}: {after.size_bytes} bytes in {after.file}, before {before.size_bytes}")
+    echo(f"{args.output}: {after.size_bytes} bytes in {after.file}, {before.size_bytes} before")
     hint(f"lora-recycle push {shlex.quote(args.output)} OWNER/NAME")

@@ -18,18 +18,25 @@ examples:
   lora-recycle train-adapters characters --output pool --targets q_proj,v_proj --no-flip
   lora-recycle train-adapters photos --output pool --base-model facebook/dinov2-small --peft-type DORA
 
-Finished adapters are kept when the command is run again.
+Run the same command again to resume: finished adapters are kept.
 """
 
 
 def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParser:
-    summary = "make adapters with heads from a labelled data set"
+    summary = "train adapters with heads on a labelled data set"
     parser = subparsers.add_parser("train-adapters", help=summary, description=summary, epilog=EPILOG, **options)
     parser.add_argument(
-        "data", metavar="DATA", help="parquet file, data set folder, folder of class folders or Hub id"
+        "data",
+        metavar="DATA",
+        help="labelled images: a parquet file, a data set folder, a folder of class folders or a Hub id",
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder that the adapters' folders go to")
-    parser.add_argument("--base-model", default="demo", metavar="X", help="what they adapt (default: %(default)s)")
+    parser.add_argument("--output", required=True, metavar="DIR", help="output folder, with a folder for each adapter")
+    parser.add_argument(
+        "--base-model",
+        default="demo",
+        metavar="X",
+        help="base model: a folder, a repo id, or demo (default: %(default)s)",
+    )
     add_device_argument(parser)
     add_config_arguments(parser, AdapterTrainingConfig)
     return parser
@@ -47,10 +54,10 @@ def run(args: argparse.Namespace) -> None:
     if not is_main_process():
         return
     rows = [(result["adapter"], result["accuracy"], result["frozen_prototypes"]) for result in made]
-    echo(table(("adapter", "held-out accuracy", "frozen prototypes"), rows))
+    echo(table(("adapter", "validation accuracy", "frozen prototypes"), rows))
     if len(made) < config.tasks:
-        note(f"{config.tasks - len(made)} adapters were there already and were kept.")
+        note(f"{config.tasks - len(made)} adapters existed already and were kept.")
     behind = sum(result["accuracy"] <= result["frozen_prototypes"] for result in made)
     if behind:
-        note(f"{behind} of {len(made)} adapters are no better than the frozen backbone: more --epochs or images help.")
+        note(f"{behind} of {len(made)} adapters are no better than the frozen backbone. Use more --epochs or images.")
     hint(f"lora-recycle invert {shlex.quote(args.output)} --output surrogate")

@@ -32,6 +32,8 @@ def _has_checkpoint(folder: Path) -> bool:
     for path in folder.glob("checkpoint-*.safetensors"):
         with contextlib.suppress(OSError, ValueError):
             return "identity" in read_header(path)
+        if _NAME.fullmatch(path.name) and (folder / LOG_FILE).is_file():  # damaged, and still ours
+            return True
     return False
 
 

@@ -1,8 +1,8 @@
 """Adapters that teach nothing, and few-shot episodes on their surrogate images.
 
-Measured (examples/choose_without_images.py): by agreement with teachers, and on images of adapters that taught, a
-student looks better with every step, while its accuracy on real images falls. On the classes of adapters that it never
-met it looks worse where it is worse, if it learns by similarities; one that learns by episodes learns this figure too.
+By agreement with teachers, and on images of adapters that taught, a student improves with every step while its
+accuracy on real images falls. On classes of adapters that it never met it is worse where it is on real images, if it
+learns by similarities; one that learns by episodes learns this figure too (examples/studies/choose_without_images.py).
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class CheckpointSelection:
         candidates: what was evaluated.
         figures: mean error of each, per cent.
         margins: half the 95% interval of its paired difference to the first: 1.96 standard errors over the episodes.
-        rises: by how much the error is surely above the first: the lower end of the paired 95% interval over the
+        rises: how much the error is significantly above the first: the lower end of the paired 95% interval over the
             episodes, of all of them or of the group that fares worst. At most 0: it may be no worse.
         first: (E,) the first's error in each episode.
         weights: the student's trainable weights at the best, in main memory.
@@ -88,13 +88,13 @@ class CheckpointSelection:
 
     @property
     def _best(self) -> int:
-        """Of what was learned the lowest that is not surely above the first, in sum or in a group; else of the starts.
+        """The lowest step not significantly above the first, overall or in a group; else the lowest start.
 
         Of the groups of a mixed pool small ones gain most easily at the expense of the largest, of which most adapters
         are. There the figure, which begins with the average, is a guard and no more: what is better on real images by
         a point moves it by a few tenths, as chance does, so to ask for an improvement would throw away most of what
         there is. Where the start itself is the first, as in a pool of one group, there is less to be gained, and what
-        is learned must be surely below it.
+        is learned must be significantly below it.
         """
         sound = [i for i, rise in enumerate(self.rises) if rise <= 0]
         learned = [i for i in sound if self.steps[i] > 0]
@@ -153,29 +153,31 @@ class CheckpointSelection:
     @property
     def evidence(self) -> str:
         """What it was evaluated on."""
-        return f"{len(self.adapters)} adapter{'s' * (len(self.adapters) != 1)} that taught nothing"
+        return f"{len(self.adapters)} validation adapter{'s' * (len(self.adapters) != 1)}"
 
     def verdict(self) -> str:
         """What is kept and why, in a sentence."""
         if not self.steps:
             return (
-                f"Nothing was evaluated, so the last step is kept: an evaluation takes {SMALLEST_GROUP} adapters that "
-                "are alike, with 2 images of a class. Add adapters, or set `validation_fraction` to 0."
+                f"No validation was possible, so the last step is kept: it needs {SMALLEST_GROUP} similar adapters "
+                "with 2 images per class. Add adapters, or set `validation_fraction` to 0."
             )
         first, best, last = self.figures[0], self.figures[self._best], self.figures[-1]
         where, start = f"on the classes of {self.evidence}", "average" if self._against_average else "start"
         if self._best == 0:
-            group = ", in sum or in one of their groups," if len(set(self.groups)) > 1 else ""
-            makes = f"a surely larger error{group}" if self._against_average else "no surely smaller error"
+            group = ", overall or in one of their groups," if len(set(self.groups)) > 1 else ""
+            makes = (
+                f"a significantly larger error{group}" if self._against_average else "no significantly smaller error"
+            )
             return (
-                f"The {start} is kept: what was learned in {self.steps[-1]} steps makes {makes} {where} "
+                f"The {start} is kept: {self.steps[-1]} steps give {makes} {where} "
                 f"({first:.1f}% with the {start}, {last:.1f}% at the end)."
             )
         kept = f"Step {self.best_step} of {self.steps[-1]}" if self.best_step else "The start"
-        worse = f"not surely worse than the {start}" if self._against_average else f"surely better than the {start}"
+        worse = "not significantly worse" if self._against_average else "significantly better"
         return (
-            f"{kept} is kept: of what is {worse} it makes the smallest error {where} ({best:.1f}%, {first:.1f}% with "
-            f"the {start}, {last:.1f}% at the end)."
+            f"{kept} is kept: of the steps {worse} than the {start}, it has the smallest error {where} "
+            f"({best:.1f}%; {first:.1f}% with the {start}, {last:.1f}% at the end)."
         )
 
 

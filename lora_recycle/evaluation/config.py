@@ -29,11 +29,11 @@ def all_methods() -> tuple[str, ...]:
 class EpisodeConfig(RecipeConfig):
     """The few-shot tasks of an evaluation, the same for every method."""
 
-    ways: int = field(5, "classes of an episode")
-    shots: tuple[int, ...] = field((1, 5), "support images of each class; every method runs with each number")
-    queries: int = field(15, "query images of each class, fewer where a class has fewer")
-    episodes: int = field(600, "few-shot tasks to average over")
-    seed: int = field(0, "seed of the episodes, of images drawn by max_per_class, and of methods that draw")
+    ways: int = field(5, "classes per episode")
+    shots: tuple[int, ...] = field((1, 5), "support images per class; every method runs with each number")
+    queries: int = field(15, "query images per class; fewer if a class has fewer")
+    episodes: int = field(600, "episodes to average over")
+    seed: int = field(0, "seed of the episodes, of the images sampled by max_per_class, and of random methods")
 
     def check(self) -> None:
         self.require(bool(self.shots) and min(self.shots) >= 1, f"shots must be at least 1, got {self.shots}")
@@ -48,12 +48,12 @@ class EvaluationConfig(EpisodeConfig):
 
     methods: tuple[str, ...] = field(
         (),
-        "methods to compare beside frozen and the meta-LoRA, or all; by default frozen-centred and, with a pool, "
+        "methods to evaluate besides frozen and the meta-LoRA, or all; by default frozen-centred and, with a pool, "
         "average, ensemble, random",
     )
     heads: tuple[str, ...] = field((), "few-shot heads to evaluate as well, on the frozen backbone and the meta-LoRA")
-    max_per_class: int | None = field(None, "use at most so many images of each class")
-    batch_size: int = field(128, "images of one forward")
+    max_per_class: int | None = field(None, "use at most this many images per class")
+    batch_size: int = field(128, "images per forward pass")
 
     def check(self) -> None:
         super().check()

@@ -26,7 +26,7 @@ class DataSpec(RecipeConfig):
 
     path: str = field("", "parquet file, folder or Hub id; looked for in the data root first")
     split: str | None = field(None, "split of a folder or Hub data set")
-    max_per_class: int | None = field(None, "use at most so many images of each class")
+    max_per_class: int | None = field(None, "use at most this many images per class")
 
     def check(self) -> None:
         self.require(bool(self.path), "each data set needs a path")
@@ -40,14 +40,16 @@ class DataSpec(RecipeConfig):
 
 @dataclasses.dataclass
 class PoolSpec(RecipeConfig):
-    """Adapters, what was recycled from them, and the data that both are evaluated on."""
+    """Adapters, what was recycled from them, and the data sets that both are evaluated on."""
 
-    adapters: tuple[str, ...] = field(("demo",), "sources of adapters, as of --pool elsewhere")
-    names: str = field("*", "only adapters of names that match this pattern, as in cifar_fs-*")
-    data: tuple[str, ...] = field((), "only data sets of paths that match one of these patterns; all by default")
+    adapters: tuple[str, ...] = field(("demo",), "sources of adapters, as --pool of other verbs accepts them")
+    names: str = field("*", "only adapters whose name matches this pattern, as in cifar_fs-*")
+    data: tuple[str, ...] = field((), "only data sets whose path matches one of these patterns; all by default")
     methods: tuple[str, ...] = field((), "only these of the recipe's methods, with frozen and average; all by default")
     meta_loras: dict[str, str] = field({}, "method name to folder or repo id of a meta-LoRA")
-    base_model: str | None = field(None, "folder or repo id of the base; by default what adapters name")
+    base_model: str | None = field(
+        None, "folder or repo id of the base model; by default the one that the adapters name"
+    )
 
     def runs_on(self, data: DataSpec) -> bool:
         return not self.data or any(fnmatch.fnmatch(data.path, pattern) for pattern in self.data)
@@ -55,10 +57,10 @@ class PoolSpec(RecipeConfig):
 
 @dataclasses.dataclass
 class BenchmarkConfig(EpisodeConfig):
-    """The episodes of a benchmark and the methods that run on them."""
+    """The episodes of a benchmark, and the methods that are evaluated on them."""
 
-    tuning_episodes: int = field(30, "episodes, the first of the others', of methods that tune the network")
-    methods: tuple[str, ...] = field(("frozen", "average"), "methods by name; frozen and average always")
+    tuning_episodes: int = field(30, "episodes, the first of the same, for methods that tune the network")
+    methods: tuple[str, ...] = field(("frozen", "average"), "methods by name; frozen and average are always included")
 
     def check(self) -> None:
         super().check()
@@ -120,16 +122,18 @@ class BenchmarkRecipe:
         bases = {"frozen", *self.meta_loras}
         taken = self.meta_loras & (baselines | tuned | set(FROZEN_METHODS))
         if taken:
-            raise ConfigError(f"{where}: a meta-LoRA cannot be called {sorted(taken)[0]!r}, that is a method.")
+            raise ConfigError(
+                f"{where}: a meta-LoRA cannot be named {sorted(taken)[0]!r}, because a method has that name."
+            )
         known = baselines | tuned | set(FROZEN_METHODS) | self.meta_loras | {name + TUNED for name in self.meta_loras}
         for name, pool in self.pools.items():
             if more := sorted(set(pool.methods) - {"frozen", "average", *self.episodes.methods}):
-                raise ConfigError(f"{where}: pools: {name}: {more[0]!r} is not among the recipe's methods.")
+                raise ConfigError(f"{where}: pools: {name}: {more[0]!r} is not one of the recipe's methods.")
         for method in self.episodes.methods:
             base, plus, head = method.partition(" + ")
             if not (base in bases and head in HEADS if plus else method in known):
                 raise ConfigError(
-                    f"{where}: there is no method {method!r}. There are {', '.join(sorted(known))}, and with a head "
+                    f"{where}: there is no method {method!r}. Methods are {', '.join(sorted(known))}, and with a head "
                     f"{', '.join(sorted(bases))}, as in `frozen + {next(iter(HEADS))}` (heads: {', '.join(HEADS)})."
                 )
         for method, settings in self.tuning.items():

@@ -59,11 +59,11 @@ def meta_lora_card(
 
     Args:
         name (`str`): repo id or folder name.
-        settings (`dict`): the sidecar. What the card tells of it: `sources`, `distillation`, `judged`, `inversion`,
-            `versions`, `num_classes` of a fitted task and, where it was judged, `results` (rows of
+        settings (`dict`): the sidecar. The card reads `sources`, `distillation`, `judged`, `inversion`,
+            `versions`, `num_classes` of a fitted task and, if it was evaluated, `results` (rows of
             `evaluation.results.summarise`).
-        picture (`bool`): whether `PICTURE_FILE` lies beside it.
-        bits (`int`, *optional*): for each weight, where they are coded and so no plain PEFT adapter.
+        picture (`bool`): whether `PICTURE_FILE` is beside it.
+        bits (`int`, *optional*): bits per weight, if they are coded and so not a plain PEFT adapter.
     """
     sources, results = settings.get("sources") or [], settings.get("results") or []
     distillation, inversion = settings.get("distillation"), settings.get("inversion")
@@ -148,7 +148,7 @@ def _surrogate_usage(name: str) -> str:
             "from lora_recycle import SurrogateDataset",
             "",
             f'images = load_dataset({repo}, split="train")  # image, label, adapter',
-            f"surrogate = SurrogateDataset.from_pretrained({repo})  # with what the teachers said of each image",
+            f"surrogate = SurrogateDataset.from_pretrained({repo})  # with the outputs of the teachers",
         )
     )
 
@@ -156,36 +156,36 @@ def _surrogate_usage(name: str) -> str:
 def _origin(
     distillation: dict[str, Any], inversion: dict[str, Any] | None, kept: int | None, blend: list[float]
 ) -> str:
-    average = "the average of their weight changes, cut to its rank"
-    starts = {"average": average, "undiluted": f"{average} and scaled to the full strength of their largest group"}
-    starts["restored"] = f"{average}, in which the largest group of them has its full strength"
-    starts |= {"group-sum": "the sum of the averages of their groups, cut to its rank", "zero": "zero"}
+    average = "the average of their weight changes, truncated to its rank"
+    starts = {"average": average, "undiluted": f"{average} and scaled until their largest group has full strength"}
+    starts["restored"] = f"{average}, with their largest group at full strength"
+    starts |= {"group-sum": "the sum of the averages of their groups, truncated to its rank", "zero": "zero"}
     init = distillation["init"]
-    start = f"It started from {starts.get(init) or f'directions of the weights by {text(init)}'}"
+    start = f"It started from {starts.get(init) or f'principal directions of the base weights ({text(init)})'}"
     if not distillation["steps"] or not inversion:
         return f"{start}, and was not trained."
     learnt, rest = blend
     if kept == 0:
-        stayed = "stayed there" if learnt or rest else "went back to that average as it is"
+        stayed = "was kept as it was" if learnt or rest else "was reset to the plain average"
         return (
-            f"{start}, and {stayed}: {text(distillation['steps'])} steps on surrogate images made it not surely "
-            "better at the classes of adapters that were kept from teaching."
+            f"{start}, and {stayed}: {text(distillation['steps'])} steps on surrogate images did not make it "
+            "significantly better on the classes of the validation adapters."
         )
     steps = text(f"{kept} of {distillation['steps']}" if kept else distillation["steps"])
     images = ", ".join(text(name) for name, share in inversion["starts"].items() if share > 0)
     blended = ""
     if learnt < 1:
-        blended = f" {learnt:.0%} of its change is what it learned, {rest:.0%} where it started from."
+        blended = f" Its change is {learnt:.0%} of the distilled one plus {rest:.0%} of the start."
     return (
-        f"{start}, and learned in {steps} steps from surrogate images, which were optimised with the "
-        f"adapters and their heads out of these starting images: {images}.{blended}"
+        f"{start}, and was distilled for {steps} steps on surrogate images, which were optimised with the "
+        f"adapters and their heads from these starting images: {images}.{blended}"
     )
 
 
 def _starting_images(config: dict[str, Any]) -> str:
     names = ", ".join(text(name) for name, share in (config.get("starts") or {}).items() if share > 0)
     steps = f" in {text(config['iterations'])} steps" if "iterations" in config else ""
-    return f"they were optimised{steps}" + (f" out of starting images ({names})" if names else "")
+    return f"they were optimised{steps}" + (f" from starting images ({names})" if names else "")
 
 
 def _eval_result(row: dict[str, Any]) -> EvalResult:

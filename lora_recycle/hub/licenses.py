@@ -54,11 +54,11 @@ def inherited_license(stated: Sequence[str | None]) -> tuple[dict[str, Any], str
     counts = Counter(stated)
     named = sorted(name for name in counts if name)
     if not named:
-        return {}, "No source adapter states a licence, so none is given here."
+        return {}, "No source adapter states a licence, so this card states none."
     if len(counts) == 1:
         fields = {"license": named[0]} if named[0] in HUB_LICENSES else {"license": "other", "license_name": named[0]}
         return fields, f"All source adapters are under {code(named[0])}, and so is this."
     mix = ", ".join(f"{code(name)} ({counts[name]})" for name in named)
     silent = f", none stated ({counts[None]})" if counts[None] else ""
-    sentence = f"The source adapters state different licences: {mix}{silent}. Observe all of them."
+    sentence = f"The source adapters have different licences: {mix}{silent}. Comply with all of them."
     return {"license": "other", "license_name": "mixed"}, sentence

@@ -12,7 +12,7 @@ from ..errors import AdapterError, DataError
 from ..fewshot.heads import FewShotHead
 from ..fewshot.prototypes import prototype_logits
 from ..runtime.outputs import check_file
-from .support import support_set, without_failures
+from .support import require_two_classes, support_set, without_failures
 from .task import FewShotTask, holds_task, save_task
 
 
@@ -65,8 +65,7 @@ class FewShotClassifier:
             DataError: no images, another number of labels, one class only, or a class whose images all failed.
         """
         images, names = support_set(images, labels)
-        if len(set(names)) < 2:
-            raise DataError("A support set needs at least two classes, or there is nothing to tell apart.")
+        require_two_classes(names)
         self._task = FewShotTask.fitted(*self._embedded(images, names, failures), self.head)
         return self
 

@@ -29,7 +29,7 @@ from .preprocessing import as_batch, pixel_batches, to_pixel_values
 from .publishing import push_adapter_folder
 from .serialization import write_meta_lora
 from .sidecar import read_picture, read_sidecar, task_file
-from .support import support_set
+from .support import require_two_classes, support_set
 from .task import FewShotTask, load_task
 
 
@@ -231,8 +231,7 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
         from .tuning import default_config, tuned_task
 
         images, names = support_set(images, labels)
-        if len(set(names)) < 2:
-            raise DataError("A support set needs at least two classes, or there is nothing to tell apart.")
+        require_two_classes(names)
         config = config or default_config(self.head)
         self._task = tuned_task(self.tuning_network(config), self.head, images, names, config)
         return self
@@ -364,8 +363,7 @@ def _check_support(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     if len(labels) != len(images) or not len(labels):
         raise DataError(f"{len(images)} support images, but {len(labels)} labels.")
     present = labels.unique()
-    if len(present) < 2:
-        raise DataError("A support set needs at least two classes, or there is nothing to tell apart.")
+    require_two_classes(present.tolist())
     if not torch.equal(present.cpu(), torch.arange(len(present))):
         raise DataError(f"Support labels must number the classes 0 to {len(present) - 1}, got {present.tolist()}.")
     return labels.long()

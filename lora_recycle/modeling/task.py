@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..errors import AdapterError, DataError
+from ..errors import AdapterError
 from ..fewshot.heads import HEADS, FewShotHead
 from ..hub.repo_files import MAX_CLASSES
 from ..runtime.files import atomic_save_tensors, read_header
 from ..runtime.untrusted import parse_json, read_safetensors_header
+from .support import check_labels
 
 
 #: Most scores (images x classes) that fitting a head to the embeddings of a file may take at a time: 256 MB.
@@ -56,18 +56,6 @@ class FewShotTask:
         """(Q, D) to (Q, C), float32."""
         prepared = {name: value.to(features.device) for name, value in self.prepared.items()}
         return head.logits(features.float(), prepared)
-
-
-def check_labels(labels: Iterable[Any]) -> None:
-    """Raise `DataError` where two labels would pass for one: `1` and `"1"` read the same, `1` and `True` are equal."""
-    kinds = {(type(label), label) for label in labels}
-    by_text: dict[str, tuple[type, Any]] = {}
-    by_value: dict[Any, tuple[type, Any]] = {}
-    for kind, label in kinds:
-        for known in (by_text.setdefault(str(label), (kind, label)), by_value.setdefault(label, (kind, label))):
-            if known != (kind, label):
-                one, other = sorted((repr(known[1]), repr(label)))
-                raise DataError(f"The labels {one} and {other} would pass for one class. Give all labels one type.")
 
 
 def save_task(path: Path, task: FewShotTask) -> None:

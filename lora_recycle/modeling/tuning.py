@@ -16,7 +16,7 @@ from .preprocessing import as_batch, pixel_batches
 from .task import FewShotTask
 
 
-#: `examples/choose_tuning.py` compares them with others on validation classes.
+#: `examples/studies/choose_tuning.py` compares them with others on validation classes.
 DEFAULTS: dict[str, Any] = {"steps": 10, "lr": 3e-3, "last_layers": 1, "consistency": 1.0, "leave_one_out": True}
 
 

@@ -103,8 +103,7 @@ class Heartbeat:
                 "was finished is kept; run the command again."
             ) from error
         if error is None:
-            with contextlib.suppress(RuntimeError):  # the main process, and the store with it, may be gone by now
-                self._notify(left=True)
+            self._leave()
         self._thread = self._store = None
 
     def beat(self, doing: str) -> None:
@@ -161,6 +160,13 @@ class Heartbeat:
                 self._stop.wait(min(_INTERVAL, self._limit / 50))
         except RuntimeError:  # the store went with the process that held it
             return
+
+    def _leave(self) -> None:
+        try:
+            self._notify(left=True)
+        except RuntimeError as gone:  # they are done, or failed, which the next collective says
+            if not lost_the_others(gone):
+                raise
 
     def _notify(self, left: bool = False) -> None:
         self._alive += 1

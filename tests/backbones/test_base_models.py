@@ -303,6 +303,7 @@ def test_settings_of_either_tower_are_checked(tmp_path):
         ("vision_config", {"hidden_size": 0}, "hidden_size must be"),
         ("vision_config", 3, "vision_config must be a JSON object, got a int"),
         ("vision_config_dict", {"num_hidden_layers": -1}, "num_hidden_layers must be"),
+        ("vision_config", {"num_attention_heads": 12}, "config.json: The hidden size .32. is not a multiple of"),
     ):
         changed = told.get(part, {}) | change if isinstance(change, dict) else change
         (tmp_path / "clip" / CONFIG).write_text(json.dumps(told | {part: changed}))

@@ -27,8 +27,6 @@ def draw_photos(folder):
 def work(tmp_path_factory):
     """A folder with photos/, base/, pool/ (2 LoRAs and a LoHa), surrogate/ and meta/, each made by its verb."""
     folder = tmp_path_factory.mktemp("cli")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     draw_photos(folder / "photos")
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -51,8 +49,7 @@ def work(tmp_path_factory):
     assert main(["invert", pool, "--output", surrogate, *invert]) == 0
     distill = ["--steps", "3", "--rank", "2", "--relational-batch", "12", "--quiet"]
     assert main(["distill", pool, "--surrogate", surrogate, "--output", str(folder / "meta"), *distill]) == 0
-    yield folder
-    torch.set_num_threads(threads)
+    return folder
 
 
 @pytest.fixture

@@ -37,9 +37,7 @@ MINE += (
 def commands(work, tmp_path):
     """Each verb that writes a folder, without its output."""
     recipe = tmp_path / "benchmark.yaml"
-    recipe.write_text(
-        f"data: [{{path: {work / 'photos'}}}]\npools: {{p: {{adapters: [{work / 'pool'}]}}}}\nmethods: [frozen]\n"
-    )
+    recipe.write_text(f"data: [{{path: {work / 'photos'}}}]\npools: {{p: {{adapters: [{work / 'pool'}]}}}}\n")
     quick = ["--images-per-class", 2, "--iterations", 2]
     distill = ["distill", work / "pool", "--surrogate", work / "surrogate", "--steps", 1, "--rank", 2]
     return {

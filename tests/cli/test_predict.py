@@ -97,9 +97,9 @@ def test_broken_examples_are_skipped_too(work, mixed, tmp_path, run, fails):
 
 def test_the_shipped_model_where_none_is_named(work, mixed, run, fails):
     code, out, err = run("predict", "--support", work / "photos", mixed / "0.png", mixed / "1.png")
-    assert code == 0 and len(out.splitlines()) == 3 and "No MODEL was given: this is the shipped one, demo" in err
+    assert code == 0 and len(out.splitlines()) == 3 and "No MODEL given: using demo, the shipped meta-LoRA" in err
     assert "class 2" in out
-    assert "0.png is no meta-LoRA" in fails("predict", mixed / "0.png", mixed / "1.png")
+    assert "0.png is not a meta-LoRA" in fails("predict", mixed / "0.png", mixed / "1.png")
 
 
 def test_hundreds_of_photos_with_a_bar_on_stderr(work, tmp_path, run):

@@ -83,7 +83,7 @@ def test_what_does_not_go_together_is_refused(tiny_pool):
     for kind in set(PEFT_TYPES) - set(STARTS_FROM_AVERAGE):
         with pytest.raises(ConfigError, match=f"{kind} cannot start from an average"):
             DistillationConfig(peft_type=kind)
-    with pytest.raises(ConfigError, match="pissa is for peft_type LORA, got DORA"):
+    with pytest.raises(ConfigError, match="pissa needs peft_type LORA, got DORA"):
         DistillationConfig(peft_type="DORA", init="pissa")
     with pytest.raises(ConfigError, match="corda"):
         trainer_of(tiny_pool, None, steps=0, init="corda")

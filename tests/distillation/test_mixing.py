@@ -120,8 +120,8 @@ def test_where_steps_are_worse_the_average_is_given_back(tiny_pool, tiny_surroga
     errors[0, AVERAGE] = 40.0
     student, card, page = after_steps_that_make_it_worse(tiny_pool, tiny_surrogate, tmp_path)
     assert_equal(deltas(student), start(tiny_pool, "average"), rtol=0, atol=0)
-    assert "The average is kept: what was learned in 4 steps makes a surely larger error" in caplog.text
-    assert "and went back to that average as it is: 4 steps" in card
+    assert "The average is kept: 4 steps give a significantly larger error" in caplog.text
+    assert "and was reset to the plain average: 4 steps" in card
     assert "(40.0 with the pool&#x27;s average, which is kept): 50 to 50 in 4 steps<" in page
 
 
@@ -129,8 +129,8 @@ def test_or_the_start_where_that_errs_less(tiny_pool, tiny_surrogate, errors, tm
     errors.update({(0, INIT): 40.0, (2, KEPT): 60.0, (4, KEPT): 60.0})
     student, card, page = after_steps_that_make_it_worse(tiny_pool, tiny_surrogate, tmp_path)
     assert_equal(deltas(student), start(tiny_pool, "restored"), rtol=0, atol=0)
-    assert "The start is kept: of what is not surely worse than the average" in caplog.text
-    assert "and stayed there: 4 steps" in card
+    assert "The start is kept: of the steps not significantly worse than the average" in caplog.text
+    assert "and was kept as it was: 4 steps" in card
     assert "(50.0 with the pool&#x27;s average): 40 to 60 in 4 steps; the circle, step 0, is kept<" in page
 
 
@@ -146,7 +146,7 @@ def test_the_best_step_is_kept_in_part(tiny_pool, tiny_surrogate, errors, tmp_pa
     unjudged.student.mix(KEPT.alpha)
     assert_equal(deltas(trainer.student), deltas(unjudged.student), rtol=0, atol=0)
     card = meta_lora_card("x", "y", None, 32, trainer.to_model().settings)
-    assert "25% of its change is what it learned, 75% where it started from" in " ".join(card.split())
+    assert "Its change is 25% of the distilled one plus 75% of the start" in " ".join(card.split())
 
 
 @pytest.mark.parametrize("killed_at", [1, 3])

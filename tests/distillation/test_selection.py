@@ -149,7 +149,7 @@ def test_where_no_step_is_better_the_start_is_given_back_bit_for_bit(tiny_pool, 
     )
     assert equal(weights(trainer), weights(start))
     assert (
-        "The start is kept: what was learned in 12 steps makes no surely smaller error on the classes of 1 adapter"
+        "The start is kept: 12 steps give no significantly smaller error on the classes of 1 validation adapter"
         in caplog.text
     )
     for name, made in (("trained", trainer), ("start", start)):
@@ -160,9 +160,11 @@ def test_where_no_step_is_better_the_start_is_given_back_bit_for_bit(tiny_pool, 
     assert settings["judged"] == trainer.selection.to_dict() and settings["judged"]["best_step"] == 0
     assert "judged" in (tmp_path / "start" / "meta_lora_config.json").read_text() and start.selection.to_dict() is None
     card = (tmp_path / "trained" / "README.md").read_text()
-    assert "and stayed there: 12 steps on surrogate images" in card and "made, but not learned from" in card
+    assert (
+        "and was kept as it was: 12 steps on surrogate images" in card and "made, but not used in the result" in card
+    )
     page = write_training_report(tmp_path / "report.html", trainer, settings, "x").read_text()
-    assert "error on the classes of 1 adapter that taught nothing" in page and "; the circle, step 0, is kept" in page
+    assert "error on the classes of 1 validation adapter" in page and "; the circle, step 0, is kept" in page
 
 
 def test_the_command_says_what_is_kept(tiny_pool_path, tiny_surrogate, tmp_path, capsys, best_within):
@@ -172,7 +174,10 @@ def test_the_command_says_what_is_kept(tiny_pool_path, tiny_surrogate, tmp_path,
     command = ["distill", str(tiny_pool_path), "--surrogate", str(tiny_surrogate.folder), *settings, "--output"]
     assert main([*command, str(tmp_path / "a"), "--init", "zero", "--lr", "0.03"]) == 0
     captured = capsys.readouterr()
-    assert "Step 2 of 4 is kept: of what is surely better than the start it makes the smallest error" in captured.err
+    assert (
+        "Step 2 of 4 is kept: of the steps significantly better than the start, it has the smallest error"
+        in captured.err
+    )
     assert "is kept" not in captured.out and "best_step=" in captured.err  # the progress bar
 
 
@@ -230,7 +235,7 @@ def test_too_few_adapters_to_evaluate_on_are_reported(tiny_pool, tiny_surrogate,
     trainer = train(tiny_pool.subset([0, 1, 2]), tiny_surrogate, recipe(steps=2))
     assert (
         trainer.selection.steps == []
-        and "Nothing was evaluated, so the last step is kept: an evaluation takes" in caplog.text
+        and "No validation was possible, so the last step is kept: it needs" in caplog.text
     )
 
 
@@ -248,30 +253,33 @@ START = torch.tensor([40.0, 60.0, 20.0, 80.0])
 NOISE = torch.tensor([-30.0, 20.0, 15.0, -10.0])  # lower, but by chance
 
 
-def test_what_is_surely_better_than_the_start_takes_its_place_and_of_equal_ones_the_first():
+def test_what_is_significantly_better_than_the_start_takes_its_place_and_of_equal_ones_the_first():
     chance = evaluated(mix(1.0), [0], START, START + NOISE)
     assert chance.figures[1] < chance.figures[0] and chance.best_step == 0 and chance.margins[1] > 20
     judged = evaluated(mix(1.0), [0], START, START + NOISE, START - 5, START - 5, START - 4, START * float("nan"))
     assert judged.best_step == 2 and judged.evaluations_since_best == 3 and judged.weights[0].item() == 2
 
 
-def test_what_is_not_surely_worse_than_the_average_takes_its_place():
+def test_what_is_not_significantly_worse_than_the_average_takes_its_place():
     for noise in (NOISE, -NOISE):
         assert evaluated(AVERAGE, [0], START, START + noise).best_step == 1
     judged = evaluated(AVERAGE, [0], START, START + 1, START * float("nan"))
-    assert judged.best_step == 0 and "makes a surely larger error on the classes" in judged.verdict()
+    assert judged.best_step == 0 and "give a significantly larger error on the classes" in judged.verdict()
 
 
-def test_what_is_better_in_sum_and_surely_worse_in_a_group_is_not_kept():
+def test_what_is_better_overall_and_significantly_worse_in_a_group_is_not_kept():
     start = torch.cat([START, torch.tensor([50.0, 50.0])])
     changes = ([0.0] * 6, [1.0, 1.0, -9.0, -9.0, -9.0, -9.0], [-4.0, 5.0, -6.0, -6.0, 1.0, 1.0], [-1.0] * 6)
-    for first, kept in ((AVERAGE, 2), (mix(1.0), 3)):  # the first group of 2 rose by half a point, but not surely
+    for first, kept in (
+        (AVERAGE, 2),
+        (mix(1.0), 3),
+    ):  # the first group of 2 rose by half a point, but not significantly
         judged = evaluated(first, [0, 1, 1], *(start + torch.tensor(change) for change in changes))
         assert judged.figures[1] == min(judged.figures) and judged.rises[1] == 1.0
         assert judged.best_step == kept and judged.rises[2] < 0 and judged.to_dict()["rises"] == judged.rises
         only_worse = evaluated(first, [0, 1], *(start[:4] + torch.tensor(change[:4]) for change in changes[:2]))
         assert only_worse.best_step == 0
-    assert "makes no surely smaller error" in only_worse.verdict()
+    assert "give no significantly smaller error" in only_worse.verdict()
 
 
 def test_the_same_weights_make_the_same_errors(tiny_pool, tiny_surrogate, monkeypatch):
@@ -293,7 +301,10 @@ def test_the_same_weights_make_the_same_errors(tiny_pool, tiny_surrogate, monkey
         ({"validation_fraction": 0.6}, r"validation_fraction must be in \[0, 0.5\], got 0.6"),
         ({"eval_steps": 0}, "eval_steps must be at least 1, got 0"),
         ({"patience": -1}, "patience must not be negative, got -1"),
-        ({"patience": 2, "validation_fraction": 0.0}, "patience needs judgements: set validation_fraction above 0"),
+        (
+            {"patience": 2, "validation_fraction": 0.0},
+            "patience needs validation adapters: set validation_fraction above 0",
+        ),
     ],
 )
 def test_settings_out_of_range(changes, told):

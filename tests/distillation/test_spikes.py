@@ -178,7 +178,7 @@ def test_adapters_below_the_confidence_are_left_out(tiny_pool, tiny_surrogate):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"spike_factor": 0.5}, "spike_factor must be 0 or more than 1, got 0.5"),
+        ({"spike_factor": 0.5}, "spike_factor must be 0 or greater than 1, got 0.5"),
         ({"min_confidence": 1.0}, r"min_confidence must be in \[0, 1\), got 1.0"),
         ({"max_grad_norm": -1.0}, "max_grad_norm must not be negative, got -1.0"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1, got 0"),

@@ -14,6 +14,7 @@ from lora_recycle.distillation import preparation
 from lora_recycle.distillation import teachers as teachers_module
 from lora_recycle.distillation import trainer as trainer_module
 from lora_recycle.distillation.batches import Batch, Prefetcher
+from lora_recycle.distillation.checkpoints import OUTPUT
 from lora_recycle.distillation.config import DistillationConfig
 from lora_recycle.distillation.episodes import SurrogateEpisode
 from lora_recycle.distillation.losses import episode_loss
@@ -24,6 +25,7 @@ from lora_recycle.distillation.trainer import MetaLoRATrainer
 from lora_recycle.errors import ConfigError, DataError
 from lora_recycle.fewshot.relations import principal_directions
 from lora_recycle.pool.pool import AdapterPool
+from lora_recycle.runtime.outputs import claim_output
 
 
 def recipe(**changes):
@@ -176,7 +178,9 @@ def test_a_checkpoint_of_another_recipe_or_pool_is_refused(tiny_pool, tiny_surro
 
 
 def test_where_all_checkpoints_are_damaged_none_is_taken(tiny_pool, tiny_surrogate, tmp_path):
+    claim_output(tmp_path, OUTPUT)
     (tmp_path / "checkpoint-00000002.safetensors").write_bytes(b"\x10\x00")
+    (tmp_path / "training_log.json").write_text("{}")
     with pytest.raises(DataError, match="the checkpoint is damaged .*, and no other is left. .*--no-resume"):
         train(tiny_pool, tiny_surrogate, recipe(), tmp_path)
 

@@ -18,7 +18,7 @@ from lora_recycle.images.labelled import LabelledImages
 
 @pytest.fixture
 def choosing(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(Path(__file__).parents[2] / "examples"), *sys.path])
+    monkeypatch.setattr(sys, "path", [str(Path(__file__).parents[2] / "examples" / "studies"), *sys.path])
     return importlib.import_module("choose_tuning")
 
 

@@ -83,7 +83,10 @@ def test_the_command_tells_who_failed_and_whose_images_are_doubtful(tiny_pool_pa
         e["adapter"]["name"]: e["confidence"] for e in json.loads((tmp_path / "manifest.json").read_text())["shards"]
     }
     doubtful = [f"{name} ({score:.2f})" for name, score in scores.items() if score < 0.5]
-    assert doubtful and f"not sure of the images of {len(doubtful)} adapters: {', '.join(doubtful)}." in said
+    assert (
+        doubtful
+        and f"{len(doubtful)} adapters give their own images a low probability: {', '.join(doubtful)}." in said
+    )
 
 
 @pytest.mark.parametrize("failed", ["adapter", [1], [{"name": "x", "sha256": "y"}]])

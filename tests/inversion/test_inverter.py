@@ -64,6 +64,13 @@ def test_what_is_stored_is_said_of_the_stored_pixels(tiny_pool, tiny_surrogate):
         torch.testing.assert_close(shard.teacher_features.float(), features, rtol=2e-3, atol=2e-3)
 
 
+def assert_largest_are_kept(scores, kept):
+    """(N, K) are the numbers, in order, of the largest of (N, P) scores, but for those that rounding makes alike."""
+    assert (kept.diff() > 0).all()
+    left = scores.scatter(1, kept.long(), -1.0)
+    assert (scores.gather(1, kept.long()).amin(1) > left.amax(1) - 1e-5).all()
+
+
 @torch.no_grad()
 def test_kept_tokens_are_what_cls_looks_at(tiny_pool, tiny_surrogate):
     for i in range(len(tiny_pool)):
@@ -73,8 +80,8 @@ def test_kept_tokens_are_what_cls_looks_at(tiny_pool, tiny_surrogate):
         eager.set_attn_implementation("eager")
         attentions = eager(tiny_pool.backbone.normalize(shard.pixels), output_attentions=True).attentions
         row = attentions[len(tiny_pool.backbone.layers) // 2][:, :, 0].mean(1)[:, 1:]
-        assert shard.kept_tokens.dtype == torch.int16
-        assert torch.equal(shard.kept_tokens.long(), select_top(row, 8))
+        assert shard.kept_tokens.dtype == torch.int16 and shard.kept_tokens.shape == (24, 8)
+        assert_largest_are_kept(row, shard.kept_tokens)
 
 
 def test_without_pruning_no_mask_is_stored(tiny_pool):
@@ -104,7 +111,8 @@ def test_masks_are_taken_on_the_stored_pixels_whatever_the_jitter(family):
     eager.set_attn_implementation("eager")
     attention = eager(backbone.normalize(shard.pixels), output_attentions=True).attentions[1]
     row = attention.mean((1, 2)) if family == "siglip" else attention[:, :, 0].mean(1)
-    assert torch.equal(shard.kept_tokens.long(), select_top(row[:, prefix:], 4))
+    assert shard.kept_tokens.shape[1] == 4
+    assert_largest_are_kept(row[:, prefix:], shard.kept_tokens)
 
 
 def test_patches_are_dropped_from_the_first_iteration_asked_for(tiny_pool, monkeypatch):

@@ -82,7 +82,7 @@ def test_images_may_leave_a_batch_whose_prior_saw_them(monkeypatch, parameteriza
     backbone = tiny_backbone()
     adapter = planted_adapter("a", {})
     adapter.head = Head(torch.randn(2, 32))
-    objective = Objective(backbone, adapter, config, build_priors(config.priors, 1), None, mixed_precision())
+    objective = Objective(backbone, adapter, config, build_priors(config.priors, 1), mixed_precision())
     batch = InversionBatch(objective, torch.rand(3, 3, 32, 32), torch.tensor([0, 1, 0]), torch.Generator())
     batch.step()
     batch.keep(torch.tensor([True, False, True]))
@@ -104,5 +104,5 @@ def test_priors_are_summed_with_their_weights():
 
 
 def test_an_unknown_prior_is_refused():
-    with pytest.raises(ConfigError, match="priors: 'gan' is unknown, choose from tv, patch_entropy, batch_norm"):
+    with pytest.raises(ConfigError, match="priors: 'gan' is unknown; choose from tv, patch_entropy, batch_norm"):
         InversionConfig(priors={"gan": 1.0})

@@ -22,30 +22,50 @@ from lora_recycle.pool.pool import AdapterPool
 from lora_recycle.pool.training import augment, split_task, train_adapter, train_adapters
 
 
+@pytest.fixture(scope="module")
+def tuned_path(tmp_path_factory, tiny_backbone_path, toy_data):
+    """Adapters of 4 classes each: LoRA, LoRA on q and v only, DoRA, LoHa."""
+    folder = tmp_path_factory.mktemp("tuned")
+    kinds = [("LORA", "all"), ("LORA", "q_proj,v_proj"), ("DORA", "all"), ("LOHA", "all")]
+    for task, (kind, targets) in enumerate(kinds):
+        config = AdapterTrainingConfig(
+            peft_type=kind, targets=targets, epochs=6, lr=8e-3, rank=4, keep_ratio=1.0, batch_size=16
+        )
+        classes = list(range(task, task + 4))
+        train_adapter(toy_data, classes, folder / f"adapter-{task}", config, str(tiny_backbone_path), seed=task)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tuned(tuned_path):
+    return AdapterPool.from_pretrained(tuned_path)
+
+
 @torch.no_grad()
-def test_peft_loads_what_was_tuned_with_the_same_logits(tiny_pool, tiny_pool_path, tiny_backbone_path, toy_data):
-    x = tiny_pool.backbone.normalize(toy_data.pixels[::8])
+def test_peft_loads_what_was_tuned_with_the_same_logits(tuned, tuned_path, tiny_backbone_path, toy_data):
+    x = tuned.backbone.normalize(toy_data.pixels[::8])
     for i, kind in enumerate(("LORA", "LORA", "LORA", "LOHA")):
-        assert tiny_pool[i].info.peft_type == kind
+        assert tuned[i].info.peft_type == kind
         base = ViTForImageClassification.from_pretrained(tiny_backbone_path, num_labels=4)
-        expected = PeftModel.from_pretrained(base, tiny_pool_path / f"adapter-{i}").eval()(pixel_values=x).logits
-        with tiny_pool.folded(i) as backbone:
-            logits = tiny_pool[i].logits(backbone, backbone(x)[0])
+        expected = PeftModel.from_pretrained(base, tuned_path / f"adapter-{i}").eval()(pixel_values=x).logits
+        with tuned.folded(i) as backbone:
+            logits = tuned[i].logits(backbone, backbone(x)[0])
         torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
 
 
 @torch.no_grad()
-def test_tuned_adapters_know_their_classes(tiny_pool, toy_data):
-    for i, adapter in enumerate(tiny_pool):
+def test_tuned_adapters_know_their_classes(tuned, toy_data):
+    """Colours of classes lie 12 grey levels apart or more; the noise moves an image's mean colour by half of one."""
+    for i, adapter in enumerate(tuned):
         rows = (toy_data.labels >= i) & (toy_data.labels < i + 4)
-        with tiny_pool.folded(i) as backbone:
+        with tuned.folded(i) as backbone:
             hidden, _ = backbone(backbone.normalize(toy_data.pixels[rows]))
         said = adapter.logits(backbone, hidden).argmax(1)
         assert (said == toy_data.labels[rows] - i).float().mean() > 0.8
 
 
-def test_the_folder_is_what_people_publish(tiny_pool_path, tiny_backbone_path):
-    folder = tiny_pool_path / "adapter-1"
+def test_the_folder_is_what_people_publish(tuned_path, tiny_backbone_path):
+    folder = tuned_path / "adapter-1"
     assert sorted(p.name for p in folder.iterdir()) == [
         "README.md",
         "adapter_config.json",
@@ -55,9 +75,9 @@ def test_the_folder_is_what_people_publish(tiny_pool_path, tiny_backbone_path):
     assert info.labels == ("n1", "n2", "n3", "n4") and info.num_classes == 4
     assert info.base_model == str(tiny_backbone_path) and info.rank == 4
     assert info.targets == ("q_proj", "v_proj")
-    assert pull_adapter(tiny_pool_path / "adapter-2").config["use_dora"] is True
+    assert pull_adapter(tuned_path / "adapter-2").config["use_dora"] is True
     assert "Accuracy on held-out images" in (folder / "README.md").read_text()
-    assert not list(tiny_pool_path.glob(".*"))
+    assert not list(tuned_path.glob(".*"))
 
 
 def test_awkward_class_names_survive_the_card(toy_data, tiny_backbone_path, tmp_path):
@@ -202,6 +222,6 @@ def test_targets_that_are_not_there(toy_data, tiny_backbone_path, tmp_path):
         train_adapter(toy_data, [0, 1], tmp_path / "a", config, str(tiny_backbone_path), 0)
 
 
-def test_the_config_survives_json(tiny_pool_path):
-    config = json.loads((tiny_pool_path / "adapter-3" / "adapter_config.json").read_text())
+def test_the_config_survives_json(tuned_path):
+    config = json.loads((tuned_path / "adapter-3" / "adapter_config.json").read_text())
     assert config["peft_type"] == "LOHA" and config["modules_to_save"] == ["classifier"]

@@ -1,11 +1,13 @@
 """What `test_launch.py` starts. Under `accelerate launch`: one process of a launch. With `--fork`: several launches
 one after the other, whose processes are forked from one that has imported torch, which takes most of the time.
 
-    launched.py JSON            {"commands": [[...], ...], "fault": [kind, process] or null, "best": step or null}
+    launched.py JSON            {"commands": [[...], ...]}, run one after the other while they succeed: of our command
+                                line, or of `DIRECTIONS` here
     launched.py --fork JSON     a list of these, each with "processes", "environment" and "log" (a file); with
                                 "machines" (each a "folder" and "commands") every process is a machine of its own
 """
 
+import functools
 import json
 import os
 import signal
@@ -20,28 +22,26 @@ from lora_recycle.cli.main import main
 from lora_recycle.distillation.selection import CheckpointSelection
 from lora_recycle.distillation.trainer import MetaLoRATrainer
 from lora_recycle.errors import DataError
+from lora_recycle.pool.pool import AdapterPool
 from lora_recycle.runtime.launch import claim_indices, process_state
 
 
 def run(scenario) -> int:
     torch.set_num_threads(1)
-    if scenario.get("fault"):
-        plant(*scenario["fault"])
-    if scenario.get("best"):
-        script_errors(scenario["best"])
     for command in scenario["commands"]:
-        if code := deal_out(command[1]) if command[0] == "deal" else main(command):
+        verb, *words = command
+        if code := DIRECTIONS[verb](*words) if verb in DIRECTIONS else main(command):
             return code
     return 0
 
 
-def plant(kind: str, process: int) -> None:
-    """Make one process fail or fall silent in its third step."""
+def plant_fault(kind: str, process: str) -> None:
+    """Make one process fail or fall silent in the third step from now on."""
     losses, steps = MetaLoRATrainer._losses, []
 
     def faulty(trainer, batch):
         steps.append(batch)
-        if len(steps) == 3 and trainer.accelerator.process_index == process:
+        if len(steps) == 3 and trainer.accelerator.process_index == int(process):
             if kind == "raise":
                 raise DataError("planted: the disk of this process is gone")
             time.sleep(600)
@@ -50,12 +50,12 @@ def plant(kind: str, process: int) -> None:
     MetaLoRATrainer._losses = faulty
 
 
-def script_errors(best: int) -> None:
+def script_errors(best: str) -> None:
     """The students of this step err least, whatever their weights: which truly do differs between processors."""
     add = CheckpointSelection.add
 
     def scripted(self, step, candidate, errors, parameters):
-        add(self, step, candidate, torch.full_like(errors, 30.0 + abs(step - best)), parameters)
+        add(self, step, candidate, torch.full_like(errors, 30.0 + abs(step - int(best))), parameters)
 
     CheckpointSelection.add = scripted
 
@@ -68,6 +68,15 @@ def deal_out(count: str) -> int:
         time.sleep(0.5 if rank == 0 else 0.01)
     print(json.dumps({"rank": rank, "numbers": mine}), flush=True)
     return 0
+
+
+def read_in_float64() -> None:
+    """Pools are read so from now on. In float32 it shows by how many processes a gradient was summed: where the sum
+    cancels, its sign hangs on the order, and Adam steps by the sign."""
+    AdapterPool.from_pretrained = functools.partial(AdapterPool.from_pretrained, dtype=torch.float64)
+
+
+DIRECTIONS = {"fault": plant_fault, "best": script_errors, "deal": deal_out, "float64": read_in_float64}
 
 
 def fork(scenario) -> int:

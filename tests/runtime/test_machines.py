@@ -5,14 +5,17 @@ import json
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from helpers_machines import free_port, run, two_machines
 from safetensors.torch import load_file
-from test_launch import INVERT, LAUNCHED, distill, environment, furthest
+from test_launch import EXACT, INVERT, LAUNCHED, distill, environment, furthest
 
 from lora_recycle.cli.main import main
+from lora_recycle.pool.pool import AdapterPool
 from lora_recycle.runtime.run_lock import only_run_in
 
 
@@ -41,30 +44,32 @@ def share(machines, folder):
     return folder
 
 
-def test_two_machines_make_what_one_process_makes(machines, tiny_pool_path, tiny_inverted, tmp_path):
+def test_two_machines_make_what_one_process_makes(machines, plain_pool_path, inverted, tmp_path, monkeypatch):
     shared = share(machines, tmp_path / "shared")
-    invert = ["invert", tiny_pool_path, "--output", "shared/surrogate", *INVERT]
-    first, second = launch_both(machines, [invert, distill(tiny_pool_path, "shared/surrogate", "shared/meta")])
+    invert = ["invert", plain_pool_path, "--output", "shared/surrogate", *INVERT]
+    learn = distill(plain_pool_path, "shared/surrogate", "shared/meta")
+    first, second = launch_both(machines, [invert, ["float64"], learn])
     assert first[0] == second[0] == 0, first[2] + second[2]
-    for entry in [*tiny_inverted.manifest["shards"], {"file": "manifest.json"}]:
-        made, expected = (folder / entry["file"] for folder in (shared / "surrogate", tiny_inverted.folder))
+    for entry in [*inverted.manifest["shards"], {"file": "manifest.json"}]:
+        made, expected = (folder / entry["file"] for folder in (shared / "surrogate", inverted.folder))
         assert made.read_bytes() == expected.read_bytes()
     assert first[1].count("adapter-0 ") == 1 and "relational " in first[1]
     assert second[1] == ""  # the main process alone reports
     assert first[2].count("Next: ") == 2 and "Next: " not in second[2]
-    assert main(distill(tiny_pool_path, tiny_inverted.folder, tmp_path / "one")) == 0
+    monkeypatch.setattr(AdapterPool, "from_pretrained", partial(AdapterPool.from_pretrained, dtype=torch.float64))
+    assert main(distill(plain_pool_path, inverted.folder, tmp_path / "one")) == 0
     one, two = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "one", shared / "meta"))
-    assert furthest(one, two) < 5e-6 and max(value.abs().max() for value in one.values()) > 0.1
+    assert furthest(one, two) < EXACT and max(value.abs().max() for value in one.values()) > 0.1
     for machine in machines:
         assert {path.name for path in machine.folder.iterdir()} == {"shared"}  # nothing lies anywhere else
     assert not list(shared.rglob(".launch"))
 
 
 @pytest.fixture(scope="module")
-def refused(tmp_path_factory, tiny_pool_path):
+def refused(tmp_path_factory, plain_pool_path):
     """Launches on two machines that are refused, with forked processes: name to what both said, and the folder."""
     work, scenarios = tmp_path_factory.mktemp("refused"), {}
-    command = ["invert", str(tiny_pool_path), *INVERT, "--output"]
+    command = ["invert", str(plain_pool_path), *INVERT, "--output"]
     outputs = {"unshared": "out", "other": str(work / "other"), "held": str(work / "held")}
     for name, output in outputs.items():
         machines = [{"folder": str(work / f"{name}-{rank}"), "commands": [[*command, output]]} for rank in (0, 1)]

@@ -23,7 +23,7 @@ class DiscriminantHead(LinearHead):
 
     Args:
         shrinkage (`float`): share of the isotropic part in the covariance, more than 0 and at most 1, which makes it
-            cosine prototypes. The default was chosen on validation classes (`examples/choose_heads.py`).
+            cosine prototypes. The default was chosen on validation classes (`examples/studies/choose_heads.py`).
 
     Raises:
         ConfigError: another shrinkage.

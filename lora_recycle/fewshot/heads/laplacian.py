@@ -20,7 +20,7 @@ class LaplacianHead(TransductiveHead):
     Args:
         neighbours (`int`): how many other queries each is tied to.
         smoothness (`float`): weight of the Laplacian term. Both defaults were chosen on validation classes
-            (`examples/choose_heads.py`).
+            (`examples/studies/choose_heads.py`).
     """
 
     name = "transductive_laplacian"

@@ -25,7 +25,7 @@ class TransportHead(TransductiveHead):
     Args:
         entropy (`float`): of the plan, where the largest cost is 1.
         passes (`int`): how often the prototypes move, at most 100. Both defaults were chosen on validation classes
-            (`examples/choose_heads.py`).
+            (`examples/studies/choose_heads.py`).
 
     Raises:
         ConfigError: more passes.
