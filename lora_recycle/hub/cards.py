@@ -21,6 +21,7 @@ TEMPLATES = Path(__file__).with_name("templates")
 #: Path in the repo of the table that `datasets.load_dataset` opens.
 TABLE_FILE = "data/train.parquet"
 
+_MAX_REPO_ID = 200
 _REPO_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 #: The Hub's size categories and their upper ends.
 _SIZES = {"n<1K": 10**3, "1K<n<10K": 10**4, "10K<n<100K": 10**5, "100K<n<1M": 10**6, "1M<n<10M": 10**7}
@@ -29,7 +30,8 @@ _SIZES |= {"10M<n<100M": 10**8, "100M<n<1B": 10**9, "1B<n<10B": 10**10}
 
 def is_repo_id(name: str | None) -> bool:
     """Whether `name` can be a repo on the Hub: no folder of this machine, and of the right form."""
-    return isinstance(name, str) and _REPO_ID.fullmatch(name) is not None and not Path(name).is_dir()
+    plausible = isinstance(name, str) and len(name) <= _MAX_REPO_ID and _REPO_ID.fullmatch(name)
+    return bool(plausible) and not Path(str(name)).is_dir()
 
 
 def usage_lines(name: str) -> str:

@@ -19,6 +19,7 @@ from ..hub.embedded import backbone_name
 from ..hub.repo_files import CARD_FILE, CODES_FILE, PICTURE_FILE, SIDECAR_FILE, TASK_FILE, WEIGHTS_FILE, optional_file
 from ..runtime.files import remove_abandoned, replacing_files
 from ..runtime.outputs import OutputKind, check_output, holds_json
+from ..runtime.terminal import utf8
 from ..version import __version__
 from .merge_layers import worn_for_saving
 from .sidecar import FORMAT_VERSION
@@ -66,11 +67,11 @@ def write_meta_lora(model: SavableModel, folder: str | Path, bits: int | None = 
     remove_abandoned(folder, "files")
     with replacing_files(folder, _place, removes=_OPTIONAL) as new:
         if card is None and (earlier := _card_in(folder)) is not None:
-            (new / CARD_FILE).write_text(earlier, encoding="utf-8")  # PEFT only adds to a card that is there
+            (new / CARD_FILE).write_bytes(utf8(earlier))  # PEFT only adds to a card that is there
         _write_adapter(model, new)
         store_weights(new, bits)
         if card is not None:
-            (new / CARD_FILE).write_text(card, encoding="utf-8")
+            (new / CARD_FILE).write_bytes(utf8(card))
         if model._task is not None:
             save_task(new / TASK_FILE, model._task)
         if model.picture is not None:
