@@ -18,7 +18,7 @@ from ..errors import AdapterError
 from ..hub.licenses import read_license
 from ..hub.repo_files import CODES_FILE, CONFIG_FILE, WEIGHTS_FILE
 from ..runtime.files import file_sha256
-from ..runtime.untrusted import count
+from ..runtime.untrusted import check_utf8, count
 from .files import (
     check_checksums,
     download,
@@ -154,6 +154,10 @@ def pull_adapter(
         if revision is not None:
             raise AdapterError(f"{folder}: a local folder has no revision {revision!r}; leave `revision` out.")
         folder = folder.resolve()
+        try:
+            check_utf8(folder)
+        except ValueError as error:
+            raise AdapterError(f"{folder}: {error}.") from error
         return describe_adapter(folder, folder.name, None)
     folder = download(str(repo_or_path), revision, token, cache_dir, local_files_only)
     return describe_adapter(folder, str(repo_or_path), folder.name)

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from ..errors import AdapterError, ConfigError
 from ..hub.download import explain, repeated
+from ..runtime.untrusted import read_text
 from .pull import AdapterInfo, find_adapters, pull_adapter
 
 
@@ -197,8 +198,8 @@ def _lines(path: str) -> list[str]:
     if not path.endswith(".txt"):
         raise AdapterError(f"{path}: is a file; name an adapter's folder, or a .txt file with one id in each line.")
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(Path(path))
+    except (OSError, ValueError) as error:
         raise AdapterError(f"{path}: no readable list of adapters ({error}).") from error
     lines = [line.split("#")[0].strip() for line in text.splitlines()]
     if not any(lines):

@@ -82,7 +82,7 @@ def teach(
     votes = path.with_suffix(".json")
     if not votes.is_file():
         _ask(pool, images, members, rows, teachers, path, progress, batch_size)
-    votes_by_class = {(t, s, c): d for t, s, c, d in json.loads(votes.read_text())}
+    votes_by_class = {(t, s, c): d for t, s, c, d in json.loads(votes.read_text(encoding="utf-8"))}
     return TeacherGroup(teachers, rows, open_rows(path), votes_by_class)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -20,6 +21,7 @@ TEMPLATES = Path(__file__).with_name("templates")
 #: Path in the repo of the table that `datasets.load_dataset` opens.
 TABLE_FILE = "data/train.parquet"
 
+_MAX_REPO_ID = 200
 _REPO_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 #: The Hub's size categories and their upper ends.
 _SIZES = {"n<1K": 10**3, "1K<n<10K": 10**4, "10K<n<100K": 10**5, "100K<n<1M": 10**6, "1M<n<10M": 10**7}
@@ -28,7 +30,8 @@ _SIZES |= {"10M<n<100M": 10**8, "100M<n<1B": 10**9, "1B<n<10B": 10**10}
 
 def is_repo_id(name: str | None) -> bool:
     """Whether `name` can be a repo on the Hub: no folder of this machine, and of the right form."""
-    return isinstance(name, str) and _REPO_ID.fullmatch(name) is not None and not Path(name).is_dir()
+    plausible = isinstance(name, str) and len(name) <= _MAX_REPO_ID and _REPO_ID.fullmatch(name)
+    return bool(plausible) and not Path(str(name)).is_dir()
 
 
 def usage_lines(name: str) -> str:
@@ -150,6 +153,49 @@ def _surrogate_usage(name: str) -> str:
             f"surrogate = SurrogateDataset.from_pretrained({repo})  # with the outputs of the teachers",
         )
     )
+
+
+def adapter_card(
+    name: str,
+    base_model: str,
+    data_name: str,
+    labels: Sequence[str],
+    *,
+    peft_type: str,
+    rank: int,
+    targets: str,
+    accuracy: float,
+    frozen_accuracy: float,
+) -> str:
+    """The README.md of an adapter with a head; `id2label` in its header is where the class names survive.
+
+    Args:
+        accuracy: on held-out images of its classes, per cent.
+        frozen_accuracy: of prototypes on the frozen backbone, per cent.
+    """
+    header = ModelCardData(
+        library_name="peft",
+        base_model=base_model,
+        pipeline_tag="image-classification",
+        tags=["lora", "image-classification"],
+        id2label=dict(enumerate(labels)),
+    )
+    card = ModelCard.from_template(
+        header,
+        str(TEMPLATES / "adapter.md"),
+        name=name,
+        base=base_model,
+        data=data_name,
+        classes=len(labels),
+        peft_type=peft_type,
+        rank=rank,
+        targets=targets,
+        accuracy=accuracy,
+        frozen=frozen_accuracy,
+        code=code,
+        text=text,
+    )
+    return str(card)
 
 
 def _origin(

@@ -151,7 +151,8 @@ def _write_torch(graph: _Graph, folder: Path) -> Run:
     path, written = folder / TORCH_FILE, io.BytesIO()
     torch.export.save(_traced(graph), written)  # to a file it would not say why that cannot be written
     path.write_bytes(written.getbuffer())
-    return torch.export.load(path).module()
+    with path.open("rb") as file:  # under an ASCII locale torch takes no path with other letters
+        return torch.export.load(file).module()
 
 
 def _write_onnx(graph: _Graph, folder: Path) -> Run:

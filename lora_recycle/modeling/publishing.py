@@ -30,6 +30,7 @@ from ..hub.repo_files import (
 from ..hub.upload import push_files, without_local_paths
 from ..runtime.files import creating_folder
 from ..runtime.outputs import check_output
+from ..runtime.terminal import utf8
 from .sidecar import read_picture, read_sidecar, task_file
 
 
@@ -77,7 +78,10 @@ def adapter_files(info: AdapterInfo, name: str, bits: int | None = None) -> dict
     if bits is not None:
         check_bits(bits)
         del files[info.file]
-        file, content = weights_bytes(read_tensors(info), bits, info.config)
+        try:
+            file, content = weights_bytes(read_tensors(info), bits, info.config)
+        except AdapterError as error:
+            raise AdapterError(f"{info.where}: {info.file}: {error}") from error
         files[file] = content
         info = dataclasses.replace(info, file=file, bits=bits if file == CODES_FILE else None)
     settings = without_local_paths(read_sidecar(info.path / SIDECAR_FILE))
@@ -162,9 +166,9 @@ def _names(info: AdapterInfo) -> list[str]:
 def _card(info: AdapterInfo, repo_id: str, settings: dict[str, Any], picture: bool) -> bytes:
     try:
         card = meta_lora_card(repo_id, info.base_model, info.base_revision, info.rank, settings, picture, info.bits)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise AdapterError(f"{info.where}: {SIDECAR_FILE} lacks what a card tells ({error!r}).") from error
-    return card.encode()
+    return utf8(card)
 
 
 def _with_base(info: AdapterInfo) -> bytes:

@@ -33,6 +33,7 @@ from ..hub.repo_files import (
 )
 from ..runtime.files import remove_abandoned, replacing_files
 from ..runtime.outputs import OutputKind, check_output, holds_json
+from ..runtime.terminal import utf8
 from ..version import __version__
 from .domains import DomainNetworks
 from .merge_layers import worn_for_saving
@@ -83,12 +84,12 @@ def write_meta_lora(model: SavableModel, folder: str | Path, bits: int | None = 
     remove_abandoned(folder, "files")
     with replacing_files(folder, _place, removes=[*_OPTIONAL, *_expert_files(folder)]) as new:
         if card is None and (earlier := _card_in(folder)) is not None:
-            (new / CARD_FILE).write_text(earlier, encoding="utf-8")  # PEFT only adds to a card that is there
+            (new / CARD_FILE).write_bytes(utf8(earlier))  # PEFT only adds to a card that is there
         domains = _write_experts(model, new, bits)
         _write_adapter(model, SHARED, model.peft_model, new)
         store_weights(new, bits)
         if card is not None:
-            (new / CARD_FILE).write_text(card, encoding="utf-8")
+            (new / CARD_FILE).write_bytes(utf8(card))
         if model._task is not None:
             save_task(new / TASK_FILE, model._task)
         if model.picture is not None:

@@ -98,6 +98,7 @@ def creating_folder(folder: Path) -> Iterator[Path]:
 
 def check_writable(folder: Path) -> None:
     """Raise `StorageError` where no file can be written in `folder`, which is made where it is not there yet."""
+    remove_abandoned(folder, "files")
     with replacing_files(folder):
         pass
 
