@@ -32,6 +32,8 @@ class Evaluation:
     rows: list[dict[str, Any]]
     accuracies: dict[tuple[int, str], torch.Tensor]
     notes: list[str]
+    #: of a model with experts, for each number of shots: the share of tasks that chose each domain
+    domains: list[str] = dataclasses.field(default_factory=list)
 
 
 def evaluate(
@@ -94,14 +96,14 @@ def evaluate(
         for method in methods:
             accuracies |= {(k, method): engine.accuracies(method, k) for k in drawn}
             engine.forget(method)
-    rows, notes = [], []
+    rows, notes, chosen_domains = [], [], []
     for k in config.shots:
         rows += summarise({m: accuracies[k, m] for m in methods}, data.name, config.ways, k)
         notes += drawn[k].notes
         if chosen := engine.chosen.get((META_LORA, k)):
             shares = ", ".join(f"{name} {count / chosen.total():.0%}" for name, count in chosen.most_common())
-            notes.append(f"{META_LORA}, {k} shot{'s' * (k > 1)}: domains that the tasks chose: {shares}.")
-    return Evaluation(rows, accuracies, notes)
+            chosen_domains.append(f"{META_LORA}, {k} shot{'s' * (k > 1)}: domains that the tasks chose: {shares}.")
+    return Evaluation(rows, accuracies, notes, chosen_domains)
 
 
 def _methods(config: EvaluationConfig, model: MetaLoRAForFewShotClassification | None, has_pool: bool) -> list[str]:

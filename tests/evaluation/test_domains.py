@@ -50,7 +50,7 @@ def test_each_episode_is_judged_by_its_own_network(model, toy_data, alternating)
             expected[own] = score(features[name], EpisodeSet(drawn.episodes[own], 4, 2))
         assert torch.equal(result.accuracies[2, method], expected)
     assert [row["method"] for row in result.rows][-3:] == ["meta-lora-shared", "meta-lora", "meta-lora + lda"]
-    assert "meta-lora, 2 shots: domains that the tasks chose: shared 50%, birds 50%." in result.notes
+    assert "meta-lora, 2 shots: domains that the tasks chose: shared 50%, birds 50%." in result.domains
 
 
 def test_the_engine_asks_the_real_rule_and_counts_every_look(model, toy_data):
