@@ -152,7 +152,7 @@ def test_evaluate_prints_a_table_and_writes_json(evaluate_arguments, work, tmp_p
     ]
     keys = ["method", "data", "ways", "shots", "episodes", "accuracy", "ci95", "delta_vs_frozen", "delta_ci95"]
     assert all(list(row) == keys and row["episodes"] == 20 and row["data"] == "photos" for row in rows)
-    assert len(out.splitlines()) == 7 and "± " in out
+    assert len(out.splitlines()) == 8 and "± " in out
     assert "fewer queries, 7 at least" in err
 
 
