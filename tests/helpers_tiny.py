@@ -1,5 +1,6 @@
 """Tiny backbones, images and adapters with planted weights, never downloaded."""
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -45,9 +46,19 @@ def shake(model: torch.nn.Module, seed: int = 0, scale: float = 0.1) -> torch.nn
     return model.eval()
 
 
+@torch.no_grad()
 def tiny_vit(seed: int = 0, **changes) -> ViTModel:
-    torch.manual_seed(seed)
-    return shake(ViTModel(ViTConfig(**(SIZES | changes)), add_pooling_layer=False), seed)
+    """Its weights are uniform numbers, which are the same on every processor to the bit; normal ones are not."""
+    model, generator = ViTModel(ViTConfig(**(SIZES | changes)), add_pooling_layer=False), torch.Generator()
+    generator.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        middle = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+        parameter.copy_(middle + uniform(parameter.shape, 0.18, generator))
+    return model.eval()
+
+
+def uniform(shape: torch.Size, reach: float, generator: torch.Generator) -> torch.Tensor:
+    return reach * (2 * torch.rand(shape, generator=generator) - 1)
 
 
 def tiny_backbone(seed: int = 0, name: str = "tiny") -> Backbone:
@@ -122,24 +133,27 @@ def random_factors(shapes: dict[str, tuple[int, int, int]], seed: int, scale: fl
 def save_tiny_adapter(
     folder: Path, base: Path, data: LabelledImages, classes: list[int], config: peft.PeftConfig, seed: int
 ) -> Path:
-    """An adapter of `classes` as PEFT saves it, without any training: training ends elsewhere on every processor.
+    """An adapter of `classes` as PEFT saves it, without any training, which ends elsewhere on every processor.
 
-    Its changes are random, and its head is the ridge regression on the classes of what the changed network sees.
+    Its changes are random, and its head is the ridge regression on the classes of what the changed network sees. Files
+    are the same to the bit everywhere: their checksums are seeds of the inversion. So the head is found in float64.
     """
     names = {i: data.label_names[c] for i, c in enumerate(classes)}
     model = ViTForImageClassification.from_pretrained(base, num_labels=len(classes), id2label=names)
     wrapped, generator = peft.get_peft_model(model, config), torch.Generator().manual_seed(seed)
     reach = 0.45 if config.peft_type == "LOHA" else 0.2  # a LoHa multiplies four matrices, a LoRA two
     for name, parameter in wrapped.named_parameters():
-        if parameter.requires_grad and "magnitude" not in name and "classifier" not in name:
-            parameter.copy_(reach * (2 * torch.rand(parameter.shape, generator=generator) - 1))
+        if parameter.requires_grad and "classifier" not in name:
+            middle = 0.6 if "magnitude" in name else 0.0  # of a DoRA: about the length of a row of weights
+            parameter.copy_((middle + uniform(parameter.shape, reach, generator)).half())
     rows = torch.cat([data.by_class()[c] for c in classes])
-    pixels = tiny_backbone().normalize(data.pixels[rows])
-    features = wrapped.eval().base_model.model.vit(pixels).last_hidden_state[:, 0]
+    network, pixels = copy.deepcopy(wrapped.eval()).double(), tiny_backbone().normalize(data.pixels[rows]).double()
+    features = network.base_model.model.vit(pixels).last_hidden_state[:, 0]
     targets = F.one_hot(data.labels[rows][:, None].eq(torch.tensor(classes)).int().argmax(1), len(classes))
+    weight = 6 * ridge(features, targets.double())
     head = wrapped.base_model.model.classifier.modules_to_save["default"]
-    head.weight.copy_(6 * ridge(features, targets.double()))
-    head.bias.copy_(6 / len(classes) - head.weight @ features.mean(0))
+    head.weight.copy_(weight)
+    head.bias.copy_(6 / len(classes) - weight @ features.mean(0))
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.half()
@@ -151,6 +165,14 @@ def save_tiny_adapter(
     return folder
 
 
+def ridge(features: torch.Tensor, targets: torch.Tensor, penalty: float = 1e-3) -> torch.Tensor:
+    """(N, D), (N, C) to the weights (C, D) that tell the centred targets of the centred features."""
+    centred = features - features.mean(0)
+    products = centred.T @ centred
+    products += penalty * products.trace() / len(products) * torch.eye(len(products))
+    return torch.linalg.solve(products, centred.T @ (targets - targets.mean(0))).T
+
+
 class GivenImages(LoRAInverter):
     """Stores toy images of the classes, dimmed and noisy, where an inversion would optimise them."""
 
@@ -159,14 +181,6 @@ class GivenImages(LoRAInverter):
         names = [self.pool.infos[index].labels[label] for label in labels.tolist()]
         rows = torch.tensor([data.label_names.index(name) * 20 + i % 20 for i, name in enumerate(names)])
         return (0.4 * data.pixels[rows] + 0.6 * noise).to(torch.uint8)
-
-
-def ridge(features: torch.Tensor, targets: torch.Tensor, penalty: float = 1e-3) -> torch.Tensor:
-    """(N, D), (N, C) to the weights (C, D) that tell the centred targets of the centred features."""
-    centred = (features - features.mean(0)).double()
-    products = centred.T @ centred
-    products += penalty * products.trace() / len(products) * torch.eye(len(products))
-    return torch.linalg.solve(products, centred.T @ (targets - targets.mean(0))).T.float()
 
 
 def same_weights(one: torch.nn.Module, state: dict[str, torch.Tensor]) -> bool:

@@ -35,7 +35,7 @@ from lora_recycle.hub.embedded import pool_path  # noqa: E402
 
 DEMO = """
 invert: {images_per_class: 1, iterations: 1}
-distill: {steps: 1, rank: 2, relational_batch: 8, held_out: 0}
+distill: {steps: 1, rank: 2, relational_batch: 8, validation_fraction: 0}
 """
 BENCHMARK = """
 ways: 3

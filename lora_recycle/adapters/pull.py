@@ -158,12 +158,13 @@ def pull_adapter(
             check_utf8(folder)
         except ValueError as error:
             raise AdapterError(f"{folder}: {error}.") from error
-        return _describe(folder, folder.name, None)
+        return describe_adapter(folder, folder.name, None)
     folder = download(str(repo_or_path), revision, token, cache_dir, local_files_only)
-    return _describe(folder, str(repo_or_path), folder.name)
+    return describe_adapter(folder, str(repo_or_path), folder.name)
 
 
-def _describe(folder: Path, name: str, revision: str | None) -> AdapterInfo:
+def describe_adapter(folder: Path, name: str, revision: str | None) -> AdapterInfo:
+    """What lies in a local folder, checked as [`pull_adapter`] does."""
     where = f"{name}@{revision}" if revision else name
     config, file = read_config(folder, where), weights_file(folder)
     bits, shapes = read_codes(folder, where) if file == CODES_FILE else (None, read_header(folder, where))

@@ -10,6 +10,8 @@ from ..backbones.backbone import Backbone
 from ..backbones.base_models import CONFIG_FILES, BaseModel
 from ..errors import AdapterError
 from ..hub.repo_files import SIDECAR_FILE
+from .experts import pull_experts, read_domains
+from .files import read_sidecar_json
 from .load import WeightsNeeded, check_numbers
 from .pull import AdapterInfo, read_tensors
 from .sources import named_base
@@ -65,7 +67,7 @@ def _usability(
         if isinstance(base, AdapterError):
             check_numbers(info, read_tensors(info))
             return Usability(None, str(base))
-        _check(info, base)
+        _check(info, base, hub)
     except WeightsNeeded as error:
         return Usability(None, str(error))
     except AdapterError as error:
@@ -81,10 +83,13 @@ def _base(name: str, revision: str | None, hub: dict[str, Any]) -> _Base | Adapt
         return error
 
 
-def _check(info: AdapterInfo, base: _Base) -> None:
-    """Raise `AdapterError` as a pool does."""
+def _check(info: AdapterInfo, base: _Base, hub: dict[str, Any]) -> None:
+    """Raise `AdapterError` as a pool, or a model with experts, does."""
     adapter = StoredAdapter(info, base.backbone, base.expected)
     if (info.path / SIDECAR_FILE).is_file():
+        domains = read_domains(read_sidecar_json(info.path, info.where), info.where)
+        for expert in pull_experts(info, domains, hub) if domains else ():
+            StoredAdapter(expert, base.backbone, base.expected)
         return
     if not (adapter.headless and adapter.info.labels):
         adapter.require_head(base.backbone)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -13,7 +14,7 @@ from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard,
 
 from .licenses import inherited_license
 from .markdown import block, code, text
-from .repo_files import PICTURE_FILE
+from .repo_files import PICTURE_FILE, expert_folder
 
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -60,14 +61,14 @@ def meta_lora_card(
     Args:
         name (`str`): repo id or folder name.
         settings (`dict`): the sidecar. The card reads `sources`, `distillation`, `judged`, `inversion`,
-            `versions`, `num_classes` of a fitted task and, if it was evaluated, `results` (rows of
+            `versions`, `domains`, `num_classes` of a fitted task and, if it was evaluated, `results` (rows of
             `evaluation.results.summarise`).
         picture (`bool`): whether `PICTURE_FILE` is beside it.
         bits (`int`, *optional*): bits per weight, if they are coded and so not a plain PEFT adapter.
     """
     sources, results = settings.get("sources") or [], settings.get("results") or []
     distillation, inversion = settings.get("distillation"), settings.get("inversion")
-    judged = settings.get("judged") or {}
+    judged, experts = settings.get("judged") or {}, (settings.get("domains") or {}).get("experts") or []
     kept, blend = judged.get("best_step"), judged.get("best_blend") or [1.0, 0.0]  # None: the last step
     fields, license_note = inherited_license([source.get("license") for source in sources])
     header = ModelCardData(
@@ -97,6 +98,7 @@ def meta_lora_card(
         usage=block(usage_lines(name), "python"),
         picture=PICTURE_FILE if picture else None,
         results=[_result_row(row) for row in results],
+        domains=[_domain_row(number, row) for number, row in enumerate(experts, 1)],
         sources=[_source_row(source) for source in sources],
         license_note=license_note,
         recipe=_yaml({k: v for k, v in (("invert", inversion), ("distill", distillation)) if v}),
@@ -151,6 +153,49 @@ def _surrogate_usage(name: str) -> str:
             f"surrogate = SurrogateDataset.from_pretrained({repo})  # with the outputs of the teachers",
         )
     )
+
+
+def adapter_card(
+    name: str,
+    base_model: str,
+    data_name: str,
+    labels: Sequence[str],
+    *,
+    peft_type: str,
+    rank: int,
+    targets: str,
+    accuracy: float,
+    frozen_accuracy: float,
+) -> str:
+    """The README.md of an adapter with a head; `id2label` in its header is where the class names survive.
+
+    Args:
+        accuracy: on held-out images of its classes, per cent.
+        frozen_accuracy: of prototypes on the frozen backbone, per cent.
+    """
+    header = ModelCardData(
+        library_name="peft",
+        base_model=base_model,
+        pipeline_tag="image-classification",
+        tags=["lora", "image-classification"],
+        id2label=dict(enumerate(labels)),
+    )
+    card = ModelCard.from_template(
+        header,
+        str(TEMPLATES / "adapter.md"),
+        name=name,
+        base=base_model,
+        data=data_name,
+        classes=len(labels),
+        peft_type=peft_type,
+        rank=rank,
+        targets=targets,
+        accuracy=accuracy,
+        frozen=frozen_accuracy,
+        code=code,
+        text=text,
+    )
+    return str(card)
 
 
 def _origin(
@@ -210,6 +255,13 @@ def _result_row(row: dict[str, Any]) -> list[str]:
     accuracy = f"{row['accuracy']:.2f} ± {row['ci95']:.2f}"
     delta = f"{row['delta_vs_frozen']:+.2f} ± {row['delta_ci95']:.2f}" if row["method"] != "frozen" else "-"
     return [*map(text, (row["method"], row["data"], _task(row), row["episodes"])), accuracy, delta]
+
+
+def _domain_row(number: int, expert: dict[str, Any]) -> list[str]:
+    """Name, adapters, and folder of one expert."""
+    adapters = ", ".join(text(adapter["name"]) for adapter in expert["adapters"])
+    use = "only compared with" if expert["role"] == "compared" else "yes"
+    return [text(expert["name"]), adapters, use, code(expert_folder(number))]
 
 
 def _source_row(source: dict[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..adapters.experts import read_domains
 from ..adapters.files import check_task, read_sidecar_json
 from ..adapters.pull import AdapterInfo
 from ..errors import AdapterError, ConfigError
@@ -48,6 +49,7 @@ def read_sidecar(path: Path, head: str | None = None) -> dict[str, Any]:
             f"{path}: temperature must be a positive number, {_LEAST} to {_MOST}, got {_short(temperature)}."
         )
     _check_head(head or settings.get("head", "prototypes"), settings, path)
+    read_domains(settings, str(path.parent))
     return settings
 
 

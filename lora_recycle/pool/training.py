@@ -21,8 +21,8 @@ from ..backbones.base_models import BaseModel
 from ..backbones.token_selection import num_kept
 from ..errors import AdapterError, DataError
 from ..fewshot.prototypes import class_prototypes, prototype_logits
+from ..hub.cards import adapter_card
 from ..hub.embedded import backbone_name
-from ..hub.markdown import code, text
 from ..images.labelled import LabelledImages, load_labelled_images
 from ..runtime.files import check_writable, creating_folder
 from ..runtime.launch import claim_indices, mixed_precision, process_state
@@ -159,7 +159,17 @@ def train_adapter(
     results = {"accuracy": round(accuracy, 2), "frozen_prototypes": round(frozen, 2)}
     with creating_folder(output) as new:
         wrapped.save_pretrained(str(new), save_embedding_layers=False)
-        card = _card(output.name.lstrip("."), base_model, data.name, names, results, config)
+        card = adapter_card(
+            output.name.lstrip("."),
+            base_model,
+            data.name,
+            names,
+            peft_type=config.peft_type,
+            rank=config.rank,
+            targets=config.targets,
+            accuracy=results["accuracy"],
+            frozen_accuracy=results["frozen_prototypes"],
+        )
         (new / "README.md").write_text(card, encoding="utf-8")
     return results
 
@@ -210,37 +220,6 @@ def _accuracy(wrapped: peft.PeftModel, view: Backbone, images: torch.Tensor, lab
     wrapped.eval()
     logits = torch.cat([_logits(wrapped, view, view.normalize(part)).cpu() for part in images.split(128)])
     return (logits.argmax(1) == labels).float().mean().item() * 100
-
-
-def _card(
-    name: str,
-    base_model: str,
-    data_name: str,
-    labels: list[str],
-    results: dict[str, float],
-    config: AdapterTrainingConfig,
-) -> str:
-    """A model card as people write them; `id2label` in its header is where the class names survive."""
-    import yaml
-
-    header = {
-        "library_name": "peft",
-        "base_model": base_model,
-        "pipeline_tag": "image-classification",
-        "tags": ["lora", "image-classification"],
-        "id2label": dict(enumerate(labels)),
-    }
-    lines = [
-        "---",
-        yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip(),
-        "---",
-        f"# {text(name)}",
-        f"{config.peft_type} adapter (rank {config.rank}, layers: {config.targets}) of {code(base_model)} with a head "
-        f"for {len(labels)} classes, tuned on images of {code(data_name)}.",
-        f"Accuracy on held-out images of these classes: {results['accuracy']:.1f} % "
-        f"(prototypes on the frozen backbone: {results['frozen_prototypes']:.1f} %).",
-    ]
-    return "\n\n".join(["\n".join(lines[:3]), *lines[3:]]) + "\n"
 
 
 def train_adapters(

@@ -67,11 +67,14 @@ def path_inside(folder: Path, name: str) -> Path | None:
 
 
 def _link_roots(folder: Path) -> list[Path]:
-    """Where a file of `folder` may really lie: in it or, for `<cache>/<repo>/snapshots/<commit>`, among blobs."""
+    """Where a file of `folder` may really lie: in it or, for `<cache>/<repo>/snapshots/<commit>` and what is below,
+    among blobs."""
     folder = folder.resolve()
-    repo = folder.parent.parent
-    cached = folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name) and "--" in repo.name
-    return [folder, repo / "blobs", repo.parent / "blobs"] if cached else [folder]  # the last: shared by several repos
+    for commit in (folder, *folder.parents):
+        repo = commit.parent.parent
+        if commit.parent.name == "snapshots" and _COMMIT.fullmatch(commit.name) and "--" in repo.name:
+            return [folder, repo / "blobs", repo.parent / "blobs"]  # the last: shared by several repos
+    return [folder]
 
 
 def check_utf8(path: Path) -> None:

@@ -118,4 +118,6 @@ def test_inspect_shows_hostile_settings_on_one_line_each(work, tmp_path, run):
     settings = json.loads(config.read_text())
     config.write_text(json.dumps({**settings, "base_model_name_or_path": FAKE, "revision": FAKE}))
     code, out, err = run("inspect", tmp_path / "a", "--quiet")
-    assert code == 0 and "\x1b" not in out + err and len(out.splitlines()) == 2
+    assert code == 0 and "\x1b" not in out + err
+    lines = out.splitlines()  # header, row, and why it is not known to be usable
+    assert len(lines) == 4 and lines[3].startswith("usable: ")

@@ -122,7 +122,7 @@ def test_where_steps_are_worse_the_average_is_given_back(tiny_pool, tiny_surroga
     assert_equal(deltas(student), start(tiny_pool, "average"), rtol=0, atol=0)
     assert "The average is kept: 4 steps give a significantly larger error" in caplog.text
     assert "and was reset to the plain average: 4 steps" in card
-    assert "(40.0 with the pool&#x27;s average, which is kept): 50 to 50 in 4 steps<" in page
+    assert "(40.0 with the pool&#39;s average, which is kept): 50 to 50 in 4 steps<" in page
 
 
 def test_or_the_start_where_that_errs_less(tiny_pool, tiny_surrogate, errors, tmp_path, caplog):
@@ -131,7 +131,7 @@ def test_or_the_start_where_that_errs_less(tiny_pool, tiny_surrogate, errors, tm
     assert_equal(deltas(student), start(tiny_pool, "restored"), rtol=0, atol=0)
     assert "The start is kept: of the steps not significantly worse than the average" in caplog.text
     assert "and was kept as it was: 4 steps" in card
-    assert "(50.0 with the pool&#x27;s average): 40 to 60 in 4 steps; the circle, step 0, is kept<" in page
+    assert "(50.0 with the pool&#39;s average): 40 to 60 in 4 steps; the circle, step 0, is kept<" in page
 
 
 def test_the_best_step_is_kept_in_part(tiny_pool, tiny_surrogate, errors, tmp_path):

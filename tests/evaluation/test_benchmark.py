@@ -163,8 +163,8 @@ def test_the_page_and_the_table_show_every_method_without_colour(finished):
     assert page.count("<svg") == 2 and "http" not in page and "<script" not in page
     plot = page[page.index("<svg") : page.index("</svg>")]
     kinds = {kind: sum(d["kind"] == kind for d in details if d["shots"] == 1) for kind in ("meta-lora", "tuned")}
-    assert plot.count("<rect") == kinds["meta-lora"] == 1 and plot.count("l6 11h-12z") == kinds["tuned"] == 2
-    assert plot.count("l6 6l-6 6l-6 -6z") == 1 and plot.count("<circle") == 6
+    assert plot.count("h10v10h-10z") == kinds["meta-lora"] == 1 and plot.count("l6 11h-12z") == kinds["tuned"] == 2
+    assert plot.count("l6 6l-6 6l-6 -6z") == 1 and plot.count("a5 5 0 1 0 10 0") == 6
     text = markdown(rows, details)
     for row in rows:
         assert f"{row['accuracy']:.2f} ± {row['ci95']:.2f}" in text and f">{row['method']}" in page

@@ -1,5 +1,6 @@
 """The scripts behind docs/studies/merging.md and checkpoints.md, on tiny inputs."""
 
+import common
 import group_weights
 import pytest
 import torch
@@ -49,10 +50,10 @@ def test_a_figure_that_tells_and_one_that_does_not():
 
 def test_groups_are_merged_at_their_strengths(tiny_pool):
     averages = [group_weights.average_of(tiny_pool, (f"adapter-{i}",)) for i in (0, 1)]
-    merged = group_weights.Weighted(averages, (1, 0.5), None).changes(tiny_pool)
+    merged = common.Weighted(averages, (1, 0.5), None).changes(tiny_pool)
     shared = next(name for name in averages[1] if name in averages[0])
     assert torch.allclose(merged[shared], averages[0][shared] + 0.5 * averages[1][shared])
-    small = group_weights.cut(averages[0], 2)
+    small = common.cut(averages[0], 2)
     assert max(int(torch.linalg.matrix_rank(m, rtol=1e-4)) for m in small.values() if m.ndim == 2) == 2
     tasks = {f"a {shots}": {"frozen": [1.0, 0.1], "average": [0.5, 0.1]} for shots in (1, 5)}
     row = {"name": "group-sum, cut 4", "factors": [1, 1 / 3], "rank": 4, "tasks": tasks}

@@ -6,6 +6,7 @@ import fscil
 import pytest
 import rejection
 import torch
+from common import evaluate_network
 from more_tables import adapter_types as types_table
 from more_tables import choose_adapters as choice_table
 from more_tables import fscil as fscil_table
@@ -51,7 +52,7 @@ def test_a_student_learns_from_the_target_and_what_was_chosen(way, tiny_pool, ti
 
 def test_a_variant_is_learned_saved_loaded_and_judged(tiny_pool, tiny_surrogate, toy_data, tmp_path):
     episodes = {("toy", k): sample_episodes(toy_data.labels, 5, k, 5, 10, seed=1) for k in (1, 5)}
-    frozen = adapter_types.judge(tiny_pool.backbone, [toy_data], episodes)
+    frozen = evaluate_network(tiny_pool.backbone, [toy_data], episodes)
     settings = {"steps": 1, "rank": 4, "relational_batch": 16, "peft_type": "IA3", "init": "zero"}
     row = adapter_types.try_variant(
         tiny_pool, tiny_surrogate, settings, tmp_path / "IA3", [toy_data], episodes, frozen

@@ -32,7 +32,7 @@ class Shape(HTMLParser):
     def __init__(self, page):
         super().__init__(convert_charrefs=True)
         self.shape, self.text = [], ""
-        self.feed(page)
+        self.feed(str(page))
         self.close()
 
     def handle_starttag(self, tag, attributes):
