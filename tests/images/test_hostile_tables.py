@@ -75,7 +75,7 @@ def test_columns_that_are_no_images_and_labels(tmp_path, columns, message):
 
 
 def test_a_file_of_this_machine_is_not_one_of_the_hub(tmp_path, monkeypatch):
-    """A table of this machine may name its pictures, as `datasets` writes them; one of the Hub only those it brought."""
+    """A table of this machine may name its pictures, as `datasets` writes them; one of the Hub only its own."""
     secret, own = tmp_path / "secret.png", tmp_path / "cache" / "own.png"
     own.parent.mkdir()
     for path in (secret, own):
