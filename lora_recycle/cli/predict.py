@@ -92,13 +92,13 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError("--domain is chosen when examples are shown; it goes with --support.")
     elif not model.label_names:
         raise DataError(f"{args.model} was saved without a task: pass examples with --support FOLDER.")
-    if model.domain is not None:
-        note(f"Domain: {single_line(model.domain.name)}")
     probabilities = model.predict_proba(paths, failures=failures, progress=not args.quiet and len(paths) > 64)
     _notify(failures)
     if failures and len(failures) == len(paths):
         raise DataError(f"None of the {_images(len(paths))} can be read.")
     read = [number for number in range(len(paths)) if not failures or number not in failures]
+    if model.domain is not None and not args.quiet:
+        note(f"Domain: {single_line(model.domain.name)}")
     _print(args, [paths[number] for number in read], probabilities[read], model.label_names)
     hint(f"lora-recycle evaluate {shlex.quote(named)} --data FOLDER measures the accuracy on labelled images.")
 
