@@ -67,8 +67,7 @@ def open_source(
     if folder.is_file():
         if folder.suffix != ".parquet":
             raise DataError(f"{path}: expected {_EXPECTED}, got a {folder.suffix or 'nameless'} file.")
-        name, roots = f"{folder.resolve().parent.name}/{folder.stem}", [folder.resolve().parent]
-        return _table(_read_parquet([folder]), name, labelled, roots)
+        return _table(_read_parquet([folder]), f"{folder.resolve().parent.name}/{folder.stem}", labelled)
     if folder.is_dir():
         return _open_folder(folder.resolve(), split, labelled, order)
     if _HUB_ID.fullmatch(str(path)) and not str(path).endswith(".parquet"):
@@ -78,14 +77,14 @@ def open_source(
 
 def _open_folder(folder: Path, split: str | None, labelled: bool, order: Sequence[str]) -> ImageSource:
     if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
-        return _table(_read_saved(folder, split, order), folder.name, labelled, [folder])
+        return _table(_read_saved(folder, split, order), folder.name, labelled)
     tables = sorted(folder.rglob("*.parquet"))
     if tables:
         splits: dict[str, list[Path]] = {}
         for table in tables:  # a Hub data set on disk: test-00000-of-00002.parquet
             splits.setdefault(re.split(r"[-.]", table.name)[0], []).append(table)
         chosen = _choose_split(list(splits), split, folder, order)
-        return _table(_read_parquet(splits[chosen]), f"{folder.name}/{chosen}", labelled, [folder])
+        return _table(_read_parquet(splits[chosen]), f"{folder.name}/{chosen}", labelled)
     if not labelled:
         paths = images_below(folder, "no images below this folder.")
         return ImageSource(folder.name, len(paths), _fetch_paths(paths))
@@ -205,7 +204,8 @@ def _table(dataset: Any, name: str, labelled: bool, roots: Sequence[Path] | None
     """The source behind a `datasets.Dataset`: its image column left encoded, its label column as integers.
 
     Args:
-        roots: folders that hold the images that it names; any, for a data set that the user made.
+        roots: folders that hold the images that it names; any, for a table of this machine, which `datasets` writes
+            with the paths of images.
     """
     from datasets import Image as ImageFeature
 

@@ -12,11 +12,9 @@ from ..runtime.terminal import printable
 if TYPE_CHECKING:
     import datasets
 
-    from .dataset import Shard
 
-
-def to_table(shards: Sequence[Shard]) -> datasets.Dataset:
-    """`image`, `label` (`ClassLabel`, "<adapter>/<class>") and `adapter` of all images."""
+def to_table(shards: Sequence[Any]) -> datasets.Dataset:
+    """Of [`dataset.Shard`]s: `image`, `label` (`ClassLabel`, "<adapter>/<class>") and `adapter` of all images."""
     import datasets
     from PIL import Image
 

@@ -22,6 +22,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from lora_recycle.errors import DataError, LoRARecycleError
+from lora_recycle.images import sources
 from lora_recycle.images.labelled import load_labelled_images
 
 
@@ -73,24 +74,25 @@ def test_columns_that_are_no_images_and_labels(tmp_path, columns, message):
         load_labelled_images(write(tmp_path, **columns), 8)
 
 
-@pytest.mark.parametrize("form", ["struct", "text"])
-def test_a_file_of_this_machine_is_not_one_of_the_table(tmp_path, form):
-    (tmp_path / "data").mkdir()
-    secret, own = tmp_path / "secret.png", tmp_path / "data" / "own.png"
+def test_a_file_of_this_machine_is_not_one_of_the_hub(tmp_path, monkeypatch):
+    """A table of this machine may name its pictures, as `datasets` writes them; one of the Hub only its own."""
+    secret, own = tmp_path / "secret.png", tmp_path / "cache" / "own.png"
+    own.parent.mkdir()
     for path in (secret, own):
         path.write_bytes(picture("blue"))
-    for path, told in ((secret, True), (own, False), (tmp_path / "data" / ".." / "secret.png", True)):
-        cells = [str(path)] * 4 if form == "text" else pa.array([{"bytes": None, "path": str(path)}] * 4, CELL)
-        table = write(tmp_path / "data", cells)
-        if told:
-            with pytest.raises(DataError, match="row 0: names the file .*secret.png, which is not of the data set"):
-                load_labelled_images(table, 8)
+    os.symlink(secret, own.with_name("link.png"))
+    paths = [secret, own.parent / ".." / "secret.png", own.with_name("link.png"), own]
+    monkeypatch.setattr(sources, "_caches", lambda: [own.parent])
+    for path in paths:
+        cells = [{"bytes": None, "path": str(path)}] * 4
+        features = Features({"image": ImageFeature(), "label": ClassLabel(names=["a", "b"])})
+        table = Dataset.from_dict({"image": cells, "label": NUMBERS}, features=features)
+        monkeypatch.setattr(sources, "_read_hub", lambda *_, table=table: table)
+        if path == own:
+            assert load_labelled_images("org/data", 8).pixels[0, :, 0, 0].tolist() == [0, 0, 255]
         else:
-            assert load_labelled_images(table, 8).pixels[0, :, 0, 0].tolist() == [0, 0, 255]
-    os.symlink(secret, tmp_path / "data" / "link.png")
-    link = str(tmp_path / "data" / "link.png")
-    with pytest.raises(DataError, match="not of the data set"):
-        load_labelled_images(write(tmp_path / "data", [link] * 4), 8)
+            with pytest.raises(DataError, match="row 0: names the file .*png, which is not of the data set"):
+                load_labelled_images("org/data", 8)
 
 
 def test_a_kilobyte_that_stands_for_gigabytes(tmp_path):
