@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import ConfigError
+from ..errors import ConfigError, first_line
 from ..runtime.untrusted import read_text
 from .pull import AdapterInfo
 
@@ -62,7 +62,7 @@ def _read(class_names: ClassNames) -> Any:
             return [line.strip() for line in text.splitlines() if line.strip()]
         return yaml.safe_load(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: no readable class names ({str(error).splitlines()[0]}).") from error
+        raise ConfigError(f"{path}: no readable class names ({first_line(error)}).") from error
 
 
 def _checked(names: Any, what: str) -> tuple[str, ...]:

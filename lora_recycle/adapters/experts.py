@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import AdapterError
 from ..fewshot.domains import ROLES, SHARED, Expert
-from ..hub.download import fetch
+from ..hub.download import HubOptions, fetch
 from ..hub.repo_files import CODES_FILE, CONFIG_FILE, MAX_EXPERTS, SIDECAR_FILE, WEIGHTS_FILE, expert_folder
 from ..runtime.untrusted import MAX_FILE_BYTES, MAX_TEXT_BYTES
 from .files import compare_checksums
@@ -106,7 +106,7 @@ def _number(value: Any, most: float) -> float:
     return float(value)
 
 
-def pull_experts(info: AdapterInfo, domains: DomainEntries, hub: dict[str, Any]) -> list[AdapterInfo]:
+def pull_experts(info: AdapterInfo, domains: DomainEntries, hub: HubOptions) -> list[AdapterInfo]:
     """Describe the experts that the sidecar of a pulled meta-LoRA announces; from the Hub they are fetched now.
 
     Raises:

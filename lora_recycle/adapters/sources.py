@@ -16,7 +16,7 @@ from huggingface_hub.errors import HTTPError
 from tqdm.auto import tqdm
 
 from ..errors import AdapterError, ConfigError
-from ..hub.download import explain, repeated
+from ..hub.download import HubOptions, explain, repeated
 from ..runtime.untrusted import read_text
 from .pull import AdapterInfo, find_adapters, pull_adapter
 
@@ -82,7 +82,7 @@ def pull_adapters(
     Raises:
         AdapterError: a source cannot be read, or an adapter is bad and `bad` does not skip it.
     """
-    hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    hub = HubOptions(token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     ids = adapter_ids(sources, token, local_files_only)
     infos = []
     workers = ThreadPoolExecutor(WORKERS)

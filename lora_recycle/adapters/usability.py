@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from ..backbones.backbone import Backbone
 from ..backbones.base_models import CONFIG_FILES, BaseModel
 from ..errors import AdapterError
+from ..hub.download import HubOptions
 from ..hub.repo_files import SIDECAR_FILE
 from .experts import pull_experts, read_domains
 from .files import read_sidecar_json
@@ -53,11 +54,11 @@ def check_usable(infos: Sequence[AdapterInfo], **hub: Any) -> list[Usability]:
         hub: `token`, `cache_dir` and `local_files_only`.
     """
     bases: dict[tuple[str, str | None], _Base | AdapterError] = {}
-    return [_usability(info, bases, hub) for info in infos]
+    return [_usability(info, bases, cast(HubOptions, hub)) for info in infos]
 
 
 def _usability(
-    info: AdapterInfo, bases: dict[tuple[str, str | None], _Base | AdapterError], hub: dict[str, Any]
+    info: AdapterInfo, bases: dict[tuple[str, str | None], _Base | AdapterError], hub: HubOptions
 ) -> Usability:
     try:
         name = named_base(info), info.base_revision
@@ -75,7 +76,7 @@ def _usability(
     return Usability(True)
 
 
-def _base(name: str, revision: str | None, hub: dict[str, Any]) -> _Base | AdapterError:
+def _base(name: str, revision: str | None, hub: HubOptions) -> _Base | AdapterError:
     try:
         files = BaseModel.pull(name, revision, CONFIG_FILES, **hub)
         return _Base(files, Backbone(files.empty_tower(), files.image_processor(), files.name, files.commit))
@@ -83,7 +84,7 @@ def _base(name: str, revision: str | None, hub: dict[str, Any]) -> _Base | Adapt
         return error
 
 
-def _check(info: AdapterInfo, base: _Base, hub: dict[str, Any]) -> None:
+def _check(info: AdapterInfo, base: _Base, hub: HubOptions) -> None:
     """Raise `AdapterError` as a pool, or a model with experts, does."""
     adapter = StoredAdapter(info, base.backbone, base.expected)
     if (info.path / SIDECAR_FILE).is_file():

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 from huggingface_hub import (
     HfApi,
@@ -52,6 +52,14 @@ MAX_WAIT = 300
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 
 Answer = TypeVar("Answer")
+
+
+class HubOptions(TypedDict, total=False):
+    """How files are fetched: what `from_pretrained` takes of the Hub's client, handed on as it is."""
+
+    token: Any  # a string, True for the stored one, False for none
+    cache_dir: str | Path | None
+    local_files_only: bool
 
 
 def fetch(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..errors import DataError
+from ..errors import DataError, first_line
 from .decode import FORMATS
 from .table_checks import MAX_ROWS, check_inside, check_parquet
 
@@ -122,7 +122,7 @@ def _read_parquet(files: list[Path]) -> Any:
     try:
         return load_dataset("parquet", data_files=[str(file) for file in files], split="train")
     except Exception as error:  # pyarrow and datasets share no base error
-        raise DataError(f"{files[0]}: not a readable parquet file ({_first_line(error)}).") from error
+        raise DataError(f"{files[0]}: not a readable parquet file ({first_line(error)}).") from error
 
 
 def _read_saved(folder: Path, split: str | None, order: Sequence[str]) -> Any:
@@ -133,7 +133,7 @@ def _read_saved(folder: Path, split: str | None, order: Sequence[str]) -> Any:
         for part in loaded.values() if isinstance(loaded, dict) else [loaded]:
             part.data.validate(full=True)  # Arrow reads beyond its buffers where its offsets lie
     except Exception as error:  # pyarrow and datasets share no base error
-        raise DataError(f"{folder}: not a readable saved data set ({_first_line(error)}).") from error
+        raise DataError(f"{folder}: not a readable saved data set ({first_line(error)}).") from error
     return _one_split(loaded, split, folder, order)
 
 
@@ -146,7 +146,7 @@ def _read_hub(name: str, split: str | None, order: Sequence[str]) -> Any:
     except Exception as error:  # network, hub and datasets errors share no base
         raise DataError(
             f"{name}: no such file or folder, and no data set of that name could be loaded from the Hub "
-            f"({_first_line(error)}). Expected {_EXPECTED}."
+            f"({first_line(error)}). Expected {_EXPECTED}."
         ) from error
     return _one_split(loaded, split, name, order)
 
@@ -218,7 +218,7 @@ def _table(dataset: Any, name: str, labelled: bool, roots: Sequence[Path] | None
     try:
         encoded = dataset.select_columns([image]).cast_column(image, ImageFeature(decode=False))
     except Exception as error:  # pyarrow and datasets share no base error
-        raise DataError(f"{name}: column {image!r} holds no images ({_first_line(error)}).") from error
+        raise DataError(f"{name}: column {image!r} holds no images ({first_line(error)}).") from error
 
     def fetch(indices: list[int]) -> Iterator[tuple[str, bytes | str | None]]:
         batches = encoded.select(indices).iter(batch_size=512)
@@ -264,10 +264,6 @@ def _column(dataset: Any, typed: list[str], names: tuple[str, ...], where: str, 
         return (usual or typed)[0]
     columns = ", ".join(dataset.column_names)
     raise DataError(f"{where}: expected {what} (by type, or named {' or '.join(names)}), found columns {columns}.")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def images_below(folder: Path, complaint: str) -> list[Path]:

@@ -270,27 +270,3 @@ class SharedTask(FewShotClassifier):
         task = self._fitted()
         check_file(path, holds_task, "a fitted task")
         save_task(Path(path), task)
-
-
-@torch.inference_mode()
-def mixed_probabilities(
-    tasks: Sequence[FewShotTask], features: torch.Tensor, head: FewShotHead
-) -> list[tuple[FewShotTask, torch.Tensor]]:
-    """For each query of (N, D), which belongs to the task of its place: that task, and (classes,)."""
-    rows: dict[int, list[int]] = {}
-    for number, task in enumerate(tasks):
-        rows.setdefault(id(task), []).append(number)
-    fitted = [tasks[own[0]] for own in rows.values()]
-    order, sizes = [row for own in rows.values() for row in own], [len(own) for own in rows.values()]
-    parts = features[order].split(sizes)
-    scores = [task.logits(part, head).float().softmax(-1) for task, part in zip(fitted, parts, strict=True)]
-    # one copy from the device, not one for each task
-    flat = finite(torch.cat([score.flatten() for score in scores]).cpu())
-    probabilities = [
-        row
-        for score, part in zip(scores, flat.split([s.numel() for s in scores]), strict=True)
-        for row in part.view_as(score)
-    ]
-    known = [task for task, size in zip(fitted, sizes, strict=True) for _ in range(size)]
-    places = sorted(range(len(order)), key=order.__getitem__)
-    return [(known[place], probabilities[place]) for place in places]

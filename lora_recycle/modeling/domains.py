@@ -16,6 +16,7 @@ from ..adapters.peft_wrap import tuner_layers, wrap
 from ..adapters.pull import AdapterInfo
 from ..backbones.backbone import Backbone
 from ..fewshot.domains import SHARED, DomainChoice, Expert, choose_domain
+from ..hub.download import HubOptions
 
 
 #: Name of the bare backbone among the looks at a support set.
@@ -71,7 +72,7 @@ class DomainNetworks(nn.Module):
 
     @classmethod
     def from_entries(
-        cls, info: AdapterInfo, entries: DomainEntries, backbone: Backbone, hub: dict[str, Any]
+        cls, info: AdapterInfo, entries: DomainEntries, backbone: Backbone, hub: HubOptions
     ) -> DomainNetworks:
         """Load the experts of a pulled meta-LoRA for a backbone that wears no adapter yet.
 

@@ -23,14 +23,16 @@ from ..backbones.backbone import Backbone, check_embeddings
 from ..errors import ConfigError, DataError
 from ..fewshot.domains import SHARED, DomainChoice
 from ..fewshot.heads import make_head
+from ..hub.download import HubOptions
 from ..hub.embedded import resolve_meta_lora
 from ..hub.repo_files import SIDECAR_FILE
-from .classifier import FewShotClassifier, SharedTask, mixed_probabilities
+from .classifier import FewShotClassifier, SharedTask
 from .domains import FROZEN, DomainNetworks
 from .merge_layers import merge_layers
 from .preprocessing import as_batch, pixel_batches, to_pixel_values
 from .publishing import push_adapter_folder
 from .serialization import write_meta_lora
+from .serving import answer_tasks
 from .sidecar import read_picture, read_sidecar, task_file
 from .support import require_two_classes, support_set, without_failures
 from .task import FewShotTask, load_task
@@ -119,7 +121,7 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
         """
         if head is not None:
             make_head(head, {})  # an unknown name is told before anything is fetched
-        hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        hub = HubOptions(token=token, cache_dir=cache_dir, local_files_only=local_files_only)
         info = pull_adapter(resolve_meta_lora(repo_or_path), revision=revision, **hub)
         if base_model is None and base_revision is None:
             base_revision = info.base_revision
@@ -411,43 +413,13 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
         Raises:
             DataError: another number of tasks, or one that is not fitted or another model's.
         """
-        return [task.label_names[int(row.argmax())] for task, row in self._mixed(images, tasks, batch_size)]
+        return [task.label_names[int(row.argmax())] for task, row in answer_tasks(self, images, tasks, batch_size)]
 
     def predict_proba_tasks(
         self, images: Any, tasks: Sequence[FewShotClassifier], batch_size: int = 64
     ) -> list[torch.Tensor]:
         """Class probabilities of each image by the task of its place, (classes of the task,) each, on the CPU."""
-        return [row for _, row in self._mixed(images, tasks, batch_size)]
-
-    def _mixed(
-        self, images: Any, tasks: Sequence[FewShotClassifier], batch_size: int
-    ) -> list[tuple[FewShotTask, torch.Tensor]]:
-        images = as_batch(images)
-        if len(images) != len(tasks):
-            raise DataError(f"{len(images)} images, but {len(tasks)} tasks: each image needs the task it belongs to.")
-        if any(getattr(task, "model", task) is not self for task in tasks):
-            raise DataError("A task belongs to another model. Make tasks with new_task() of the model that is asked.")
-        fitted = [task._fitted() for task in tasks]  # each as it is now, whatever is fitted meanwhile
-        domains = [task.network for task in fitted]
-        if len(set(domains)) == 1:
-            features = self.embed(images, batch_size, domain=domains[0])
-        else:
-            features = self._embed_mixed(images, domains, batch_size)
-        return mixed_probabilities(fitted, features, self.head)
-
-    @torch.inference_mode()
-    def _embed_mixed(self, images: Any, domains: list[str], batch_size: int) -> torch.Tensor:
-        """Embeddings (N, D) of N images by the network of each one's domain."""
-        parts, start = [], 0
-        for pixel_values in pixel_batches(images, self.backbone, batch_size):
-            own = domains[start : start + len(pixel_values)]
-            start += len(own)
-            embedded = pixel_values.new_empty(len(own), self.backbone.hidden_size, dtype=self.backbone.dtype)
-            for name in set(own):
-                rows = [row for row, domain in enumerate(own) if domain == name]
-                embedded[rows] = self._embeddings(pixel_values[rows], name)
-            parts.append(embedded)
-        return torch.cat(parts)
+        return [row for _, row in answer_tasks(self, images, tasks, batch_size)]
 
     def save_pretrained(self, save_directory: str | Path, *, bits: int | None = None) -> None:
         """Write a plain PEFT adapter with our sidecar, and the fitted task where there is one.

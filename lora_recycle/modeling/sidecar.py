@@ -13,7 +13,7 @@ from ..adapters.files import check_task, read_sidecar_json
 from ..adapters.pull import AdapterInfo
 from ..errors import AdapterError, ConfigError
 from ..fewshot.heads import make_head
-from ..hub.download import fetch
+from ..hub.download import HubOptions, fetch
 from ..hub.repo_files import MAX_PICTURE_BYTES, PICTURE_FILE, TASK_FILE, optional_file
 from ..runtime.untrusted import MAX_TENSOR_BYTES
 
@@ -114,7 +114,7 @@ def read_picture(info: AdapterInfo) -> bytes | None:
     return data
 
 
-def task_file(info: AdapterInfo, settings: dict[str, Any], hub: dict[str, Any]) -> Path | None:
+def task_file(info: AdapterInfo, settings: dict[str, Any], hub: HubOptions) -> Path | None:
     """Where the fitted task lies, None where there is none; fetched from the Hub only where the sidecar announces it.
 
     Raises:

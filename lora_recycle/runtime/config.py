@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import yaml
 
-from ..errors import ConfigError
+from ..errors import ConfigError, first_line
 
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         ValueError,
         RecursionError,
     ) as error:  # brackets nested a thousand deep, dates, long numbers
-        raise ConfigError(f"{path}: not valid YAML ({str(error).splitlines()[0]}).") from error
+        raise ConfigError(f"{path}: not valid YAML ({first_line(error)}).") from error
     if values is None:
         return {}
     if not isinstance(values, dict):

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from ..errors import ProcessError
-from .launch import collective_timeout, first_line, lost_the_others, process_state, shared_store
+from ..errors import ProcessError, first_line
+from .launch import collective_timeout, lost_the_others, process_state, shared_store
 from .terminal import single_line
 
 

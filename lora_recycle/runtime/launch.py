@@ -12,7 +12,7 @@ import torch.distributed
 from accelerate import Accelerator, PartialState
 from accelerate.utils import parse_flag_from_env
 
-from ..errors import ConfigError, ProcessError
+from ..errors import ConfigError, ProcessError, first_line
 
 
 #: Environment variable: seconds that processes wait for each other before the run stops with an error.
@@ -82,11 +82,6 @@ def lost_the_others(error: BaseException) -> bool:
     return isinstance(error, torch.distributed.DistError) or (
         isinstance(error, RuntimeError) and "gloo" in str(error).lower()
     )
-
-
-def first_line(error: BaseException) -> str:
-    """What the backends say, without their traces."""
-    return str(error).strip().splitlines()[0]
 
 
 def collective_timeout() -> float:

@@ -22,7 +22,7 @@ import torch
 
 from ..errors import AdapterError, DataError
 from ..hub.cards import TABLE_FILE, is_repo_id, surrogate_card
-from ..hub.download import fetch
+from ..hub.download import HubOptions, fetch
 from ..hub.picture_grid import picture_grid
 from ..hub.repo_files import PICTURE_FILE
 from ..hub.upload import push_files, without_local_paths
@@ -126,6 +126,11 @@ def shard_config_id(path: Path) -> str | None:
     return None
 
 
+def evenly_spread(count: int, most: int) -> torch.Tensor:
+    """At most `most` of the numbers 0 to `count` - 1, at even distances: int64 (M,)."""
+    return torch.linspace(0, max(count - 1, 0), min(count, most)).round().long()
+
+
 class SurrogateDataset:
     """Surrogate images of a pool, read shard by shard.
 
@@ -154,7 +159,7 @@ class SurrogateDataset:
             DataError: there is none, it cannot be fetched whole, or its manifest is damaged.
         """
         folder = Path(repo_or_path)
-        hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        hub = HubOptions(token=token, cache_dir=cache_dir, local_files_only=local_files_only)
         if not folder.is_dir():
             try:
                 folder = fetch(str(repo_or_path), REPO_FILES, revision, **hub, repo_type="dataset", progress=progress)
@@ -208,14 +213,13 @@ class SurrogateDataset:
 
     def sample(self, count: int) -> SurrogateSample:
         """About `count` images spread over the adapters and their classes, as pages and cards show them."""
-        number = min(self.num_shards, count)
-        shown = torch.linspace(0, self.num_shards - 1, number).round().int().tolist()
+        shown = evenly_spread(self.num_shards, count).tolist()
         rows = [self.shard_rows(i) for i in shown]
         check_alike(rows)
         images, labels, kept, confidence = [], [], [], []
         for shard in map(_in_memory, rows):
             order = shard.labels.argsort(stable=True)  # by class, so that even steps show many classes
-            chosen = order[torch.linspace(0, len(order) - 1, min(count // number, len(order))).round().long()]
+            chosen = order[evenly_spread(len(order), count // len(shown))]
             images.append(shard.pixels[chosen])
             labels += [f"{shard.label_names[c]} ({shard.adapter['name']})" for c in shard.labels[chosen].tolist()]
             kept.append(None if shard.kept_tokens is None else shard.kept_tokens[chosen])

@@ -217,8 +217,8 @@ def test_demo_writes_table_results_and_report_and_resumes(work, tmp_path, run):
     command = ["demo", "--pool", work / "pool", "--recipe", recipe, "--output", output, "--quiet"]
     code, out, err = run(*command, "--data", work / "photos")
     rows = json.loads((output / "results.json").read_text())["rows"]
-    assert code == 0 and {row["data"] for row in rows} == {"digits", "photos"} and len(rows) == 24
-    assert out.count("meta-lora") == 4 and "from_pretrained(" in err
+    assert code == 0 and {row["data"] for row in rows} == {"digits", "photos"} and len(rows) == 28
+    assert out.count("meta-lora") == 8 and "from_pretrained(" in err
     page = (output / "report.html").read_text()
     assert page.count("its kept patches") == 24 and "inversion, mean of 3 adapters" in page and "relational" in page
     assert "## Results" in (output / "meta_lora" / "README.md").read_text()
