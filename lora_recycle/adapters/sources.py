@@ -88,7 +88,7 @@ def pull_adapters(
     workers = ThreadPoolExecutor(WORKERS)
     try:
         futures = [workers.submit(pull_adapter, one.name, one.revision, **hub) for one in ids]
-        # read in the order of the sources, so that the same error is told first every time
+        # read in the order of the sources, so that the same error comes first every time
         remote = sum(not Path(one.name).is_dir() for one in ids)
         quiet = not progress or remote < 2  # folders and a single adapter take no time worth a bar
         bar = tqdm(zip(ids, futures, strict=True), desc="pull", total=len(ids), disable=quiet, leave=False)
@@ -121,7 +121,7 @@ def agree_on_base(
 ) -> tuple[str, str | None, list[AdapterInfo]]:
     """The base model that most of the adapters name, its revision, and the adapters that name both.
 
-    An adapter of another base is bad. With `base_revision`, which then goes before theirs, only the names must agree.
+    An adapter of another base is bad. With `base_revision`, which then takes precedence over theirs, only the names must agree.
 
     Raises:
         AdapterError: none names a base model, or one is bad and `bad` does not skip it.

@@ -25,7 +25,7 @@ class Usability:
     """Whether one adapter can be used.
 
     Args:
-        usable (`bool`, *optional*): None where its base model is not to be had, or only its weights would tell.
+        usable (`bool`, *optional*): None where its base model is not available, or only its weights would tell.
         reason (`str`, *optional*): why it cannot, or why that is not known.
     """
 

@@ -79,7 +79,7 @@ class Backbone(nn.Module):
         """Load a backbone and its image processor from a folder or a repo id (`demo`: the embedded one).
 
         Raises:
-            AdapterError: it is not to be had, damaged, not whole, or of an unknown type.
+            AdapterError: it is not available, damaged, not whole, or of an unknown type.
         """
         hub = HubOptions(token=token, cache_dir=cache_dir, local_files_only=local_files_only)
         base = BaseModel.pull(name_or_path, revision, **hub)

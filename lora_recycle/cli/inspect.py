@@ -165,8 +165,8 @@ def _views(args: argparse.Namespace, surrogate: SurrogateDataset) -> list[tuple[
     views, base = [], surrogate.manifest.get("backbone", {})
     if args.meta_lora:
         name, revision = one_id(args.meta_lora)
-        worn = MetaLoRAForFewShotClassification.from_pretrained(name, revision=revision).backbone
-        views, base = [("With the meta-LoRA", worn)], {"name": worn.name, "revision": worn.revision}
+        adapted = MetaLoRAForFewShotClassification.from_pretrained(name, revision=revision).backbone
+        views, base = [("With the meta-LoRA", adapted)], {"name": adapted.name, "revision": adapted.revision}
     if not base.get("name"):
         raise DataError(f"{surrogate.folder}: its manifest names no backbone. Pass one with --meta-lora.")
     return [("Frozen backbone", Backbone.from_pretrained(base["name"], revision=base.get("revision"))), *views]

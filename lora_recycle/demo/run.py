@@ -142,7 +142,7 @@ def _real_images(data: Sequence[str | Path], pool: AdapterPool) -> list[Labelled
 def _invert(
     pool: AdapterPool, config: InversionConfig, output: Path, progress: bool
 ) -> tuple[SurrogateDataset, list[float]]:
-    """The surrogate data and the mean loss of each iteration, which lies beside the shards for the next run."""
+    """The surrogate data and the mean loss of each iteration, which is stored beside the shards for the next run."""
     inverter, path = LoRAInverter(pool, config), output / "surrogate" / "losses.json"
     curves: dict[str, list[float]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 

@@ -89,7 +89,7 @@ def export(model: ExportableModel, folder: str | os.PathLike[str], format: str =
     described = {"format": format, **_described(plain, graph, domain)}
     if format != "transformers":  # where a file of its own says it
         described["image"] = image_settings(model.backbone)
-    # no description lies beside a model of another export
+    # no description stays beside a model of another export
     with replacing_files(folder, removes=[DESCRIPTION_FILE]) as new, torch.no_grad():
         run = _WRITERS[format](graph, new)
         described["checked"] = _compared(graph, run)

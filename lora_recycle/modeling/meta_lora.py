@@ -120,7 +120,7 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
             ConfigError: there is no head of this name.
         """
         if head is not None:
-            make_head(head, {})  # an unknown name is told before anything is fetched
+            make_head(head, {})  # an unknown name is an error before anything is fetched
         hub = HubOptions(token=token, cache_dir=cache_dir, local_files_only=local_files_only)
         info = pull_adapter(resolve_meta_lora(repo_or_path), revision=revision, **hub)
         if base_model is None and base_revision is None:

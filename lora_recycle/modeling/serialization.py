@@ -65,7 +65,7 @@ def write_meta_lora(model: SavableModel, folder: str | Path, bits: int | None = 
     """Write a model to a folder that is new, empty, or holds a meta-LoRA already.
 
     All files are written beside their places first. The sidecar takes its place before any other, with the checksums
-    of what is to come, and the weights after all others: where that is cut short, the folder is told to be damaged,
+    of what is to come, and the weights after all others: where that is cut short, the folder is reported as damaged,
     and never read as a mixture.
 
     Args:

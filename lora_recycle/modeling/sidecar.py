@@ -70,7 +70,7 @@ def _upgraded(settings: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _check_head(name: str, settings: dict[str, Any], path: Path) -> None:
-    """Raises `AdapterError` where the head cannot be made, so that it is told with the file."""
+    """Raises `AdapterError` where the head cannot be made, so that the error names the file."""
     every = settings.get("head_parameters", {})
     if not isinstance(every, dict) or not all(isinstance(one, dict) for one in every.values()):
         raise AdapterError(f"{path}: head_parameters must hold an object for each head.")

@@ -147,7 +147,7 @@ class AdapterPool:
         """The backbone with one adapter, or the exact average of several (all by default), folded into its weights.
 
         The forward costs what the bare backbone costs. The original weights come back bit by bit. An adapter that
-        is no change of weights (`Adapter.peft_layers`) is worn as PEFT's own layers instead, alone only.
+        is no change of weights (`Adapter.peft_layers`) is applied as PEFT's own layers instead, alone only.
 
         Raises:
             AdapterError: several adapters, of which one is no change of weights.

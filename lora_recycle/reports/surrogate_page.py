@@ -108,7 +108,7 @@ def read_patch_size(surrogate: SurrogateDataset) -> int | None:
     """Side of the patches of the backbone that the data was made on, from its configuration alone.
 
     Returns:
-        None where the manifest names no backbone, or one whose configuration is not to be had.
+        None where the manifest names no backbone, or one whose configuration is not available.
     """
     base = surrogate.manifest.get("backbone", {})
     try:

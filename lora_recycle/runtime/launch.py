@@ -33,7 +33,7 @@ _calls = itertools.count()
 
 
 def process_state() -> PartialState:
-    """Number and rank of this process. On CPU, accelerate only sees the others when it is told that it is on CPU.
+    """Number and rank of this process. On CPU, accelerate only sees the others where a variable says that it is on CPU.
 
     Raises:
         ConfigError: more processes were asked for or started than accelerate sees: each would do all the work, or
@@ -74,7 +74,7 @@ def choose_device(name: str | None = None) -> torch.device:
         return torch.empty(0, device=wanted).device
     except (RuntimeError, AssertionError) as error:
         os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
-        raise ConfigError(f"--device {name}: not to be had on this machine ({first_line(error)}).") from error
+        raise ConfigError(f"--device {name}: not available on this machine ({first_line(error)}).") from error
 
 
 def lost_the_others(error: BaseException) -> bool:
