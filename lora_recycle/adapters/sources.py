@@ -121,7 +121,7 @@ def agree_on_base(
 ) -> tuple[str, str | None, list[AdapterInfo]]:
     """The base model that most of the adapters name, its revision, and the adapters that name both.
 
-    An adapter of another base is bad. With `base_revision`, which then takes precedence over theirs, only the names must agree.
+    An adapter of another base is bad. `base_revision` takes precedence over theirs; then only the names must agree.
 
     Raises:
         AdapterError: none names a base model, or one is bad and `bad` does not skip it.

@@ -33,7 +33,7 @@ _calls = itertools.count()
 
 
 def process_state() -> PartialState:
-    """Number and rank of this process. On CPU, accelerate only sees the others where a variable says that it is on CPU.
+    """Number and rank of this process. On CPU, accelerate sees the others only where it knows that it is on CPU.
 
     Raises:
         ConfigError: more processes were asked for or started than accelerate sees: each would do all the work, or
