@@ -1,7 +1,7 @@
 """Few-shot class-incremental learning (FSCIL): a base session of many classes, then sessions of a few new ones.
 
-The protocol of TOPIC (arXiv 2004.10956): after each session all classes so far are distinguished, without the images of
-earlier sessions. Heads learn by adding up statistics, which is what `add_classes` does.
+The protocol of TOPIC (arXiv 2004.10956): after each session all classes so far are distinguished, without the images
+of earlier sessions. Heads learn by adding up statistics, which is what `add_classes` does.
 """
 
 from __future__ import annotations
