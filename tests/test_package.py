@@ -132,7 +132,7 @@ def test_the_changelog_has_an_entry_for_this_version():
 
 def test_make_help_lists_every_target():
     targets = re.search(r"^\.PHONY: (.*)", (REPOSITORY / "Makefile").read_text(), re.M)[1].split()
-    done = subprocess.run(["make"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    done = subprocess.run(["make", "--no-print-directory"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     lines = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
     assert [line[0] for line in lines] == targets and all(len(line) == 2 for line in lines)
 
