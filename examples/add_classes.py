@@ -2,7 +2,7 @@
 
     python examples/add_classes.py
 
-Digits come two at a time. After the last pair the model is the one that had seen all images at once: class centres
+Digits come two at a time. After the last pair the model is the one that had seen all images at once: prototypes
 keep sums and counts, and these add up.
 """
 
@@ -17,7 +17,7 @@ from lora_recycle.demo.run import load_digits_images
 def main(arguments: list[str] | None = None) -> torch.Tensor:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shots", type=int, default=5, help="images of each digit (default: %(default)s)")
-    parser.add_argument("--head", help="few-shot head (default: class centres)")
+    parser.add_argument("--head", help="few-shot head (default: prototypes)")
     args = parser.parse_args(arguments)
     model = MetaLoRAForFewShotClassification.from_pretrained("demo", head=args.head)
     digits = load_digits_images(model.backbone.image_size, max_per_class=2 * args.shots)

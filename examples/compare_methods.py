@@ -9,7 +9,7 @@ does, as a start for comparisons of your own.
 
 import argparse
 
-from lora_recycle import AdapterPool, evaluate
+from lora_recycle import AdapterPool, EvaluationConfig, evaluate
 from lora_recycle.demo.run import load_digits_images
 from lora_recycle.evaluation.results import format_table
 from lora_recycle.hub.embedded import pool_path
@@ -32,7 +32,8 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     pool = AdapterPool.from_pretrained(args.pool or [pool_path() / name for name in SHIPPED])
     size = pool.backbone.image_size
     data = load_labelled_images(args.data, size) if args.data else load_digits_images(size, max_per_class=20)
-    result = evaluate(data, pool=pool, methods=args.methods, shots=args.shots, episodes=args.episodes)
+    config = EvaluationConfig(methods=args.methods, shots=args.shots, episodes=args.episodes)
+    result = evaluate(data, config=config, pool=pool)
     print(format_table(result.rows))
     return result.rows
 

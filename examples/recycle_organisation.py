@@ -15,10 +15,9 @@ from lora_recycle import (
     AdapterPool,
     DistillationConfig,
     InversionConfig,
-    LoraInverter,
-    MetaLoraTrainer,
+    LoRAInverter,
+    MetaLoRATrainer,
     save_meta_lora,
-    wrap_student,
 )
 from lora_recycle.cli.arguments import read_section
 
@@ -42,10 +41,10 @@ def main(arguments: list[str] | None = None) -> str | None:
         print(f"  {name}: {reason}")
 
     settings = {verb: read_section(args.recipe, verb) if args.recipe else {} for verb in ("invert", "distill")}
-    surrogate = LoraInverter(pool, InversionConfig.from_dict(settings["invert"])).run(args.output / "surrogate")
-    trainer = MetaLoraTrainer(pool, surrogate, DistillationConfig.from_dict(settings["distill"]))
+    surrogate = LoRAInverter(pool, InversionConfig.from_dict(settings["invert"])).run(args.output / "surrogate")
+    trainer = MetaLoRATrainer(pool, surrogate, DistillationConfig.from_dict(settings["distill"]))
     trainer.train(args.output / "work")
-    model = wrap_student(trainer)  # knows its sources, for sidecar and card
+    model = trainer.to_model()  # knows its sources, for sidecar and card
     save_meta_lora(model, args.output / "meta_lora")
     return model.push_to_hub(args.push) if args.push else None
 

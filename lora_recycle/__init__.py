@@ -10,20 +10,21 @@ if TYPE_CHECKING:  # what `_LAZY` loads at run time
     from .adapters.pull import pull_adapter
     from .backbones.backbone import Backbone
     from .distillation.config import DistillationConfig
-    from .distillation.saving import save_meta_lora, wrap_student
-    from .distillation.trainer import MetaLoraTrainer
-    from .errors import AdapterError, ConfigError, DataError, LoraRecycleError, PushError
+    from .distillation.saving import save_meta_lora
+    from .distillation.trainer import MetaLoRATrainer
+    from .errors import AdapterError, ConfigError, DataError, LoRARecycleError, PushError
+    from .evaluation.config import EvaluationConfig
     from .evaluation.evaluate import evaluate
     from .finetuning.config import TaskTuningConfig
     from .inversion.config import InversionConfig
-    from .inversion.inverter import LoraInverter
+    from .inversion.inverter import LoRAInverter
     from .modeling.export import export
     from .modeling.head_fitting import fit_head
     from .modeling.meta_lora import MetaLoRAForFewShotClassification
     from .modeling.pipeline import FewShotImageClassificationPipeline
-    from .pool.config import TuningConfig
+    from .pool.config import AdapterTrainingConfig
     from .pool.pool import AdapterPool
-    from .pool.training import tune_pool
+    from .pool.training import train_adapters
     from .surrogate.dataset import SurrogateDataset
 
 
@@ -35,50 +36,50 @@ _LAZY = {
     "ConfigError": "errors",
     "DataError": "errors",
     "DistillationConfig": "distillation.config",
+    "EvaluationConfig": "evaluation.config",
     "FewShotImageClassificationPipeline": "modeling.pipeline",
     "InversionConfig": "inversion.config",
-    "LoraInverter": "inversion.inverter",
-    "LoraRecycleError": "errors",
+    "LoRAInverter": "inversion.inverter",
+    "LoRARecycleError": "errors",
     "MetaLoRAForFewShotClassification": "modeling.meta_lora",
-    "MetaLoraTrainer": "distillation.trainer",
+    "MetaLoRATrainer": "distillation.trainer",
     "PushError": "errors",
     "SurrogateDataset": "surrogate.dataset",
     "TaskTuningConfig": "finetuning.config",
-    "TuningConfig": "pool.config",
+    "AdapterTrainingConfig": "pool.config",
     "evaluate": "evaluation.evaluate",
     "export": "modeling.export",
     "fit_head": "modeling.head_fitting",
     "pull_adapter": "adapters.pull",
     "save_meta_lora": "distillation.saving",
-    "tune_pool": "pool.training",
-    "wrap_student": "distillation.saving",
+    "train_adapters": "pool.training",
 }
 
 __all__ = [
     "AdapterError",
     "AdapterPool",
+    "AdapterTrainingConfig",
     "Backbone",
     "ConfigError",
     "DataError",
     "DistillationConfig",
+    "EvaluationConfig",
     "FewShotImageClassificationPipeline",
     "InversionConfig",
-    "LoraInverter",
-    "LoraRecycleError",
+    "LoRAInverter",
+    "LoRARecycleError",
     "MetaLoRAForFewShotClassification",
-    "MetaLoraTrainer",
+    "MetaLoRATrainer",
     "PushError",
     "SurrogateDataset",
     "TaskTuningConfig",
-    "TuningConfig",
     "__version__",
     "evaluate",
     "export",
     "fit_head",
     "pull_adapter",
     "save_meta_lora",
-    "tune_pool",
-    "wrap_student",
+    "train_adapters",
 ]
 
 

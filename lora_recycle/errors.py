@@ -1,11 +1,11 @@
 """Errors that a user can act on: each says what was wrong, where, and what to do. The command line prints one line."""
 
 
-class LoraRecycleError(ValueError):
+class LoRARecycleError(ValueError):
     """Base of all errors that this library raises on purpose."""
 
 
-class AdapterError(LoraRecycleError):
+class AdapterError(LoRARecycleError):
     """An adapter (or its head) cannot be used: missing, damaged, unsafe, or made for another base model."""
 
 
@@ -13,21 +13,21 @@ class DivergenceError(AdapterError):
     """The images of one adapter cannot be optimised: their loss, or what the adapter says of them, is not finite."""
 
 
-class ConfigError(LoraRecycleError):
+class ConfigError(LoRARecycleError):
     """A setting is unknown, of the wrong type or out of range."""
 
 
-class DataError(LoraRecycleError):
+class DataError(LoRARecycleError):
     """Images, labels or surrogate data are missing, damaged or too few."""
 
 
-class PushError(LoraRecycleError):
+class PushError(LoRARecycleError):
     """Something cannot be published: unfit for the Hub as it is, or the Hub or the way to it refused."""
 
 
-class ProcessError(LoraRecycleError):
+class ProcessError(LoRARecycleError):
     """Another process of the same launch failed or fell silent, so that this one cannot go on."""
 
 
-class StorageError(LoraRecycleError):
+class StorageError(LoRARecycleError):
     """Nothing can be written: the disk is full, the folder read-only, or another run is at work in it."""

@@ -42,9 +42,8 @@ from helpers_tiny import TINY_LAYERS, GivenImages, save_tiny_adapter, save_tiny_
 
 from lora_recycle.backbones.backbone import Backbone  # noqa: E402
 from lora_recycle.distillation.config import DistillationConfig  # noqa: E402
-from lora_recycle.distillation.saving import wrap_student  # noqa: E402
-from lora_recycle.distillation.trainer import MetaLoraTrainer  # noqa: E402
-from lora_recycle.hub import download as snapshots  # noqa: E402
+from lora_recycle.distillation.trainer import MetaLoRATrainer  # noqa: E402
+from lora_recycle.hub import download  # noqa: E402
 from lora_recycle.inversion.config import InversionConfig  # noqa: E402
 from lora_recycle.pool.pool import AdapterPool  # noqa: E402
 
@@ -88,7 +87,7 @@ def hub(monkeypatch):
     huggingface_hub.HfFileSystem.clear_instance_cache()  # it remembers listings
     monkeypatch.setenv("HF_TOKEN", OWNER_TOKEN)
     no_wait = SimpleNamespace(sleep=lambda seconds: None)
-    for module in (huggingface_hub.utils._http, huggingface_hub.file_download, snapshots):
+    for module in (huggingface_hub.utils._http, huggingface_hub.file_download, download):
         monkeypatch.setattr(module, "time", no_wait)
     hub = HUB_SERVER.new_hub()
     yield hub
@@ -180,7 +179,7 @@ def make_model(hub, tiny_backbone_path, tiny_pool_path, tiny_surrogate):
         backbone.revision = hub.repo("org/tiny-vit").resolve("main").sha
         pool = AdapterPool.from_pretrained([f"org/adapter-{i}" for i in range(len(licenses))], backbone=backbone)
         settings = DistillationConfig(**{"steps": 0, "rank": 4, **config})
-        return wrap_student(MetaLoraTrainer(pool, surrogate, settings))
+        return MetaLoRATrainer(pool, surrogate, settings).to_model()
 
     return make
 

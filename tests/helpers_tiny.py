@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 from pathlib import Path
 
 import peft
@@ -11,10 +12,11 @@ import yaml
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil, ViTModel
 
 from lora_recycle.adapters.adapter import Adapter
+from lora_recycle.adapters.files import checksums
 from lora_recycle.adapters.pull import AdapterInfo
 from lora_recycle.backbones.backbone import Backbone
 from lora_recycle.images.labelled import LabelledImages
-from lora_recycle.inversion.inverter import LoraInverter
+from lora_recycle.inversion.inverter import LoRAInverter
 
 
 SIZES = {
@@ -78,6 +80,13 @@ def toy_images(classes: int = 8, each: int = 20, seed: int = 0) -> LabelledImage
     return LabelledImages(
         (colours + noise).to(torch.uint8).flatten(0, 1), labels, [f"n{i}" for i in range(classes)], "toy"
     )
+
+
+def repair_checksums(folder: Path) -> None:
+    """Make a meta-LoRA's sidecar fit the files beside it, as a hostile author would."""
+    sidecar = folder / "meta_lora_config.json"
+    settings = json.loads(sidecar.read_text()) | {"checksums": checksums(folder)}
+    sidecar.write_text(json.dumps(settings))
 
 
 def random_pixels(count: int, seed: int = 0) -> torch.Tensor:
@@ -164,7 +173,7 @@ def ridge(features: torch.Tensor, targets: torch.Tensor, penalty: float = 1e-3) 
     return torch.linalg.solve(products, centred.T @ (targets - targets.mean(0))).T
 
 
-class GivenImages(LoraInverter):
+class GivenImages(LoRAInverter):
     """Stores toy images of the classes, dimmed and noisy, where an inversion would optimise them."""
 
     def _optimise(self, index, starts, labels, generator):

@@ -21,11 +21,12 @@ from helpers_hub import publish
 from PIL import Image
 
 from lora_recycle import __all__
+from lora_recycle.backbones.families import FAMILIES, TOWERS
 from lora_recycle.cli.main import build_parser, main
-from lora_recycle.evaluation import evaluate as benchmark
+from lora_recycle.evaluation import evaluate as evaluation
 from lora_recycle.fewshot.episodes import sample_episodes
 from lora_recycle.fewshot.heads import HEADS
-from lora_recycle.merging import __all__ as compositions
+from lora_recycle.merging import __all__ as merging_methods
 from lora_recycle.runtime.config import RecipeConfig
 
 
@@ -95,7 +96,7 @@ def ours(words: list[str]) -> list[str] | None:
 
 @pytest.fixture
 def small(monkeypatch):
-    """Settings are capped, and heads and methods that a page registers are gone afterwards."""
+    """Settings are capped, and heads and families that a page registers are gone afterwards."""
     checked = RecipeConfig.__post_init__
 
     def cap(config):
@@ -108,11 +109,12 @@ def small(monkeypatch):
         return sample_episodes(labels, ways, shots, 3, 20, *rest)
 
     monkeypatch.setattr(RecipeConfig, "__post_init__", cap)
-    monkeypatch.setattr(benchmark, "sample_episodes", few)
-    known = dict(HEADS)
+    monkeypatch.setattr(evaluation, "sample_episodes", few)
+    registries = [(registry, dict(registry)) for registry in (HEADS, FAMILIES, TOWERS)]
     yield
-    HEADS.clear()
-    HEADS.update(known)
+    for registry, known in registries:
+        registry.clear()
+        registry.update(known)
 
 
 @pytest.fixture(scope="session")
@@ -245,7 +247,7 @@ def test_links_of_the_readme_lead_somewhere():  # those between the pages are ch
 
 def test_the_reference_holds_every_public_name():
     told = " ".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "api").glob("*.md"))
-    missing = [name for name in (*__all__, *compositions) if not re.search(rf"\b{name}\b", told)]
+    missing = [name for name in (*__all__, *merging_methods) if not re.search(rf"\b{name}\b", told)]
     assert set(missing) <= {"__version__", *(name for name in __all__ if name.endswith("Error"))}
 
 

@@ -144,6 +144,25 @@ def test_the_documentation_draws_this_order():
     assert tuple(re.findall(r"^\| `(\w+)/` \|", section, re.M)) == FOLDERS
 
 
+def test_the_equations_are_where_the_documentation_says():
+    page = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
+    section = page.split("## Where the paper's equations are\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| .* \| `([\w/]+\.py)` \| `([\w.]+)` \|$", section, re.M)
+    assert len(rows) >= 12 and len(rows) == section.count("\n| ") - 1  # without the header
+    missing = [row for row in rows if row[1] not in definitions((PACKAGE / row[0]).read_text(encoding="utf-8"))]
+    assert not missing
+    numbers = {number for path in PACKAGE.rglob("*.py") for number in re.findall(r"Eq\. \d", path.read_text())}
+    assert numbers <= {*re.findall(r"Eq\. \d", section)}  # every equation that a docstring names
+
+
+def definitions(source: str) -> set[str]:
+    """Functions and classes of a module, and `Class.method`."""
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    top = [node for node in ast.parse(source).body if isinstance(node, kinds)]
+    inner = {f"{one.name}.{node.name}" for one in top for node in one.body if isinstance(node, kinds)}
+    return {node.name for node in top} | inner
+
+
 def test_tests_mirror_the_package():
     own = {"examples", "local_hub"}  # of what lies outside of the package
     folders = {path.parent.name for path in (ROOT / "tests").glob("*/*.py")} - own

@@ -1,7 +1,6 @@
 """What is published: built as users' tools build it, installed where nothing else of the repository is, and run."""
 
 import ast
-import configparser
 import os
 import re
 import shutil
@@ -14,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
+from helpers_install import REPOSITORY, make_environment, requirement_lines
 from packaging.version import Version
 from PIL import Image
 
 import lora_recycle
 
 
-REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "lora_recycle"
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
 
@@ -59,14 +59,11 @@ def distributions(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def installed(distributions, tmp_path_factory):
-    """A new virtual environment with the wheel; libraries come from this one, without what its .pth files add."""
+    """A new virtual environment with the wheel and no library that it does not require."""
     folder = tmp_path_factory.mktemp("installed")
-    run(sys.executable, "-m", "venv", "--without-pip", folder / "venv", cwd=folder)
-    python = folder / "venv" / "bin" / "python"
+    python = make_environment(folder / "venv")
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index", "--no-deps"]
     run(*pip, distributions[1], cwd=folder)
-    site = Path(run(python, "-c", "import site; print(site.getsitepackages()[0])", cwd=folder).strip())
-    (site / "libraries.pth").write_text(str(Path(np.__file__).parents[1]))
     return folder, python
 
 
@@ -128,6 +125,30 @@ def test_version_licence_and_citation_agree():
     assert (PACKAGE / "py.typed").is_file()
 
 
+def test_the_changelog_has_an_entry_for_this_version():
+    headings = re.findall(r"^## (\S+)", (REPOSITORY / "docs" / "changelog.md").read_text(encoding="utf-8"), re.M)
+    assert lora_recycle.__version__ in headings
+
+
+def test_make_help_lists_every_target():
+    targets = re.search(r"^\.PHONY: (.*)", (REPOSITORY / "Makefile").read_text(), re.M)[1].split()
+    done = subprocess.run(["make"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    lines = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
+    assert [line[0] for line in lines] == targets and all(len(line) == 2 for line in lines)
+
+
+def test_pre_commit_runs_what_make_quality_runs_and_downloads_nothing():
+    config = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text())
+    assert [repo["repo"] for repo in config["repos"]] == ["local"]
+    hooks = config["repos"][0]["hooks"]
+    tools = [hook["entry"].removeprefix(".venv/bin/").removesuffix(" --fix") for hook in hooks]
+    checked = re.search(r"^quality:.*\n((?:\t.*\n)+)", (REPOSITORY / "Makefile").read_text(), re.M)[1]
+    commands = re.findall(r"\$\(BIN\)/(\w+(?: check| format)?)", checked)
+    assert tools == commands and all(hook["language"] == "system" for hook in hooks)
+    ours = re.compile(hooks[0]["files"])
+    assert ours.search("lora_recycle/pool/pool.py") and ours.search("docs/hooks.py") and not ours.search("setup.py")
+
+
 def test_type_checkers_see_what_is_loaded_on_first_use():
     tree = ast.parse((PACKAGE / "__init__.py").read_text())
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
@@ -137,10 +158,7 @@ def test_type_checkers_see_what_is_loaded_on_first_use():
 
 def requirements(section: str) -> dict[str, str]:
     """Name to the bound, with its operator, of the requirements in an entry of setup.cfg."""
-    config = configparser.ConfigParser()
-    config.read(REPOSITORY / "setup.cfg")
-    lines = (config["options"] if section == "install_requires" else config["options.extras_require"])[section].split()
-    return {re.match(r"[\w-]+", line)[0]: line[len(re.match(r"[\w-]+", line)[0]) :] for line in lines}
+    return dict(re.match(r"([\w-]+)(.*)", line).groups() for line in requirement_lines(section))
 
 
 def pins(name: str) -> dict[str, str]:

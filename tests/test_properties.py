@@ -20,7 +20,7 @@ from lora_recycle.distillation.surrogate_images import SurrogateImages
 from lora_recycle.errors import ConfigError, DataError
 from lora_recycle.fewshot.episodes import sample_episodes
 from lora_recycle.inversion.config import InversionConfig
-from lora_recycle.pool.config import TuningConfig
+from lora_recycle.pool.config import AdapterTrainingConfig
 from lora_recycle.runtime.config import read_yaml
 from lora_recycle.surrogate.dataset import (
     Shard,
@@ -207,7 +207,7 @@ def test_a_spoilt_shard_is_refused(shard, data):
             surrogate.shard(0, verify=True)
 
 
-CONFIGS = (DistillationConfig, InversionConfig, TuningConfig)
+CONFIGS = (DistillationConfig, InversionConfig, AdapterTrainingConfig)
 #: What a YAML file may hold in a setting's place.
 scalars = st.none() | st.booleans() | st.integers(-3, 500) | st.floats() | st.text(max_size=6)
 anything = scalars | st.lists(scalars, max_size=3) | st.dictionaries(scalars, scalars, max_size=3)

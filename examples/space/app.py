@@ -6,4 +6,6 @@ from lora_recycle.app.page import launch
 
 
 if __name__ == "__main__":
-    launch(os.environ.get("META_LORA", "demo"), host="0.0.0.0", browser=False, folders=False).block_thread()
+    hosts = os.environ.get("SPACE_HOST", "").split(",")  # the Hub names the Space's address here
+    page = launch(os.environ.get("META_LORA", "demo"), host="0.0.0.0", browser=False, folders=False, hosts=hosts)
+    page.block_thread()

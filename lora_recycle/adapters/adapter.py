@@ -23,16 +23,16 @@ class Adapter:
     """One adapter as changes of the backbone's weights, with its head.
 
     `factors` maps a module to (B, A) with delta W = B A, shapes (out, r) and (r, in). A change of full rank, from an
-    adapter that is no plain LoRA, has r = in and A = identity. `others` maps a parameter (bias, norm) to its change.
-    `layers` maps a module to the PEFT layer that stands in for it, for types that compute with their input (Lily,
-    Poly) and so are no change of weights; the two others are empty then.
+    adapter that is no plain LoRA, has r = in and A = identity. `vector_deltas` maps a parameter (bias, norm) to its
+    change. `peft_layers` maps a module to the PEFT layer that stands in for it, for types that compute with their
+    input (Lily, Poly) and so are no change of weights; `factors` and `vector_deltas` are empty then.
     """
 
     info: AdapterInfo
     factors: Factors
-    others: dict[str, torch.Tensor]
+    vector_deltas: dict[str, torch.Tensor]
     head: Head | None = None
-    layers: Layers = dataclasses.field(default_factory=dict)
+    peft_layers: Layers = dataclasses.field(default_factory=dict)
 
     @property
     def num_classes(self) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .low_rank import decompose
+
 
 Coded = tuple[torch.Tensor, torch.Tensor]  # codes, of the shape of the matrix, and ascending centroids (2^bits,)
 
@@ -76,12 +78,8 @@ def _scale(own: torch.Tensor, along: torch.Tensor) -> torch.Tensor:
 
 
 def _spread(b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    q_b, r_b = torch.linalg.qr(b)
-    q_a, r_a = torch.linalg.qr(a.T)
-    u, s, vh = torch.linalg.svd(r_b @ r_a.T)
-    rank, root = len(a), s.sqrt()
-    u, vh = q_b @ u[:, : len(s)] * root, root[:, None] * (vh[: len(s)] @ q_a.T)
-    turn, _ = torch.linalg.qr(torch.randn(rank, len(s), generator=torch.Generator().manual_seed(0)))
+    u, vh = decompose(b, a)
+    turn, _ = torch.linalg.qr(torch.randn(len(a), len(vh), generator=torch.Generator().manual_seed(0)))
     return u @ turn.T, turn @ vh
 
 

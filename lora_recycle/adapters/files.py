@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
 from peft.config import PromptLearningConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError, safe_open
 
 from ..errors import AdapterError
+from ..hub.card_files import read_card
 from ..hub.download import fetch
 from ..hub.repo_files import (
     CARD_FILE,
     CODES_FILE,
     CONFIG_FILE,
-    MAX_CARD_BYTES,
     MAX_CLASSES,
     MAX_PICTURE_BYTES,
     PICTURE_FILE,
     SIDECAR_FILE,
+    TASK_FILE,
     WEIGHTS_FILE,
     checked_file,
+    optional_file,
 )
+from ..runtime.files import file_sha256
 from ..runtime.untrusted import (
     MAX_FILE_BYTES,
     MAX_TEXT_BYTES,
@@ -54,7 +58,7 @@ _TEXT_ONLY = ("ADAPTION_PROMPT", "SHADOW", "TRAINABLE_TOKENS", "XLORA")
 HEAD = re.compile(
     r"base_model\.model\.(cls_classifier|classifier|head|score|fc|pooled_classifier)(\.modules_to_save(\.\w+)?)?\.(weight|bias)"
 )
-#: A head on the pooled image ([`Backbone.pool`]), not on what the family's own classifier reads.
+#: A head on the pooled image ([`Backbone.pool_features`]), not on what the family's own classifier reads.
 POOLED_HEAD = "base_model.model.pooled_classifier.weight"
 # names that only transformers 4, and only 5, gave to modules
 _GENERATION_4 = re.compile(
@@ -110,6 +114,70 @@ def _check_type(peft_type: Any, where: str) -> None:
         raise AdapterError(f"{where}: adapters of type {peft_type} steer a text model, not an image encoder.")
 
 
+def checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of the files of a meta-LoRA that only belong together as they were saved: see `check_checksums`.
+
+    Of the config without the base model's name, which people correct by hand.
+    """
+    names = [name for name in (weights_file(folder), TASK_FILE) if (folder / name).exists()]
+    found = {name: file_sha256(folder / name) for name in names}
+    return {**found, CONFIG_FILE: _config_sha256(parse_json(read_text(folder / CONFIG_FILE)))}
+
+
+def check_checksums(folder: Path, where: str, config: dict[str, Any], weights_sha256: str) -> None:
+    """Make sure that config and weights are those that the sidecar, if there is one, was saved with.
+
+    A sidecar of an earlier version names no checksums. The task is looked at where it is read: `check_task`.
+
+    Raises:
+        AdapterError: they are not, or the sidecar is damaged.
+    """
+    stated = read_sidecar_json(folder, where).get("checksums")
+    if stated is None:
+        return
+    for name, digits in ((CONFIG_FILE, _config_sha256(config)), (weights_file(folder), weights_sha256)):
+        _compare(stated, name, digits, where)
+
+
+def check_task(folder: Path, where: str, settings: dict[str, Any]) -> Path | None:
+    """The fitted task's file, None where there is none.
+
+    Raises:
+        AdapterError: it is a link out of the folder, or not what the sidecar with these `settings` was saved with.
+    """
+    path, stated = optional_file(folder, TASK_FILE, where), settings.get("checksums")
+    if stated is not None:
+        _compare(stated, TASK_FILE, None if path is None else file_sha256(path), where)
+    return path
+
+
+def _compare(stated: Any, name: str, digits: str | None, where: str) -> None:
+    if not isinstance(stated, dict) or stated.get(name) != digits:
+        raise AdapterError(
+            f"{where}: {name} is not the one that {SIDECAR_FILE} was saved with: saving was cut short, or a file was "
+            f"changed since. Save the model again; where you changed it, take `checksums` out of {SIDECAR_FILE}."
+        )
+
+
+def _config_sha256(config: dict[str, Any]) -> str:
+    kept = {key: value for key, value in config.items() if key not in ("base_model_name_or_path", "revision")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def read_sidecar_json(folder: Path, where: str) -> dict[str, Any]:
+    """What the sidecar holds, unchecked, empty where there is none. Raises `AdapterError` where it is damaged."""
+    path = optional_file(folder, SIDECAR_FILE, where)
+    try:
+        settings = {} if path is None else parse_json(read_text(path))
+    except (OSError, ValueError) as error:
+        raise AdapterError(
+            f"{where}: {SIDECAR_FILE}: the sidecar is damaged ({error}). Delete it to use the defaults."
+        ) from error
+    if not isinstance(settings, dict):
+        raise AdapterError(f"{where}: {SIDECAR_FILE}: the sidecar must hold a JSON object.")
+    return settings
+
+
 def weights_file(folder: Path) -> str:
     """Name of the file that holds the adapter's tensors: the plain one, or codes where that alone is there."""
     coded = (folder / CODES_FILE).exists() and not (folder / WEIGHTS_FILE).exists()
@@ -147,7 +215,7 @@ def read_codes(folder: Path, where: str) -> tuple[int, dict[str, tuple[int, ...]
 def read_shapes(path: Path, where: str) -> dict[str, tuple[int, ...]]:
     """Shape of each tensor of a safetensors file, from its header. Raises `AdapterError` where it is no good."""
     try:
-        shapes = read_safetensors_header(path)
+        shapes = read_safetensors_header(path).bounded_shapes()
         # safe_open compares the tensors' places with each other and with the file's length
         with safe_open(path, framework="pt"):
             return shapes
@@ -204,13 +272,12 @@ def read_labels(folder: Path, where: str, num_classes: int | None) -> tuple[str,
     without a head any number of different names will do. Labels are a comfort, and a bad card does not make a bad
     adapter.
     """
-    if not (folder / CARD_FILE).exists():
+    path = optional_file(folder, CARD_FILE, where)
+    if path is None:
         return None
-    path = checked_file(folder, CARD_FILE, where)
     try:
-        metadata = ModelCard(read_text(path, MAX_CARD_BYTES), ignore_metadata_errors=True).data.to_dict()
-        labels = _label_list(metadata)
-    except Exception:  # noqa: BLE001 - YAML, Unicode and type errors of a file that anyone may have written
+        labels = _label_list(read_card(path).metadata)
+    except (OSError, KeyError, TypeError, ValueError):
         return None
     if not labels or len(labels) > MAX_CLASSES:
         return None

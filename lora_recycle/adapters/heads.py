@@ -48,13 +48,13 @@ class Head:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PooledHead(Head):
-    """A linear layer on the image's feature ([`Backbone.pool`]): for CLIP the normed CLS token."""
+    """A linear layer on the image's feature ([`Backbone.pool_features`]): for CLIP the normed CLS token."""
 
     def width(self, backbone: Backbone) -> int:
         return backbone.hidden_size
 
     def read(self, backbone: Backbone, hidden: torch.Tensor) -> torch.Tensor:
-        return backbone.pool(hidden)
+        return backbone.pool_features(hidden)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,7 +76,7 @@ class TextHead(PooledHead):
         return (self.weight if self.projection is None else self.projection).shape[1]
 
     def read(self, backbone: Backbone, hidden: torch.Tensor) -> torch.Tensor:
-        features = backbone.pool(hidden)
+        features = backbone.pool_features(hidden)
         if self.projection is not None:
             features = F.linear(features, self.projection.to(features))
         return F.normalize(features, dim=-1)

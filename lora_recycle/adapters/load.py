@@ -27,6 +27,10 @@ from .pull import AdapterInfo, file_changed, read_tensors
 MAX_REMEMBERED = 64
 
 
+class WeightsNeeded(AdapterError):
+    """Whether an adapter fits cannot be told from the names and shapes of a base model alone."""
+
+
 @dataclass
 class LoadedAdapter:
     """An adapter read for one headless live model.
@@ -80,7 +84,7 @@ def load_adapter(
     tensors = read_tensors(info)  # only now: nothing of an absurd size gets this far
     state_dict = {names[key]: tensors[key] for key in sorted(names)}
     heads = {part: tensors[key] for part, key in head.items()}
-    _check_numbers(info, state_dict | {head[part]: tensor for part, tensor in heads.items()}, saved)
+    check_numbers(info, state_dict | {head[part]: tensor for part, tensor in heads.items()}, saved)
     info = dataclasses.replace(info, generation=4) if converted else info
     pooled = POOLED_HEAD in shapes
     return LoadedAdapter(info, peft_config, state_dict, heads.get("weight"), heads.get("bias"), pooled)
@@ -117,6 +121,8 @@ def _check_against_model(
     if config not in met:
         try:
             made = _expected_tensors(peft_config, model)
+        except WeightsNeeded:
+            raise
         except Exception as error:  # noqa: BLE001 - PEFT raises anything for settings that anyone may have written
             raise AdapterError(f"{info.where}: PEFT cannot build this adapter on the model: {error}") from error
         if len(met) >= MAX_REMEMBERED:
@@ -135,13 +141,15 @@ def _check_against_model(
     return expected
 
 
-def _check_numbers(info: AdapterInfo, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Indices are whole numbers and all the rest, the head too, is floating point; nothing is NaN or infinite."""
+def check_numbers(info: AdapterInfo, tensors: dict[str, Tensor], expected: dict[str, Tensor] | None = None) -> None:
+    """Raise `AdapterError` where a number is NaN or infinite; of keys that are `expected` also where it is of another
+    kind, whole or floating point, and of all others where it is not floating point."""
     for key, tensor in tensors.items():
-        floating = key not in expected or expected[key].is_floating_point()
-        if tensor.is_complex() or tensor.is_floating_point() != floating:
-            kind = "floating point" if floating else "whole numbers"
-            raise AdapterError(f"{info.where}: {info.file}: {key} must be {kind}, got {tensor.dtype}.")
+        if expected is not None:
+            floating = key not in expected or expected[key].is_floating_point()
+            if tensor.is_complex() or tensor.is_floating_point() != floating:
+                kind = "floating point" if floating else "whole numbers"
+                raise AdapterError(f"{info.where}: {info.file}: {key} must be {kind}, got {tensor.dtype}.")
         if not torch.isfinite(tensor).all():
             raise AdapterError(f"{info.where}: {info.file}: {key} holds NaN or infinity.")
 
@@ -154,11 +162,14 @@ def _expected_tensors(peft_config: PeftConfig, model: nn.Module) -> dict[str, Te
     }
     memo |= {id(b): b.detach().to("meta") for b in model.buffers()}
     try:
-        return _saved_by_peft(peft_config, copy.deepcopy(model, memo), low_cpu_mem_usage=True)
-    except NotImplementedError:  # types whose shapes follow from the values of the base's weights
-        return _saved_by_peft(peft_config, copy.deepcopy(model).float().cpu(), low_cpu_mem_usage=False)
+        # a device of this thread's own; PEFT's low_cpu_mem_usage would replace a function of torch for all threads
+        with torch.device("meta"):
+            return _saved_by_peft(peft_config, copy.deepcopy(model, memo))
+    except (NotImplementedError, RuntimeError):  # types whose shapes follow from numbers, the base's or their own
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise WeightsNeeded("only the weights of its base model tell the shapes of its tensors.") from None
+        return _saved_by_peft(peft_config, copy.deepcopy(model).float().cpu())
 
 
-def _saved_by_peft(peft_config: PeftConfig, model: nn.Module, low_cpu_mem_usage: bool) -> dict[str, Tensor]:
-    wearing = wrap(model, copy.deepcopy(peft_config), low_cpu_mem_usage=low_cpu_mem_usage)
-    return get_peft_model_state_dict(wearing, save_embedding_layers=False)
+def _saved_by_peft(peft_config: PeftConfig, model: nn.Module) -> dict[str, Tensor]:
+    return get_peft_model_state_dict(wrap(model, copy.deepcopy(peft_config)), save_embedding_layers=False)

@@ -11,16 +11,18 @@ def truncate(b: torch.Tensor, a: torch.Tensor, rank: int | None) -> tuple[torch.
 
 
 def decompose(b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """B A as factors that are its singular vectors, largest first, each times the root of its singular value.
+    """B A as factors that are its singular vectors, largest first, each times the root of its singular value."""
+    return as_factors(*svd_of_product(b, a))
 
-    B A is formed only where that is the smaller computation.
-    """
+
+def svd_of_product(b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The thin SVD U, S, V^T of B A, which is formed only where that is the smaller computation."""
     if b.shape[1] < min(b.shape[0], a.shape[1]):
         q_b, r_b = torch.linalg.qr(b)
         q_a, r_a = torch.linalg.qr(a.T)
         u, s, vh = torch.linalg.svd(r_b @ r_a.T)
-        return as_factors(q_b @ u, s, vh @ q_a.T)
-    return as_factors(*torch.linalg.svd(b @ a, full_matrices=False))
+        return q_b @ u, s, vh @ q_a.T
+    return torch.linalg.svd(b @ a, full_matrices=False)
 
 
 def cut(b: torch.Tensor, a: torch.Tensor, rank: int | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,9 +12,7 @@ The head was trained with a bias that the code does not save (it starts from a r
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,12 +21,13 @@ from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, CLIPModel
+from transformers import CLIPModel
 
+from ..backbones.base_models import BaseModel
 from ..errors import AdapterError
-from ..hub.download import resolve_commit
-from ..hub.embedded import resolve_backbone
 from ..hub.repo_files import MAX_CLASSES, WEIGHTS_FILE
+from ..runtime.files import creating_folder
+from ..runtime.outputs import check_output
 from .files import POOLED_HEAD, read_shapes
 from .keys import PEFT_PREFIX
 
@@ -50,11 +49,11 @@ def import_paper_file(
 
     Raises:
         AdapterError: the file is no such file (which tensor is missing, unknown, or of another shape), is damaged or
-            not finite; the base model is no CLIP model; or `output` is there already.
+            not finite; or the base model is no CLIP model.
+        StorageError: `output` is there and not empty, or cannot be written.
     """
     file, output = Path(file), Path(output)
-    if output.exists():
-        raise AdapterError(f"{output}: is there already. Name a new folder.")
+    check_output(output)
     if file.suffix != ".safetensors" or not file.is_file():
         raise AdapterError(f"{file}: no such .safetensors file. Files of other kinds could run code and are not read.")
     shapes = read_shapes(file, str(file))
@@ -67,33 +66,20 @@ def import_paper_file(
     rank = shapes["w_a_000"][0]
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["q_proj", "v_proj"], inference_mode=True)
     config.base_model_name_or_path, config.revision = str(base_model), base_revision
-    _write(output, config, renamed)
+    with creating_folder(output) as new:
+        config.save_pretrained(str(new))
+        tensors = {key: tensor.contiguous() for key, tensor in renamed.items()}
+        save_file(tensors, new / WEIGHTS_FILE, metadata={"format": "pt"})
     return output
 
 
 def _load_base(name: str | Path, revision: str | None, hub: dict) -> CLIPModel:
-    path, options = resolve_backbone(name), {**hub, "revision": revision}
-    try:
-        if not Path(path).is_dir():
-            options["revision"] = resolve_commit(path, revision, **hub)
-        kind = AutoConfig.from_pretrained(path, **options).model_type
-        if kind != "clip":
-            raise AdapterError(
-                f"{name}: is a {kind} model, but the paper's code tunes CLIP. Name the CLIP model, whole."
-            )
-        loaded: Any = CLIPModel.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
+    base = BaseModel.pull(name, revision, **hub)
+    if base.model_type != "clip":
+        raise AdapterError(
+            f"{name}: is a {base.model_type} model, but the paper's code tunes CLIP. Name the CLIP model, whole."
         )
-    except AdapterError:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise AdapterError(f"{name}: the base model cannot be loaded ({reason}).") from error
-    model, loading = loaded
-    if loading["missing_keys"]:
-        lacking = ", ".join(sorted(loading["missing_keys"])[:3])
-        raise AdapterError(f"{name}: its weights are not whole; it lacks {lacking}.")
-    return model
+    return cast(CLIPModel, base.load(CLIPModel, base.whole_config()))
 
 
 def _peft_names(shapes: dict[str, tuple[int, ...]], model: CLIPModel, where: str) -> dict[str, str]:
@@ -138,15 +124,3 @@ def _read_finite(file: Path) -> dict[str, Tensor]:
         if not torch.isfinite(tensor).all():
             raise AdapterError(f"{file}: {name} holds NaN or infinity.")
     return {name: tensor.float() for name, tensor in tensors.items()}
-
-
-def _write(output: Path, config: LoraConfig, tensors: dict[str, Tensor]) -> None:
-    """The folder appears when it is whole: a hidden one is not taken for an adapter."""
-    partial = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        config.save_pretrained(str(partial))
-        tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

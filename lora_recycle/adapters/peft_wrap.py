@@ -5,25 +5,23 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-
-if TYPE_CHECKING:
-    from torch import nn
+from ..backbones.base_models import LOADING
 
 
 def wrap(model: nn.Module, config: PeftConfig, **options: Any) -> PeftModel:
     """`peft.get_peft_model`, which changes `model` in place, with the base's name in `config` left as it was.
 
     PEFT would put the folder that the model was loaded from there, and warn of it. It also asks newer transformers for
-    a property by its older name, which warns too.
+    a property by its older name, which warns too. One thread at a time: filters of warnings are the process's.
     """
     name, config.base_model_name_or_path = config.base_model_name_or_path, None
-    with warnings.catch_warnings():
+    with LOADING, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         wrapped = get_peft_model(model, config, **options)
     config.base_model_name_or_path = name
@@ -36,7 +34,7 @@ Layers: TypeAlias = dict[str, Any]
 
 @contextlib.contextmanager
 def wear_layers(model: nn.Module, layers: Layers) -> Iterator[None]:
-    """Put PEFT layers (`Adapter.layers`) around the modules of `model`; they are taken off again."""
+    """Put PEFT layers (`Adapter.peft_layers`) around the modules of `model`; they are taken off again."""
     own = {path: model.get_submodule(path) for path in layers}
     try:
         for path, layer in layers.items():

@@ -20,6 +20,7 @@ from ..hub.repo_files import CODES_FILE, CONFIG_FILE, WEIGHTS_FILE
 from ..runtime.files import file_sha256
 from ..runtime.untrusted import count
 from .files import (
+    check_checksums,
     download,
     guess_generation,
     head_classes,
@@ -110,7 +111,7 @@ def find_adapters(folder: str | Path) -> list[Path]:
     """The folder itself if it is an adapter, else its direct sub-folders that are, sorted by name.
 
     Raises:
-        AdapterError: the folder is missing or holds no adapter.
+        AdapterError: the folder is missing or holds no adapter, or a link to one that lies elsewhere.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -118,10 +119,15 @@ def find_adapters(folder: str | Path) -> list[Path]:
     if (folder / CONFIG_FILE).is_file():
         return [folder]
     # a hidden folder is one that a writer has not finished
-    found = sorted(p.parent for p in folder.glob(f"*/{CONFIG_FILE}") if not p.parent.name.startswith("."))
-    if not found:
+    folders = sorted(p.parent for p in folder.glob(f"*/{CONFIG_FILE}") if not p.parent.name.startswith("."))
+    if outside := [path for path in folders if not path.resolve().is_relative_to(folder.resolve())]:
+        raise AdapterError(
+            f"{folder}: {outside[0].name} is a link that leaves the folder, to {outside[0].resolve()}. To use that "
+            "adapter, name its own folder."
+        )
+    if not folders:
         raise AdapterError(f"{folder}: no adapter here; neither it nor its sub-folders hold {CONFIG_FILE}.")
-    return found
+    return folders
 
 
 def pull_adapter(
@@ -157,12 +163,13 @@ def _describe(folder: Path, name: str, revision: str | None) -> AdapterInfo:
     where = f"{name}@{revision}" if revision else name
     config, file = read_config(folder, where), weights_file(folder)
     bits, shapes = read_codes(folder, where) if file == CODES_FILE else (None, read_header(folder, where))
-    num_classes = head_classes(shapes, where)
+    num_classes, sha256 = head_classes(shapes, where), file_sha256(folder / file)
+    check_checksums(folder, where, config, sha256)
     return AdapterInfo(
         name=name,
         path=folder,
         revision=revision,
-        sha256=file_sha256(folder / file),
+        sha256=sha256,
         base_model=config.get("base_model_name_or_path"),
         base_revision=config.get("revision"),
         peft_type=config["peft_type"],

@@ -18,14 +18,14 @@ from safetensors.torch import load, save
 
 from ..errors import ConfigError
 from ..hub.repo_files import CODES_FILE, WEIGHTS_FILE
-from ..runtime.files import atomic_write
 from ..runtime.untrusted import (
+    check_names,
     check_total,
     checked_shape,
     count,
     parse_json,
+    parse_safetensors_header,
     read_safetensors_header,
-    safetensors_metadata,
 )
 from .centroids import Coded, coded, coded_product
 
@@ -93,21 +93,19 @@ def check_bits(bits: int) -> None:
 
 
 def store_weights(folder: Path, bits: int | None) -> None:
-    """Store a folder's plain weights in so many bits, None as they are. Of the two files one stays.
+    """Store a folder's plain weights in so many bits, None as they are. It is one that is being written.
 
     Raises:
         ConfigError: another number of bits.
     """
-    coded = folder / CODES_FILE
     if bits is None:
-        coded.unlink(missing_ok=True)
         return
     check_bits(bits)
     plain = folder / WEIGHTS_FILE
     config = parse_json((folder / "adapter_config.json").read_bytes())
     name, data = weights_bytes(load(plain.read_bytes()), bits, config)
-    atomic_write(folder / name, data)
-    (plain if name == CODES_FILE else coded).unlink(missing_ok=True)
+    plain.unlink()
+    (folder / name).write_bytes(data)
 
 
 def read_coded_header(path: Path) -> tuple[int, dict[str, tuple[int, ...]]]:
@@ -116,8 +114,8 @@ def read_coded_header(path: Path) -> tuple[int, dict[str, tuple[int, ...]]]:
     Raises:
         ValueError: the header is no such header, or codes and centroids are not as many as its shapes say.
     """
-    stored = read_safetensors_header(path)
-    bits, shapes = _parse(safetensors_metadata(path))
+    header = read_safetensors_header(path)
+    stored, (bits, shapes) = header.bounded_shapes(), _parse(header.metadata)
     packed = sum(_bytes_of(shape, bits) for shape in shapes.values())
     expected = {"codes": (packed,), "centroids": (len(shapes), 2**bits)} if shapes else {}
     for name, shape in expected.items():
@@ -137,8 +135,7 @@ def decode(data: bytes) -> dict[str, torch.Tensor]:
         ValueError: codes that are no bytes, or centroids that are no numbers.
     """
     tensors = load(data)
-    length = int.from_bytes(data[:8], "little")
-    bits, shapes = _parse(parse_json(data[8 : 8 + length]).get("__metadata__"))
+    bits, shapes = _parse(parse_safetensors_header(data).metadata)
     codes, centroids = (tensors.pop(name, torch.empty(0)) for name in ("codes", "centroids"))
     if shapes and (codes.dtype != torch.uint8 or not centroids.is_floating_point()):
         raise ValueError(f"codes must be bytes and centroids numbers, got {codes.dtype} and {centroids.dtype}")
@@ -162,4 +159,5 @@ def _parse(metadata: Any) -> tuple[int, dict[str, tuple[int, ...]]]:
     bits = header.get("bits")
     if type(bits) is not int or bits not in CODE_BITS:
         raise ValueError(f"bits must be one of {', '.join(map(str, CODE_BITS))}, got {str(bits)[:80]}")
+    check_names(header["shapes"])
     return bits, {key: checked_shape(key, shape) for key, shape in header["shapes"].items()}

@@ -99,6 +99,22 @@ def pull_adapters(
     return infos
 
 
+def named_base(info: AdapterInfo) -> str:
+    """The base model that an adapter names: for one of the Hub a repo id, since a path is its author's.
+
+    Raises:
+        AdapterError: it names none, or an adapter of the Hub names a path.
+    """
+    if info.base_model is None:
+        raise AdapterError(f"{info.where}: adapter_config.json names no base model. Pass base_model=...")
+    if info.revision and (".." in info.base_model or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", info.base_model)):
+        raise AdapterError(
+            f"{info.where}: adapter_config.json names the local path {info.base_model[:200]!r} as its base model, "
+            "which means nothing on this machine. Pass base_model=..."
+        )
+    return info.base_model
+
+
 def agree_on_base(
     infos: Sequence[AdapterInfo], bad: BadAdapters, base_revision: str | None = None
 ) -> tuple[str, str | None, list[AdapterInfo]]:
@@ -118,11 +134,7 @@ def agree_on_base(
         raise AdapterError(f"{infos[0].where}: adapter_config.json names no base model. Pass base_model=...")
     chosen = counts.most_common(1)[0][0]
     first = next(info for info in infos if base(info) == chosen)
-    if first.revision and (".." in chosen[0] or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", chosen[0])):
-        raise AdapterError(
-            f"{first.where}: adapter_config.json names the local path {chosen[0]!r} as its base model, which means "
-            "nothing on this machine. Pass base_model=..."
-        )
+    named_base(first)
     agreeing = []
     for info in infos:
         with bad.handled(info.where):
@@ -153,8 +165,8 @@ def adapter_ids(
         AdapterError: a source is missing, empty or cannot be looked up.
     """
     sources = [sources] if isinstance(sources, (str, Path)) else list(sources)
-    found = [one for source in sources for one in _ids_of(str(source), token, local_files_only)]
-    return list(dict.fromkeys(found))
+    ids = [one for source in sources for one in _ids_of(str(source), token, local_files_only)]
+    return list(dict.fromkeys(ids))
 
 
 def _ids_of(source: str, token: Any, local_files_only: bool, in_list: str | None = None) -> list[AdapterId]:

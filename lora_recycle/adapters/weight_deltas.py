@@ -17,7 +17,7 @@ from .load import LoadedAdapter
 from .peft_wrap import Layers, never_called, tuner_layers, wrap
 
 
-#: `factors`, `others` and `layers` of an [`Adapter`].
+#: `factors`, `vector_deltas` and `peft_layers` of an [`Adapter`].
 Parts: TypeAlias = tuple[Factors, dict[str, torch.Tensor], Layers]
 
 
@@ -27,6 +27,8 @@ _PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva", None)
 
 def to_adapter(loaded: LoadedAdapter, backbone: Backbone) -> Adapter:
     """Turn PEFT tensors into weight changes: in closed form for plain LoRA, by merging for every other type.
+
+    On a backbone without weights, where nothing can be merged, adapters of other types have no changes.
 
     Raises:
         AdapterError: the adapter cannot run on the backbone, or gives numbers that are not finite.
@@ -39,17 +41,17 @@ def to_adapter(loaded: LoadedAdapter, backbone: Backbone) -> Adapter:
         and all(k.endswith((".lora_A.weight", ".lora_B.weight")) and t.ndim == 2 for k, t in loaded.state_dict.items())
     )
     try:
-        factors, others, layers = _lora_factors(loaded, backbone) if plain else _peft_changes(loaded, backbone)
+        factors, vector_deltas, layers = _lora_factors(loaded, backbone) if plain else _peft_changes(loaded, backbone)
     except Exception as error:  # noqa: BLE001 - PEFT raises anything for tensors that anyone may have written
         raise AdapterError(
             f"{loaded.info.where}: this adapter of type {loaded.info.peft_type} cannot run on {backbone.name}: {error}"
         ) from error
     bounds = [torch.linalg.norm(b) * torch.linalg.norm(a) for b, a in factors.values()]
-    if not all(value.isfinite().all() for value in [*bounds, *others.values()]):
+    if not all(value.isfinite().all() for value in [*bounds, *vector_deltas.values()]):
         raise AdapterError(f"{loaded.info.where}: its weight changes are not finite.")
     kind = PooledHead if loaded.pooled_head else Head
     head = None if loaded.head_weight is None else kind(loaded.head_weight, loaded.head_bias)
-    return Adapter(loaded.info, factors, others, head, layers)
+    return Adapter(loaded.info, factors, vector_deltas, head, layers)
 
 
 class ChangeSum:
@@ -60,7 +62,7 @@ class ChangeSum:
     """
 
     def __init__(self) -> None:
-        self.others: dict[str, torch.Tensor] = {}
+        self.vector_deltas: dict[str, torch.Tensor] = {}
         self._factors: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._dense: dict[str, torch.Tensor] = {}
 
@@ -75,8 +77,8 @@ class ChangeSum:
             if len(parts) > 1 and sum(b.shape[1] for b, _ in parts) > min(len(b), a.shape[1]):
                 self._dense[module] = self.delta(module)
                 parts.clear()
-        for name, change in adapter.others.items():
-            self.others[name] = self.others[name] + change if name in self.others else change
+        for name, change in adapter.vector_deltas.items():
+            self.vector_deltas[name] = self.vector_deltas[name] + change if name in self.vector_deltas else change
 
     def factors(self, module: str) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(B, A) of the sum, or None where the change itself is held."""
@@ -113,6 +115,8 @@ def _lora_factors(loaded: LoadedAdapter, backbone: Backbone) -> Parts:
 @torch.no_grad()
 def _peft_changes(loaded: LoadedAdapter, backbone: Backbone) -> Parts:
     """What merging changes, where that says all: the merged model must answer as PEFT's own does, else its layers."""
+    if not backbone.has_weights:
+        return {}, {}, {}
     base = {name: p.detach().float().cpu() for name, p in backbone.model.named_parameters()}
     image = torch.randn(1, 3, backbone.image_size, backbone.image_size, generator=torch.Generator().manual_seed(0))
     # indices come from a file too
@@ -136,15 +140,15 @@ def _peft_changes(loaded: LoadedAdapter, backbone: Backbone) -> Parts:
 
 
 def split_changes(changes: dict[str, torch.Tensor]) -> tuple[Factors, dict[str, torch.Tensor]]:
-    """Dense changes by parameter as `Adapter.factors`, of full rank, where they are of matrices, and as `others`."""
-    factors, others = {}, {}
+    """Dense changes by parameter: of matrices as `Adapter.factors`, of full rank, the rest as `vector_deltas`."""
+    factors, vector_deltas = {}, {}
     for name, change in changes.items():
         if change.ndim == 2 and name.endswith(".weight"):
             eye = torch.eye(change.shape[1], device=change.device)
             factors[name.removesuffix(".weight")] = (change, eye)
         else:
-            others[name] = change
-    return factors, others
+            vector_deltas[name] = change
+    return factors, vector_deltas
 
 
 def _wrap(loaded: LoadedAdapter, backbone: Backbone) -> PeftModel:

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoTokenizer, CLIPModel, PreTrainedModel, SiglipModel
 
 from ..backbones.backbone import Backbone
+from ..backbones.base_models import CONFIG_FILES, LOADING, TOKENIZER_FILES, WEIGHT_FILES, BaseModel
 from ..errors import AdapterError, ConfigError
-from ..hub.embedded import resolve_backbone
 from .adapter import Adapter
 from .heads import TextHead
+from .pull import AdapterInfo
 from .sources import BadAdapters
 from .stored import StoredAdapter
 
@@ -21,6 +22,7 @@ from .stored import StoredAdapter
 #: CLIP's own prompt for photographs; `{}` stands for the class name.
 PROMPT = "a photo of a {}."
 _TEXTS_AT_ONCE = 256
+_WHOLE: dict[str, type[PreTrainedModel]] = {"clip": CLIPModel, "siglip": SiglipModel}
 
 
 def give_heads(
@@ -37,24 +39,28 @@ def give_heads(
     The text tower is loaded once for all of them, and not at all where nobody needs it. An adapter whose names make no
     head is bad; with `required` so is one without a head, or with one that does not fit.
     """
-    lacking, heads, reason = [a for a in adapters if a.headless and a.info.labels], [], None
+    lacking, heads, failure = [a for a in adapters if a.headless and a.info.labels], [], None
     if lacking:
         try:
             heads = text_heads(backbone, [a.info.labels or () for a in lacking], prompt, **hub)
         except AdapterError as error:
-            reason = str(error)
+            failure = error
     made, usable = iter(heads), []
     for adapter in adapters:
         with bad.handled(adapter.info.where):
             if adapter.headless and adapter.info.labels:
-                if reason:
-                    where = adapter.info.where
-                    raise AdapterError(f"{where}: has no head, and its class names make none: {reason}")
+                if failure:
+                    raise no_text_head(adapter.info, failure)
                 adapter = adapter.with_head(next(made))
             if required:
                 adapter.require_head(backbone)
             usable.append(adapter)
     return usable
+
+
+def no_text_head(info: AdapterInfo, reason: AdapterError) -> AdapterError:
+    """What is wrong with an adapter whose class names should make its head, and do not."""
+    return AdapterError(f"{info.where}: has no head, and its class names make none: {reason}")
 
 
 def text_heads(
@@ -98,28 +104,27 @@ def text_heads(
 
 def _load_text_tower(backbone: Backbone, hub: dict[str, Any]) -> tuple[Any, Any]:
     """The whole model in float32 on the backbone's device, without the image tower, and its tokenizer."""
-    path, hub = resolve_backbone(backbone.name), {**hub, "revision": backbone.revision}
+    files = CONFIG_FILES | WEIGHT_FILES | TOKENIZER_FILES
+    base = BaseModel.pull(backbone.name, backbone.revision, files, **hub)
+    check_text_tower(base)
+    model: Any = base.load(_WHOLE[base.model_type], base.whole_config())
     try:
-        kind = AutoConfig.from_pretrained(path, **hub).model_type
-        if kind not in ("clip", "siglip"):
-            raise AdapterError(
-                f"{backbone.name}: is a {kind} model without a text tower, and only CLIP and SigLIP, published whole, "
-                "make heads of class names. Use adapters that have heads, or name the whole model as the base."
-            )
-        model, loading = AutoModel.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **hub
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path, **hub)
-    except AdapterError:
-        raise
+        with LOADING:
+            tokenizer = AutoTokenizer.from_pretrained(base.folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # noqa: BLE001 - tokenizers raise anything for files that are missing or damaged
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise AdapterError(f"{backbone.name}: its text tower cannot be loaded ({reason}).") from error
-    if loading["missing_keys"]:  # transformers fills them with random numbers
-        lacking = ", ".join(sorted(loading["missing_keys"])[:3])
-        raise AdapterError(f"{backbone.name}: its text tower is not whole; weights are missing: {lacking}.")
     model.vision_model = None  # the backbone is there already
-    return model.to(backbone.device).eval(), tokenizer
+    return model.to(backbone.device), tokenizer
+
+
+def check_text_tower(base: BaseModel) -> None:
+    """Raise `AdapterError` where a base model is of a type without a text tower that makes heads."""
+    if base.model_type not in _WHOLE:
+        raise AdapterError(
+            f"{base.name}: is a {base.model_type} model without a text tower, and only CLIP and SigLIP, published "
+            "whole, make heads of class names. Use adapters that have heads, or name the whole model as the base."
+        )
 
 
 def _token_ids(tokenizer: Any, texts: list[str]) -> list[set[int]]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
+from typing import Any
 
 import torch
 
 from ..reports.gallery import data_uri, show_attention
+from ..reports.html_page import render
 from .session import Answer
 
 
@@ -32,29 +33,19 @@ STYLE = """
 
 def answers_html(answers: Sequence[Answer], patch_size: int) -> str:
     """All answers, in the order of the images."""
-    figures = [_figure(number, answer, patch_size) for number, answer in enumerate(answers, 1)]
-    return f'<div class="answers">{"".join(figures)}</div>'
+    return str(render("answers.html", answers=[_shown(answer, patch_size) for answer in answers]))
 
 
-def _figure(number: int, answer: Answer, patch_size: int) -> str:
-    best, *_ = answer.probabilities
-    lit = show_attention(answer.pixels, answer.attention, patch_size)
-    bars = "".join(_bar(name, value) for name, value in list(answer.probabilities.items())[:CLASSES_SHOWN])
-    hidden = len(answer.probabilities) - CLASSES_SHOWN
-    more = f"<p>and {hidden} less likely classes</p>" if hidden > 0 else ""
-    return (
-        f'<figure><div class="pictures"><img src="{data_uri(answer.pixels)}" alt="new image {number}">'
-        f'<img src="{data_uri(lit)}" alt="the same, bright where the model looked"></div>'
-        f"<figcaption><h3>{escape(best)}</h3><ol>{bars}</ol>{more}<p>{_looked_at(answer.attention)}</p>"
-        "</figcaption></figure>"
-    )
-
-
-def _bar(name: str, probability: float) -> str:
-    return (
-        f"<li><span>{escape(name)}</span><b>{probability:.1%}</b>"
-        f'<div class="bar" aria-hidden="true"><i style="width:{100 * probability:.1f}%"></i></div></li>'
-    )
+def _shown(answer: Answer, patch_size: int) -> dict[str, Any]:
+    bars = [(name, f"{value:.1%}", f"{100 * value:.1f}") for name, value in answer.probabilities.items()]
+    return {
+        "image": data_uri(answer.pixels),
+        "lit": data_uri(show_attention(answer.pixels, answer.attention, patch_size)),
+        "best": next(iter(answer.probabilities)),
+        "bars": bars[:CLASSES_SHOWN],
+        "hidden": len(bars) - CLASSES_SHOWN,
+        "looked_at": _looked_at(answer.attention),
+    }
 
 
 def _looked_at(attention: torch.Tensor) -> str:

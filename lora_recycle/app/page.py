@@ -3,32 +3,42 @@
 from __future__ import annotations
 
 import functools
+import ipaddress
 import os
+import re
 import webbrowser
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from ..adapters.sources import one_id
-from ..errors import ConfigError, DataError, LoraRecycleError
-from ..hub.cards import is_repo_id
+from ..errors import ConfigError, DataError, LoRARecycleError
+from ..hub.markdown import code
 from ..modeling.meta_lora import MetaLoRAForFewShotClassification
 from .answers import STYLE, answers_html
+from .models import ServedModels
 from .session import FewShotSession
+from .uploads import is_upload, upload_folder, without_folder
 
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported: nothing is to leave this machine
 try:
     import gradio as gr
     from gradio.processing_utils import save_bytes_to_cache
+    from starlette.middleware import Middleware
+
+    from .guard import Guard
 except ImportError as error:
     raise ConfigError(f"The page needs Gradio ({error}). Install it: pip install 'lora-recycle[app]'") from error
 
 
 MAX_CLASSES = 20
-MODELS_KEPT = 2  # meta-LoRAs in memory
+MAX_WAITING = 50  # visitors whose turn has not come
+MAX_FILE_BYTES = 50 * 1024**2
 ZIP_NAME = "fitted_task.zip"
 _START = 2  # classes shown at first
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _CSS = (
     STYLE
     + """
@@ -66,10 +76,12 @@ def build_page(model: str = "demo", *, device: Any = None, folders: bool = True)
         folders: whether visitors may name folders of this machine, or only repo ids.
 
     Raises:
-        LoraRecycleError: it cannot be loaded.
+        LoRARecycleError: it cannot be loaded.
     """
-    load = functools.lru_cache(maxsize=MODELS_KEPT)(functools.partial(load_model, device=device))
-    first = load(model)
+    upload_folder()  # before Gradio asks where it is
+    models = ServedModels(device)
+    with models.use(model) as first:
+        described = _about(model, first, folders)
     with gr.Blocks(title="lora_recycle", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
         gr.Markdown(_INTRO)
         chosen = gr.State(model)
@@ -82,18 +94,19 @@ def build_page(model: str = "demo", *, device: Any = None, folders: bool = True)
         answers = gr.HTML(label="Answers", elem_id="answers")
         saved = gr.File(label="Fitted task", visible=False, interactive=False)
         with gr.Accordion("Another meta-LoRA", open=False):
-            asked = gr.Textbox(model, label="Repo id, or a folder" if folders else "Repo id", max_lines=1)
+            shown = model if folders or _HUB_NAME.fullmatch(model) else ""
+            asked = gr.Textbox(shown, label="Repo id, or a folder" if folders else "Repo id", max_lines=1)
             choose = gr.Button("Load")
-            about = gr.Markdown(_about(model, first))
+            about = gr.Markdown(described)
         # the model serves one visitor after the other, and nobody but the page
         one: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
         task = [chosen, *names, *images]
-        classify.click(_classify(load), [queries, *task], answers, **one)
-        save.click(_save(load, page), task, saved, **one)
-        choose.click(_choose(load, folders), asked, [chosen, about], **one)
+        classify.click(_classify(models), [queries, *task], answers, **one)
+        save.click(_save(models, page), task, saved, **one)
+        choose.click(_choose(models, folders), asked, [chosen, about], **one)
         page.load(js=_NAMES_FOR_READERS)
-        asked.submit(_choose(load, folders), asked, [chosen, about], **one)
-    return page
+        asked.submit(_choose(models, folders), asked, [chosen, about], **one)
+    return page.queue(api_open=False, max_size=MAX_WAITING)
 
 
 def launch(
@@ -103,7 +116,8 @@ def launch(
     port: int | None = None,
     browser: bool = True,
     device: Any = None,
-    folders: bool = True,
+    folders: bool | None = None,
+    hosts: Sequence[str] = (),
 ) -> gr.Blocks:
     """Serve the page in the background, at `local_url` of what is returned, until its `close`.
 
@@ -112,11 +126,13 @@ def launch(
     Args:
         host: address to listen on; 127.0.0.1 is for this machine alone.
         port: None takes the first free one from 7860 on.
+        folders: whether visitors may name folders of this machine; by default where `host` is for this machine alone.
+        hosts: further names under which browsers reach the page, as of a proxy; others are refused.
 
     Raises:
-        LoraRecycleError: the model cannot be loaded, or the port is taken.
+        LoRARecycleError: the model cannot be loaded, or the port is taken.
     """
-    page = build_page(model, device=device, folders=folders)
+    page = build_page(model, device=device, folders=_is_this_machine(host) if folders is None else folders)
     try:
         page.launch(
             server_name=host,
@@ -129,7 +145,10 @@ def launch(
             ssr_mode=False,
             footer_links=[],
             run_history=False,
-            max_file_size="50mb",
+            max_file_size=MAX_FILE_BYTES,
+            mcp_server=False,
+            enable_monitoring=False,
+            app_kwargs={"middleware": [Middleware(Guard, hosts=[host, *hosts])]},
         )
     except OSError as error:
         raise ConfigError(f"The page cannot listen on {host}:{port or 7860} ({error}). Try another --port.") from error
@@ -141,10 +160,12 @@ def launch(
     return page
 
 
-def load_model(name: str, device: Any = None) -> MetaLoRAForFewShotClassification:
-    """The meta-LoRA of a folder or repo id. Raises `LoraRecycleError` where there is none."""
-    repo, revision = one_id(name)
-    return MetaLoRAForFewShotClassification.from_pretrained(repo, revision=revision, device=device)
+def _is_this_machine(host: str) -> bool:
+    """Whether nobody but this machine reaches what listens on `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _classes() -> tuple[list[gr.Textbox], list[gr.Gallery]]:
@@ -190,50 +211,73 @@ def _session(model: MetaLoRAForFewShotClassification, slots: tuple[Any, ...]) ->
 
 
 def _paths(images: list[tuple[str, str | None]] | None) -> list[str]:
-    return [path for path, _ in images or []]
+    """Where the images lie. Raises `DataError`, in the same words whether or not there is a file, for no upload."""
+    paths = [path for path, _ in images or []]
+    if not all(map(is_upload, paths)):
+        raise DataError("An image was not uploaded to this page. Drop it again.")
+    return paths
 
 
-def _told(function: Callable) -> Callable:
+def _with_reason(function: Callable) -> Callable:
     """What the user can act on appears on the page."""
 
     @functools.wraps(function)
     def wrapped(*arguments: Any) -> Any:
         try:
             return function(*arguments)
-        except (LoraRecycleError, OSError) as error:
-            raise gr.Error(escape(str(error)), print_exception=False) from error
+        except (LoRARecycleError, OSError) as error:
+            raise gr.Error(escape(without_folder(str(error))), print_exception=False) from error
 
     return wrapped
 
 
-def _classify(load: Callable) -> Callable:
+def _classify(models: ServedModels) -> Callable:
     def classify(queries: list[tuple[str, str | None]] | None, name: str, *slots: Any) -> str:
-        model = load(name)
-        return answers_html(_session(model, slots).classify(_paths(queries)), model.backbone.patch_size)
+        with models.use(name) as model:
+            return answers_html(_session(model, slots).classify(_paths(queries)), model.backbone.patch_size)
 
-    return _told(classify)
+    return _with_reason(classify)
 
 
-def _save(load: Callable, page: gr.Blocks) -> Callable:
+def _save(models: ServedModels, page: gr.Blocks) -> Callable:
     def save(name: str, *slots: Any) -> gr.File:
-        packed = _session(load(name), slots).save()
+        with models.use(name) as model:
+            packed = _session(model, slots).save()
         return gr.File(save_bytes_to_cache(packed, ZIP_NAME, page.GRADIO_CACHE), visible=True)
 
-    return _told(save)
+    return _with_reason(save)
 
 
-def _choose(load: Callable, folders: bool) -> Callable:
+def _choose(models: ServedModels, folders: bool) -> Callable:
     def choose(name: str) -> tuple[str, str]:
         name = name.strip()
-        repo = one_id(name).name
-        if not folders and name != "demo" and not is_repo_id(repo):
-            raise DataError("Name a repo of the Hub, as in org/name.")
-        return name, _about(name, load(name))
+        if not folders and name != "demo":
+            return name, _about_repo(models, name)
+        with models.use(name) as model:
+            return name, _about(name, model, folders)
 
-    return _told(choose)
+    return _with_reason(choose)
 
 
-def _about(name: str, model: MetaLoRAForFewShotClassification) -> str:
-    backbone = model.backbone
-    size = f"{backbone.image_size} pixels, patches of {backbone.patch_size}"
-    return f"In use: `{name}` on `{backbone.name}` ({size}, {len(backbone.layers)} layers), head {model.head.name}."
+def _about_repo(models: ServedModels, name: str) -> str:
+    """Of a repo of the Hub alone. What is wrong is not said in detail: it would tell of this machine's folders."""
+    repo = one_id(name).name
+    if not _HUB_NAME.fullmatch(repo):
+        raise DataError("Name a repo of the Hub, as in org/name.")
+    try:
+        if Path(repo).exists():
+            raise DataError(f"{repo} lies on this machine.")
+        with models.use(name) as model:
+            return _about(name, model, folders=False)
+    except (LoRARecycleError, OSError) as error:
+        told = f"{name}: no meta-LoRA that this page can load. `lora-recycle inspect {name}` elsewhere tells why."
+        raise DataError(told) from error
+
+
+def _about(name: str, model: MetaLoRAForFewShotClassification, folders: bool) -> str:
+    """What is in use; without `folders` only the last part of where it lies."""
+    backbone, names = model.backbone, [name, model.backbone.name]
+    if not folders:
+        names = [name if _HUB_NAME.fullmatch(name) else Path(name).name for name in names]
+    size = f"{backbone.image_size} pixels, patches of {backbone.patch_size}, {len(backbone.layers)} layers"
+    return f"In use: {code(names[0])} on {code(names[1])} ({size}), head {model.head.name}."

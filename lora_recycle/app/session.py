@@ -14,6 +14,7 @@ import torch
 
 from ..backbones.backbone import Backbone
 from ..errors import DataError
+from ..modeling.classifier import SharedTask
 from ..modeling.meta_lora import MetaLoRAForFewShotClassification
 
 
@@ -45,7 +46,8 @@ class FewShotSession:
         (answer,) = session.classify(["new.jpg"])
         session.save()  # a ZIP of the meta-LoRA with the task
 
-    The model may serve several sessions, one call at a time: each call fits it anew, which takes one forward pass.
+    The model may serve several sessions, one call at a time. Each call fits a task of its own, which takes one forward
+    pass, so that no session sees the classes of another.
 
     Args:
         model ([`MetaLoRAForFewShotClassification`]): which meta-LoRA.
@@ -71,17 +73,13 @@ class FewShotSession:
         _check_number(sum(map(len, self.examples.values())) + len(images), "examples")
         self.examples[name] = list(images)
 
-    def fit(self) -> MetaLoRAForFewShotClassification:
-        """The model, fitted to the classes so far.
+    def fit(self) -> SharedTask:
+        """A new task on the model, fitted to the classes so far.
 
         Raises:
             DataError: fewer than two classes, or an image that cannot be read.
         """
-        if len(self.examples) < 2:
-            raise DataError("Show images of at least two classes first.")
-        images = [image for images in self.examples.values() for image in images]
-        labels = [name for name, images in self.examples.items() for _ in images]
-        return self.model.fit(images, labels)
+        return self.model.new_task().fit(*self._support())
 
     def classify(self, images: Sequence[Any]) -> list[Answer]:
         """An answer for each image.
@@ -92,11 +90,12 @@ class FewShotSession:
         if not images:
             raise DataError("Add new images to classify first.")
         _check_number(len(images), "new images")
-        model = self.fit()
-        pixels = model.preprocess(images)
-        rows = model.predict_proba(pixels)
-        attention = torch.cat([patch_attention(model.backbone, part) for part in pixels.split(64)]).cpu()
-        names, seen = model.label_names, _as_seen(model.backbone, pixels)
+        task, backbone = self.fit(), self.model.backbone
+        pixels = self.model.preprocess(images)
+        with torch.inference_mode():
+            rows = task.probabilities(torch.cat([self.model.features(part) for part in pixels.split(64)]))
+        attention = torch.cat([patch_attention(backbone, part) for part in pixels.split(64)]).cpu()
+        names, seen = task.label_names, _as_seen(backbone, pixels)
         return [
             Answer(picture, dict(sorted(zip(names, row, strict=True), key=lambda item: -item[1])), looked)
             for picture, row, looked in zip(seen, rows.tolist(), attention, strict=True)
@@ -110,11 +109,18 @@ class FewShotSession:
         """
         packed = io.BytesIO()
         with tempfile.TemporaryDirectory(prefix="lora-recycle-") as folder:
-            self.fit().save_pretrained(folder)
+            self.model.fit(*self._support()).save_pretrained(folder)
             with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
                 for path in sorted(Path(folder).rglob("*")):
                     archive.write(path, f"{FOLDER_IN_ZIP}/{path.relative_to(folder).as_posix()}")
         return packed.getvalue()
+
+    def _support(self) -> tuple[list[Any], list[str]]:
+        """All examples and their classes."""
+        if len(self.examples) < 2:
+            raise DataError("Show images of at least two classes first.")
+        images = [image for images in self.examples.values() for image in images]
+        return images, [name for name, images in self.examples.items() for _ in images]
 
 
 @torch.inference_mode()

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..errors import AdapterError, DataError
-from ..hub.download import resolve_commit
-from ..hub.embedded import resolve_backbone
+from .base_config import check_processor
+from .base_models import BaseModel
 from .cls_layer import cls_layer
-from .families import FAMILIES, TOWERS
+from .families import FAMILIES
 from .token_selection import (
     ATTENTION_NAME,
     ClsAttention,
@@ -53,6 +53,7 @@ class Backbone(nn.Module):
             raise AdapterError(f"{name}: backbones of type {model.config.model_type} are not supported ({known} are).")
         if family.pooler and not hasattr(model, family.pooler):
             raise AdapterError(f"{name}: has neither a CLS token nor a pooling head, so images have no feature.")
+        check_processor(processor, name)
         model.set_attn_implementation(ATTENTION_NAME)
         _align(model)
         self.model = model.eval().requires_grad_(False)
@@ -74,29 +75,15 @@ class Backbone(nn.Module):
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> Backbone:
-        """Load a backbone and its image processor from a folder or a repo id (`demo`: the embedded one)."""
-        path = resolve_backbone(name_or_path)
-        hub: dict[str, Any] = {
-            "revision": revision,
-            "token": token,
-            "cache_dir": cache_dir,
-            "local_files_only": local_files_only,
-        }
-        try:
-            commit = None if Path(path).is_dir() else resolve_commit(path, **hub)
-            hub["revision"] = commit or revision  # all parts of one commit
-            hub["trust_remote_code"] = False  # left out, transformers asks whether to run it
-            config = AutoConfig.from_pretrained(path, **hub)
-            model_class = TOWERS.get(config.model_type, AutoModel)
-            extra: dict[str, Any] = {"add_pooling_layer": False} if config.model_type in ("vit", "deit") else {}
-            model = model_class.from_pretrained(
-                path, dtype=dtype or torch.float32, use_safetensors=True, **extra, **hub
-            )
-            processor = AutoImageProcessor.from_pretrained(path, backend="pil", **hub)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise AdapterError(f"{name_or_path}: the backbone cannot be loaded ({reason}).") from error
-        backbone = cls(model, processor, str(name_or_path), commit)
+        """Load a backbone and its image processor from a folder or a repo id (`demo`: the embedded one).
+
+        Raises:
+            AdapterError: it is not to be had, damaged, not whole, or of an unknown type.
+        """
+        hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        base = BaseModel.pull(name_or_path, revision, **hub)
+        model = base.load_tower(dtype or torch.float32)
+        backbone = cls(model, base.image_processor(), base.name, base.commit)
         return backbone.to(device) if device is not None else backbone
 
     @property
@@ -134,6 +121,11 @@ class Backbone(nn.Module):
         if self.model.config.model_type == "deit":
             return 2
         return 1 + getattr(self.model.config, "num_register_tokens", 0)
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether it can be run: one on the meta device has only names and shapes, for adapters to be checked on."""
+        return not next(self.model.parameters()).is_meta
 
     @property
     def device(self) -> torch.device:
@@ -236,7 +228,7 @@ class Backbone(nn.Module):
         output = layer(hidden, None)
         return output[0] if isinstance(output, tuple) else output
 
-    def pool(self, hidden: torch.Tensor) -> torch.Tensor:
+    def pool_features(self, hidden: torch.Tensor) -> torch.Tensor:
         """The image's feature, the normed CLS token or what the family's pooler gives: (B, T, D) to (B, D)."""
         norm = self.model.get_submodule(self.family.norm)
         if self.family.pooler:
@@ -246,7 +238,7 @@ class Backbone(nn.Module):
     def pool_for_head(self, hidden: torch.Tensor) -> torch.Tensor:
         """What this family's classification heads read: (B, T, D) to (B, `head_size`)."""
         if self.family.head_input == "cls":
-            return self.pool(hidden)
+            return self.pool_features(hidden)
         if not self.family.head_before_norm:
             hidden = self.model.get_submodule(self.family.norm)(hidden)
         patches = hidden[:, self.num_prefix_tokens :].mean(1)
@@ -273,7 +265,7 @@ class Backbone(nn.Module):
         *layers, last = self.layers[first:]
         for layer in layers:
             hidden = self._call(layer, hidden)
-        return self.pool(self._call(last, hidden) if self.family.pooler else cls_layer(last, hidden))
+        return self.pool_features(self._call(last, hidden) if self.family.pooler else cls_layer(last, hidden))
 
 
 def _align(model: nn.Module) -> None:
@@ -287,14 +279,38 @@ def _align(model: nn.Module) -> None:
             tensor.data = tensor.data.clone()
 
 
+def check_embeddings(features: torch.Tensor, pixel_values: torch.Tensor, name: str) -> None:
+    """Refuse embeddings (B, D) whose length is not finite: whatever compares them answers the first class.
+
+    Raises:
+        DataError: the images (B, ...) hold NaN or infinity.
+        AdapterError: the images are sound, so the model `name` is not.
+    """
+    if features.float().norm(dim=-1).isfinite().all():
+        return
+    if not pixel_values.isfinite().all():
+        raise DataError("The images hold NaN or infinity, so their embeddings do too. Look at how they were made.")
+    raise AdapterError(
+        f"{name}: embeddings are not finite. Look at the weights of the base model and of the adapter for NaN or "
+        "absurdly large numbers, and at dtype: float16 overflows where bfloat16 and float32 do not."
+    )
+
+
 @torch.inference_mode()
 def extract_features(
     backbone: Backbone, images: torch.Tensor, batch_size: int = 128, kept: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Features of many images, float32 on the CPU: uint8 (N, 3, H, W) to (N, D)."""
+    """Features of many images, float32 on the CPU: uint8 (N, 3, H, W) to (N, D).
+
+    Raises:
+        AdapterError: they are not finite.
+    """
     chunks = []
     for start in range(0, len(images), batch_size):
         part = slice(start, start + batch_size)
         tokens = None if kept is None else kept[part].to(backbone.device)
-        chunks.append(backbone.features(backbone.normalize(images[part]), tokens).float().cpu())
+        pixel_values = backbone.normalize(images[part])
+        features = backbone.features(pixel_values, tokens)
+        check_embeddings(features, pixel_values, backbone.name)
+        chunks.append(features.float().cpu())
     return torch.cat(chunks) if chunks else torch.zeros(0, backbone.hidden_size)

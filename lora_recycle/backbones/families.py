@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
-from transformers import CLIPVisionModel, PreTrainedModel, SiglipVisionModel
+from transformers import (
+    CLIPVisionModel,
+    DeiTModel,
+    Dinov2Model,
+    Dinov2WithRegistersModel,
+    PreTrainedModel,
+    SiglipVisionModel,
+    ViTModel,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +41,12 @@ FAMILIES = {
     "siglip_vision_model": Family("encoder.layers", "post_layernorm", head_input="patches", pooler="head"),
 }
 
-
-#: The image towers of models that are published together with a text tower.
+#: The headless class of each.
 TOWERS: dict[str, type[PreTrainedModel]] = {
-    "clip": CLIPVisionModel,
+    "vit": ViTModel,
+    "deit": DeiTModel,
+    "dinov2": Dinov2Model,
+    "dinov2_with_registers": Dinov2WithRegistersModel,
     "clip_vision_model": CLIPVisionModel,
-    "siglip": SiglipVisionModel,
     "siglip_vision_model": SiglipVisionModel,
 }

@@ -14,7 +14,7 @@ from ..runtime.config import RecipeConfig, read_yaml
 
 
 #: Verbs that have settings. A recipe may hold one section for each.
-SECTIONS = ("tune-pool", "invert", "distill")
+SECTIONS = ("train-adapters", "invert", "distill", "evaluate")
 
 Config = TypeVar("Config", bound=RecipeConfig)
 
@@ -24,7 +24,7 @@ def add_config_arguments(parser: argparse.ArgumentParser, config_class: type[Rec
 
     Flags that are not given leave no trace in the namespace, so that they do not override the recipe.
     """
-    group = parser.add_argument_group("settings", "each flag goes before the same key of --recipe")
+    group = parser.add_argument_group("settings", "a flag overrides the same key of --recipe")
     group.add_argument("--recipe", metavar="FILE", help="YAML file of settings, flat or in sections named after verbs")
     hints = typing.get_type_hints(config_class)
     for f in dataclasses.fields(config_class):
@@ -78,6 +78,8 @@ def _flag(hint: Any, choices: tuple[str, ...] | None) -> dict[str, Any]:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         inner = next(a for a in typing.get_args(hint) if a is not type(None))
         return {"type": _or_none(inner), "metavar": _metavar(inner)}
+    if typing.get_origin(hint) is tuple:
+        return {"type": typing.get_args(hint)[0], "nargs": "+", "metavar": _metavar(typing.get_args(hint)[0])}
     if typing.get_origin(hint) is dict:
         return {"type": _pair, "nargs": "*", "metavar": "NAME=NUMBER"}
     if hint is bool:
@@ -120,6 +122,8 @@ def _default(f: dataclasses.Field) -> Any:
 def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return " ".join(f"{key}={number:g}" for key, number in value.items()) or "none"
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "none"
     if isinstance(value, bool):
         return "on" if value else "off"
     return "none" if value is None else str(value)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..hub.embedded import pool_path
+from ..runtime.terminal import printable, single_line
 
 
 if TYPE_CHECKING:
@@ -21,9 +22,9 @@ Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Rows in aligned columns under a header, numbers to the right."""
+    """Rows in aligned columns under a header, numbers to the right, each row on one line."""
     rows = [list(row) for row in rows]
-    lines = [list(header)] + [["-" if cell is None else str(cell) for cell in row] for row in rows]
+    lines = [list(header)] + [["-" if cell is None else single_line(str(cell)) for cell in row] for row in rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     numeric = [
         bool(rows) and all(isinstance(row[i], (int, float, type(None))) for row in rows) for i in range(len(widths))
@@ -37,9 +38,14 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     )
 
 
+def echo(text: object) -> None:
+    """A result on stdout. With `note` the only way to the terminal: names in it come from anyone."""
+    print(printable(str(text)), flush=True)
+
+
 def note(text: str) -> None:
     """A remark on stderr: what the user should know but no program should parse."""
-    print(text, file=sys.stderr)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 _quiet = False  # of the command that runs in this process; `main` sets it
@@ -59,9 +65,11 @@ def hint(command: str) -> None:
 
 def add_base_model_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--base-model", metavar="X", help="folder or repo id of the base; by default what adapters name"
+        "--base-model",
+        metavar="X",
+        help="folder or repo id of the base model (default: the one that the adapters name)",
     )
-    parser.add_argument("--base-revision", metavar="R", help="its branch, tag or commit")
+    parser.add_argument("--base-revision", metavar="R", help="branch, tag or commit of the base model")
 
 
 def add_on_error_argument(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +77,7 @@ def add_on_error_argument(parser: argparse.ArgumentParser) -> None:
         "--on-error",
         choices=("raise", "skip"),
         default="raise",
-        help="whether an adapter that cannot be used stops the run, or is left out and told (default: %(default)s)",
+        help="stop at an adapter that cannot be used, or skip it and list it (default: %(default)s)",
     )
 
 
@@ -78,8 +86,8 @@ def add_resume_argument(parser: argparse.ArgumentParser) -> None:
         "--resume",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="go on with what an interrupted run of the same settings left in the output folder, which is what "
-        "happens by default; --no-resume deletes it and starts again",
+        help="continue an interrupted run with the same settings in the output folder; --no-resume deletes what is "
+        "there and starts over (default: resume)",
     )
 
 
@@ -87,7 +95,7 @@ def add_device_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device",
         metavar="D",
-        help="where to compute, as torch names it: cpu, cuda, cuda:1, mps (default: a GPU where there is one)",
+        help="device, as torch names it: cpu, cuda, cuda:1, mps (default: a GPU if there is one)",
     )
 
 
@@ -95,19 +103,19 @@ def add_class_names_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--class-names",
         metavar="NAMES",
-        help="class names of adapters without a head: cat,dog for all of them, a .txt file with one in each line, "
-        "or a .yaml or .json file with a list, or with a list for each adapter",
+        help="class names for adapters without a head: cat,dog for all of them, a .txt file with one per line, or a "
+        ".yaml or .json file with one list, or with a list for each adapter",
     )
 
 
 #: What names a meta-LoRA, for the help.
-META_LORA_HELP = "folder or repo id (org/name@revision) of a meta-LoRA, or demo for the shipped one"
+META_LORA_HELP = "meta-LoRA: a folder, a repo id (org/name@revision), or demo for the shipped one"
 #: In how many bits weights can be stored, for the help.
-BITS_HELP = "32 or 16 (bfloat16), plain PEFT; 8, 4, 2 or 1, codes that lora_recycle alone reads"
+BITS_HELP = "32 or 16 (bfloat16) for plain PEFT; 8, 4, 2 or 1 for codes that only lora_recycle reads"
 #: The strings that name adapters, for the help.
 POOL_HELP = (
-    "folders of adapters, adapters, repo ids (org/name@revision), .txt files with one of them in each line, "
-    "collection:org/slug, search:tag,tag, author:org, or demo for the shipped ones"
+    "adapters: folders, folders of adapters, repo ids (org/name@revision), .txt files with one of these per line, "
+    "collection:org/slug, search:tag,tag, author:org, or demo for the shipped pool"
 )
 
 
@@ -138,11 +146,11 @@ def load_pool(args: argparse.Namespace, **options: Any) -> AdapterPool:
         **options,
     )
     if is_main_process():
-        tell_skipped(pool.skipped, len(pool))
+        notify_skipped(pool.skipped, len(pool))
     return pool
 
 
-def tell_skipped(skipped: Sequence[tuple[str, str]], used: int) -> None:
+def notify_skipped(skipped: Sequence[tuple[str, str]], used: int) -> None:
     """A table of the adapters that were left out, and why, on stderr."""
     if skipped:
         note(f"{len(skipped)} of {used + len(skipped)} adapters skipped:\n{table(('skipped', 'reason'), skipped)}")

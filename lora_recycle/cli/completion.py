@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from .common import echo
+
 
 SHELLS = ("bash", "zsh", "fish")
 #: What an argument is called in the help where it may be a file or a folder.
@@ -33,7 +35,7 @@ class PrintCompletion(argparse.Action):
                 action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]  # where shtab looks for it
             elif action.metavar in PATHS:
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
-        print(shtab.complete(parser, str(values)))
+        echo(shtab.complete(parser, str(values)))
         parser.exit()
 
 

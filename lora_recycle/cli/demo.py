@@ -1,4 +1,4 @@
-"""`lora-recycle demo`: the whole way, from the shipped adapters to a meta-LoRA that is judged on real images."""
+"""`lora-recycle demo`: all steps, from the shipped adapters to a meta-LoRA that is evaluated on real images."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import argparse
 import shlex
 from typing import Any
 
-from .common import Subparsers, add_device_argument, checked_device, hint, note
+from .common import Subparsers, add_device_argument, checked_device, echo, hint, note
 
 
 EPILOG = """\
 examples:
   lora-recycle demo                                      a few minutes on two cores, no network
-  lora-recycle demo --data photos --data test.parquet    judge it on your images as well
+  lora-recycle demo --data photos --data test.parquet    evaluate on your images as well
   lora-recycle demo --pool pool --recipe my_recipe.yaml --output runs/mine
 
-Finished parts are kept when the command is run again.
+Run the same command again to resume.
 """
 
 
 def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParser:
-    summary = "run the whole way on the shipped adapters and real images"
+    summary = "run all steps on the shipped adapters, and evaluate on real images"
     parser = subparsers.add_parser("demo", help=summary, description=summary, epilog=EPILOG, **options)
-    parser.add_argument("--output", default="runs/demo", metavar="DIR", help="where all goes (default: %(default)s)")
+    parser.add_argument("--output", default="runs/demo", metavar="DIR", help="output folder (default: %(default)s)")
     parser.add_argument(
-        "--data", nargs="+", action="extend", default=[], metavar="PATH", help="more real images to judge it on"
+        "--data", nargs="+", action="extend", default=[], metavar="PATH", help="more labelled images to evaluate on"
     )
     parser.add_argument("--recipe", metavar="FILE", help="YAML file with the sections invert and distill")
     parser.add_argument("--pool", metavar="FOLDER", help="adapters to recycle (default: the shipped ones)")
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     result = run_demo(
         args.output, data=args.data, recipe=args.recipe, pool=pool, device=device, progress=not args.quiet
     )
-    print(format_table(result.rows))
+    echo(format_table(result.rows))
     for remark in result.notes:
         note(remark)
     note(f"Report: {result.report}\nUse the new meta-LoRA from Python:\n\n{result.usage}")

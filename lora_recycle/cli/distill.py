@@ -14,12 +14,13 @@ from .common import (
     Subparsers,
     add_pool_arguments,
     add_resume_argument,
+    echo,
     hint,
     is_main_process,
     load_pool,
     note,
+    notify_skipped,
     table,
-    tell_skipped,
 )
 
 
@@ -39,10 +40,10 @@ examples:
   lora-recycle distill pool --surrogate surrogate --output meta_lora --init zero --kl-weight 1 --interpolation-weight 1
   lora-recycle distill pool --surrogate surrogate --output meta_lora --report-to tensorboard
   accelerate launch --num_processes 4 -m lora_recycle distill pool --surrogate surrogate --output meta_lora
-  lora-recycle distill pool --output average --init average --steps 0      the exact average, no training
-  lora-recycle distill pool --output merged --steps 0          the same, with the largest domain at full strength
+  lora-recycle distill pool --output average --init average --steps 0      the exact average, without training
+  lora-recycle distill pool --output merged --steps 0          the same, the largest domain at full strength
 
-A killed run goes on where it was when the command is run again, with --resume or without.
+Run the same command again to resume a run that was interrupted.
 """
 
 
@@ -51,15 +52,22 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
     parser = subparsers.add_parser("distill", help=summary, description=summary, epilog=EPILOG, **options)
     add_pool_arguments(parser)
     parser.add_argument(
-        "--surrogate", metavar="DATA", help="surrogate data of these adapters, a folder or repo id (org/name@revision)"
+        "--surrogate",
+        metavar="DATA",
+        help="surrogate data of these adapters: a folder or a repo id (org/name@revision)",
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder that the meta-LoRA goes to")
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="output folder for the meta-LoRA: new, empty, or one with an earlier meta-LoRA",
+    )
     parser.add_argument(
         "--report-to",
         nargs="+",
         default=[],
         metavar="NAME",
-        help="trackers that get the numbers of every step: tensorboard (writes DIR/work/trackers), wandb, mlflow ...",
+        help="trackers to log every step to: tensorboard (writes DIR/work/trackers), wandb, mlflow ...",
     )
     add_resume_argument(parser)
     add_config_arguments(parser, DistillationConfig)
@@ -69,15 +77,18 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
 def run(args: argparse.Namespace) -> None:
     config = build_config(args, DistillationConfig)
     if args.surrogate is None and config.steps > 0:
-        raise ConfigError("distill needs --surrogate DIR (what invert wrote); only --steps 0 goes without.")
+        raise ConfigError("distill needs --surrogate DIR, the output of invert, unless --steps is 0.")
     from ..adapters.sources import one_id
     from ..distillation.callbacks import Trackers
-    from ..distillation.saving import save_meta_lora, wrap_student
-    from ..distillation.trainer import MetaLoraTrainer
+    from ..distillation.saving import save_meta_lora
+    from ..distillation.trainer import MetaLoRATrainer
+    from ..modeling.serialization import OUTPUT
     from ..reports.training_report import write_training_report
     from ..runtime.launch_checks import check_same
+    from ..runtime.outputs import check_output, claim_output
     from ..surrogate.dataset import SurrogateDataset
 
+    check_output(args.output, OUTPUT)
     surrogate = None
     if args.surrogate:
         name, revision = one_id(args.surrogate)
@@ -90,32 +101,31 @@ def run(args: argparse.Namespace) -> None:
     check_same(verb=args.verb, settings=config.to_dict(), adapters=adapters, surrogate=shards)
     folder = Path(args.output) / "work"
     callbacks = [Trackers(args.report_to, folder / "trackers")] if args.report_to else []
-    trainer = MetaLoraTrainer(pool, surrogate, config, callbacks)
+    trainer = MetaLoRATrainer(pool, surrogate, config, callbacks)
     if is_main_process():
-        tell_skipped(trainer.excluded, len(trainer.pool))
+        notify_skipped(trainer.excluded, len(trainer.pool))
+        claim_output(args.output, OUTPUT)
     trainer.train(folder, progress=not args.quiet, resume=args.resume)
     if not is_main_process():
         return
-    model = wrap_student(trainer)
+    model = trainer.to_model()
     save_meta_lora(model, args.output)
     if trainer.history:
         report = write_training_report(Path(args.output) / "report.html", trainer, model.settings, args.output)
         if not args.quiet:
             note(f"Report: {report}")
     rows = [(name, *(float(f"{v:.4g}") for v in (values[0], values[-1]))) for name, values in trainer.history.items()]
-    print(
-        table(("loss", "first step", "last step"), rows) if rows else f"{args.output}: the initialisation, untrained"
-    )
-    _tell_share(trainer.student)
-    if trainer.judged.best_step:  # the trainer itself says so where the start is kept
-        note(trainer.judged.verdict())
+    echo(table(("loss", "first step", "last step"), rows) if rows else f"{args.output}: the initialisation, untrained")
+    _notify_share(trainer.student)
+    if trainer.selection.best_step:  # the trainer itself says so where the start is kept
+        note(trainer.selection.verdict())
     if trainer.skipped:
         steps = ", ".join(map(str, trainer.skipped))
-        note(f"{len(trainer.skipped)} of {config.steps} steps were left out, for spikes of the loss: {steps}")
+        note(f"{len(trainer.skipped)} of {config.steps} steps were skipped because of spikes of the loss: {steps}")
     hint(f"lora-recycle evaluate {shlex.quote(args.output)} --data PATH --pool {shlex.join(args.pool)}")
 
 
-def _tell_share(student: Student) -> None:
+def _notify_share(student: Student) -> None:
     """What the rank leaves of the average that the student started from, where that is not nearly all."""
     share = student.average_share(student.rank)
     if share < ENOUGH_OF_AVERAGE:
@@ -123,8 +133,8 @@ def _tell_share(student: Student) -> None:
         while student.average_share(higher) < ENOUGH_OF_AVERAGE:
             higher *= 2
         note(
-            f"Rank {student.rank} holds {share:.0%} of the average that it starts from (of its squared norm). What is "
-            f"cut off may be worth having: --rank {higher} holds {student.average_share(higher):.0%}."
+            f"Rank {student.rank} holds only {share:.0%} of the squared norm of the average that it starts from; "
+            f"--rank {higher} would hold {student.average_share(higher):.0%}."
         )
 
 
@@ -132,8 +142,8 @@ def _with_images(pool: AdapterPool, surrogate: SurrogateDataset) -> AdapterPool:
     """The adapters that have surrogate images: those that could not be inverted are told and left out."""
     inverted = {entry["adapter"]["sha256"] for entry in surrogate.manifest["shards"]}
     kept = [i for i, info in enumerate(pool.infos) if info.sha256 in inverted]
-    reason = f"{surrogate.folder} holds no images of it"
+    reason = f"{surrogate.folder} has no images of it"
     without = [(info.where, reason) for info in pool.infos if info.sha256 not in inverted]
     if is_main_process():
-        tell_skipped(without, len(kept))
+        notify_skipped(without, len(kept))
     return pool.subset(kept)

@@ -1,4 +1,4 @@
-"""`lora-recycle evaluate`: a meta-LoRA and its rivals on real images, all on the same episodes."""
+"""`lora-recycle evaluate`: a meta-LoRA and the baselines on real images, all on the same episodes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
+from ..evaluation.config import EvaluationConfig
 from ..hub.embedded import backbone_name
+from .arguments import add_config_arguments, build_config
 from .common import (
     META_LORA_HELP,
     POOL_HELP,
@@ -18,6 +20,7 @@ from .common import (
     add_device_argument,
     add_on_error_argument,
     checked_device,
+    echo,
     hint,
     load_pool,
     note,
@@ -34,98 +37,73 @@ examples:
   lora-recycle evaluate demo --data photos                    folders photos/cat, photos/dog, ...
   lora-recycle evaluate meta_lora --data test.parquet --pool pool --json results.json
   lora-recycle evaluate someone/meta-lora --data cifar10 --split test --ways 10 --shots 1 5 20
-  lora-recycle evaluate demo --data photos --no-pool          quicker: only frozen and meta-lora
+  lora-recycle evaluate demo --data photos --no-pool          faster: only frozen and meta-lora
   lora-recycle evaluate demo --data photos --methods average ties nearest-group
-  lora-recycle evaluate demo --data photos --head lda transductive_em     other few-shot heads as well
+  lora-recycle evaluate demo --data photos --heads lda transductive_em     more few-shot heads
 
-methods: frozen (class centres on the bare backbone) and meta-lora, always; frozen-centred, frozen-euclidean. With a
-pool, none of them tuned: average (of all weight changes), average-rank-16, ensemble (all adapters, one forward each),
+methods: frozen (prototypes on the bare backbone) and meta-lora, always; frozen-centred, frozen-euclidean. With a pool,
+all without tuning: average (of all weight changes), average-rank-16, ensemble (all adapters, one forward pass each),
 random (a control), magnitude, dare, ties, knots (merges), restored, undiluted, group-sum, nearest-group (groups of
-like adapters), class-statistics (the adapter whose classes the support set is most like; needs heads), arrow (routes
-tokens to adapters). docs/methods.md says which to use when.
+similar adapters), class-statistics (the adapter whose classes are most similar to the support set; needs heads), arrow
+(routes tokens to adapters). docs/methods.md says when to use which.
 
-heads, each on frozen and on meta-lora: cosine_centres, euclidean_centres, lda, logistic_regression,
-transductive_laplacian, transductive_transport, transductive_em; the transductive ones see all queries of an episode at
-once. docs/concepts.md says what they assume.
+heads, each on frozen and on meta-lora: cosine_prototypes, euclidean_prototypes, lda, logistic_regression,
+transductive_laplacian, transductive_transport, transductive_em; the transductive ones classify all queries of an
+episode jointly. docs/concepts.md says what they assume.
 """
 
 
 def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParser:
-    summary = "judge a meta-LoRA and its rivals on real images"
+    summary = "compare a meta-LoRA with baselines on real images"
     parser = subparsers.add_parser("evaluate", help=summary, description=summary, epilog=EPILOG, **options)
     parser.add_argument("model", metavar="MODEL", help=META_LORA_HELP)
     parser.add_argument(
         "--data",
         required=True,
         metavar="PATH",
-        help="parquet file, data set folder, folder of class folders or Hub id",
+        help="labelled images: a parquet file, a data set folder, a folder of class folders or a Hub id",
     )
     parser.add_argument(
-        "--split", metavar="S", help="split of the data set (default: test, else validation, else train)"
-    )
-    parser.add_argument("--max-per-class", type=int, metavar="N", help="use at most so many images of each class")
-    for name, default, text in (
-        ("ways", 5, "classes of an episode"),
-        ("queries", 15, "query images of each class, fewer where a class has fewer"),
-        ("episodes", 600, "few-shot tasks to average over"),
-        ("seed", 0, "seed of the episodes"),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
-    parser.add_argument(
-        "--shots", type=int, nargs="+", default=[1, 5], metavar="N", help="support images (default: 1 5)"
-    )
-    parser.add_argument(
-        "--methods",
-        nargs="+",
-        metavar="M",
-        help="what to judge, or all (default: frozen-centred and, with a pool, average, ensemble, random)",
+        "--split",
+        metavar="S",
+        help="split of the data set (default: test, else validation, else train)",
     )
     pools = parser.add_mutually_exclusive_group()
-    pools.add_argument("--pool", nargs="+", metavar="POOL", help=f"adapters to compare with: {POOL_HELP}")
-    pools.add_argument("--no-pool", action="store_true", help="leave out the methods that need a pool")
-    parser.add_argument("--head", nargs="+", default=[], metavar="NAME", help="few-shot heads to judge as well")
-    parser.add_argument("--json", metavar="FILE", help="write the rows to this file as well")
+    pools.add_argument("--pool", nargs="+", metavar="POOL", help=f"compare with these {POOL_HELP}")
+    pools.add_argument("--no-pool", action="store_true", help="skip the methods that need a pool")
+    parser.add_argument("--json", metavar="FILE", help="also write the rows to this file")
     add_on_error_argument(parser)
     add_base_model_argument(parser)
     add_device_argument(parser)
+    add_config_arguments(parser, EvaluationConfig)
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.max_per_class is not None and args.max_per_class < 1:
-        raise ConfigError(f"--max-per-class must be at least 1, got {args.max_per_class}")
+    config = build_config(args, EvaluationConfig)
     from ..adapters.sources import one_id
-    from ..evaluation.evaluate import ALL_METHODS, evaluate
+    from ..evaluation.evaluate import evaluate
     from ..evaluation.results import format_table
     from ..images.labelled import load_labelled_images
     from ..modeling.meta_lora import MetaLoRAForFewShotClassification
     from ..runtime.files import atomic_write
+    from ..runtime.outputs import check_file, holds_json
 
+    if args.json:
+        check_file(args.json, lambda path: holds_json(path, "rows"), "results of evaluate")
     device = checked_device(args.device)
     name, revision = one_id(args.model)
     model = MetaLoRAForFewShotClassification.from_pretrained(
         name, revision=revision, base_model=args.base_model, base_revision=args.base_revision, device=device
     )
     size, resample = model.backbone.image_size, int(model.backbone.processor.resample)
-    data = load_labelled_images(args.data, size, resample, args.max_per_class, args.split, args.seed)
-    result = evaluate(
-        data,
-        model,
-        pool=_load_pool(args, model),
-        methods=ALL_METHODS if args.methods == ["all"] else args.methods,
-        heads=args.head,
-        ways=args.ways,
-        shots=args.shots,
-        queries=args.queries,
-        episodes=args.episodes,
-        seed=args.seed,
-        progress=not args.quiet,
-    )
-    print(format_table(result.rows))
+    data = load_labelled_images(args.data, size, resample, config.max_per_class, args.split, config.seed)
+    result = evaluate(data, model, config, pool=_load_pool(args, model), progress=not args.quiet)
+    echo(format_table(result.rows))
     for remark in result.notes:
         note(remark)
     if args.json:
-        atomic_write(Path(args.json), json.dumps({"rows": result.rows}, indent=1).encode())
+        atomic_write(Path(args.json), json.dumps({"rows": result.rows}, indent=1, allow_nan=False).encode())
     hint(f"lora-recycle predict {shlex.quote(args.model)} --support FOLDER_OF_CLASS_FOLDERS IMAGES...")
 
 
@@ -138,5 +116,7 @@ def _load_pool(args: argparse.Namespace, model: MetaLoRAForFewShotClassification
     pool = load_pool(args)
     mine, theirs = backbone_name(model.backbone.name), backbone_name(pool.backbone.name)
     if mine != theirs:
-        raise ConfigError(f"{args.model} adapts {mine}, the pool {theirs}. If they are the same, pass --base-model.")
+        raise ConfigError(
+            f"{args.model} adapts {mine}, but the pool adapts {theirs}. Pass --base-model if they are the same."
+        )
     return pool

@@ -8,46 +8,50 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .common import META_LORA_HELP, Subparsers, add_base_model_argument, hint, table
+from .common import META_LORA_HELP, Subparsers, add_base_model_argument, echo, hint, table
 
 
 EPILOG = """\
 examples:
   lora-recycle export demo --task photos --output deployed            folders photos/cat, photos/dog, ...
-  lora-recycle export my_task --output deployed                       a model that was saved with its task
+  lora-recycle export my_task --output deployed                       a model saved with its task
   lora-recycle export meta_lora --output embedder                     without a task: pixels to embeddings
   lora-recycle export meta_lora --format torch --output embedder      a torch.export program (.pt2)
   lora-recycle export meta_lora --format transformers --output vit    a plain transformers checkpoint
 
-onnx needs: pip install 'lora-recycle[onnx]'. What is written is loaded again and compared with the model; export.json
-beside it says how images become its input and how far the answers lie apart.
+ONNX needs: pip install 'lora-recycle[onnx]'. The exported file is loaded and compared with the model; export.json
+describes the preprocessing and the largest difference.
 """
 
 
 def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParser:
-    summary = "write a model as ONNX, torch.export program or transformers checkpoint"
+    summary = "export a model as ONNX, a torch.export program or a transformers checkpoint"
     parser = subparsers.add_parser("export", help=summary, description=summary, epilog=EPILOG, **options)
     parser.add_argument("model", metavar="MODEL", help=META_LORA_HELP)
     parser.add_argument(
-        "--task", metavar="FOLDER", help="folder with one folder of examples for each class (or a parquet file)"
+        "--task", metavar="FOLDER", help="folder of examples with one folder per class, or a parquet file"
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write into")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="new or empty folder, or that of an earlier export"
+    )
     parser.add_argument(
         "--format", choices=("onnx", "torch", "transformers"), default="onnx", help="default: %(default)s"
     )
-    parser.add_argument("--head", metavar="NAME", help="few-shot head (default: the one that MODEL was saved with)")
+    parser.add_argument("--head", metavar="NAME", help="few-shot head (default: the one MODEL was saved with)")
     add_base_model_argument(parser)
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
     if args.task and args.format == "transformers":
-        raise ConfigError("--task: a transformers checkpoint holds the network alone. Use --format onnx or torch.")
+        raise ConfigError("--task: a transformers checkpoint holds only the network. Use --format onnx or torch.")
     from ..adapters.sources import one_id
     from ..images.labelled import load_labelled_images
-    from ..modeling.export import export
+    from ..modeling.export import export, output_kind
     from ..modeling.meta_lora import MetaLoRAForFewShotClassification
+    from ..runtime.outputs import check_output
 
+    check_output(args.output, output_kind(args.format))
     name, revision = one_id(args.model)
     model = MetaLoRAForFewShotClassification.from_pretrained(
         name, revision=revision, head=args.head, base_model=args.base_model, base_revision=args.base_revision
@@ -60,10 +64,11 @@ def run(args: argparse.Namespace) -> None:
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it lists the libraries that it does without
     described = export(model, args.output, args.format)
     difference = f"{described['checked']['difference']:.0e}"
-    rows = [(path, path.stat().st_size) for path in sorted(Path(args.output).iterdir()) if path.is_file()]
-    print(table(("file", "bytes"), rows))
+    written = [path for path in sorted(Path(args.output).iterdir()) if path.is_file() and path.name[0] != "."]
+    rows = [(path, path.stat().st_size) for path in written]
+    echo(table(("file", "bytes"), rows))
     gives = f"{described['output']['shape'][1]} {described['output']['name']}"
     hint(
-        f"docs/deployment.md says how to run it. Of an image it gives {gives}; checked at batches of "
+        f"docs/deployment.md says how to run it. It computes {gives} per image; verified with batches of "
         f"{', '.join(map(str, described['checked']['batch_sizes']))}, largest relative difference {difference}."
     )

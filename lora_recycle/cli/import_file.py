@@ -6,7 +6,7 @@ import argparse
 import shlex
 from typing import Any
 
-from .common import Subparsers, hint
+from .common import Subparsers, echo, hint
 
 
 EPILOG = """\
@@ -18,17 +18,17 @@ The file holds w_a_000, w_b_000, ... and fc_512in_5out, as the code of the paper
 
 
 def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParser:
-    summary = "turn an adapter that the paper's own code saved into a PEFT folder"
+    summary = "convert an adapter saved by the paper's own code into a PEFT folder"
     parser = subparsers.add_parser("import", help=summary, description=summary, epilog=EPILOG, **options)
-    parser.add_argument("file", metavar="FILE", help="safetensors file that the paper's code saved")
+    parser.add_argument("file", metavar="FILE", help="safetensors file saved by the paper's code")
     parser.add_argument("--base-model", required=True, metavar="X", help="folder or repo id of the CLIP model")
-    parser.add_argument("--base-revision", metavar="R", help="its branch, tag or commit")
-    parser.add_argument("--output", required=True, metavar="DIR", help="new folder that the adapter goes to")
+    parser.add_argument("--base-revision", metavar="R", help="branch, tag or commit of the CLIP model")
+    parser.add_argument("--output", required=True, metavar="DIR", help="new folder for the adapter")
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
     from ..adapters.paper_format import import_paper_file
 
-    print(import_paper_file(args.file, args.base_model, args.output, base_revision=args.base_revision))
+    echo(import_paper_file(args.file, args.base_model, args.output, base_revision=args.base_revision))
     hint(f"lora-recycle inspect {shlex.quote(args.output)}")

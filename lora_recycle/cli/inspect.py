@@ -1,8 +1,9 @@
-"""`lora-recycle inspect`: what adapters, pools and surrogate data are, read without a model."""
+"""`lora-recycle inspect`: what adapters, pools and surrogate data are, read without the weights of a model."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 import shlex
@@ -10,22 +11,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, DataError
+from ..runtime.terminal import single_line
 from .common import (
     META_LORA_HELP,
     POOL_HELP,
     Subparsers,
     add_class_names_argument,
     add_on_error_argument,
+    echo,
     hint,
     note,
+    notify_skipped,
     sources,
     table,
-    tell_skipped,
 )
 
 
 if TYPE_CHECKING:
     from ..adapters.pull import AdapterInfo
+    from ..adapters.usability import Usability
     from ..backbones.backbone import Backbone
     from ..surrogate.dataset import SurrogateDataset
 
@@ -33,19 +37,21 @@ if TYPE_CHECKING:
 EPILOG = """\
 examples:
   lora-recycle inspect demo                                the shipped pool
-  lora-recycle inspect pool/cats someone/vit-lora-birds@v1 a folder and a repo of the Hub
+  lora-recycle inspect pool/cats someone/vit-lora-birds@v1 a folder and a repo on the Hub
   lora-recycle inspect search:base_model:adapter:google/vit-base-patch16-224,peft --on-error skip
-  lora-recycle inspect surrogate                           surrogate data that invert made
+  lora-recycle inspect surrogate                           surrogate data made by invert
   lora-recycle inspect surrogate --images                  a page of its images, masks and confidences
-  lora-recycle inspect surrogate --images --meta-lora meta_lora --data photos    and maps before and after
+  lora-recycle inspect surrogate --images --meta-lora meta_lora --data photos    with maps before and after
   lora-recycle inspect pool --json | jq '.[].sha256'
-  lora-recycle inspect search:peft,birds --on-error skip --short > ids.txt      as other verbs take it: id@commit
+  lora-recycle inspect search:peft,birds --on-error skip --short > ids.txt      pinned: id@commit
 """
 
 ADAPTER_HEADER = (
     *("name", "base", "revision", "type", "rank", "targets", "classes", "labels"),
-    *("transformers", "converted", "size", "commit"),
+    *("transformers", "converted", "size", "usable", "commit"),
 )
+#: The page of `--images`.
+PAGE = "images.html"
 SHARD_HEADER = ("adapter", "images", "accuracy", "confidence")
 
 
@@ -56,21 +62,26 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
     add_on_error_argument(parser)
     add_class_names_argument(parser)
     output = parser.add_mutually_exclusive_group()
-    output.add_argument("--json", action="store_true", help="print everything that is known as JSON")
-    output.add_argument("--short", action="store_true", help="print names only, pinned to commits: a list for ids.txt")
+    output.add_argument("--json", action="store_true", help="print all details as JSON")
+    output.add_argument("--short", action="store_true", help="print only names, pinned to commits, for ids.txt")
     output.add_argument("--images", action="store_true", help="write images.html into each surrogate folder")
-    parser.add_argument("--meta-lora", metavar="X", help=f"with --images: maps without and with it; {META_LORA_HELP}")
-    parser.add_argument("--data", metavar="PATH", help="with --images: real images on the map, in class folders")
+    parser.add_argument(
+        "--meta-lora",
+        metavar="X",
+        help=f"with --images: also map the embeddings without and with this {META_LORA_HELP}",
+    )
+    parser.add_argument("--data", metavar="PATH", help="with --images: real images for the map, in class folders")
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
     from ..adapters.class_names import name_classes
     from ..adapters.sources import BadAdapters, pull_adapters
+    from ..adapters.usability import check_usable
     from ..surrogate.dataset import MANIFEST, SurrogateDataset
 
     if (args.meta_lora or args.data) and not args.images:
-        raise ConfigError("--meta-lora and --data go with --images.")
+        raise ConfigError("--meta-lora and --data need --images.")
     named = sources(args.what)
     folders = [name for name in named if (Path(name) / MANIFEST).is_file()]
     surrogates = [SurrogateDataset.from_pretrained(folder) for folder in folders]
@@ -80,23 +91,30 @@ def run(args: argparse.Namespace) -> None:
     bad = BadAdapters(args.on_error)
     infos = pull_adapters([name for name in named if name not in folders], bad, progress=not args.quiet)
     infos = name_classes(infos, args.class_names, [name for name, _ in bad.skipped])
+    checked = [] if args.short else check_usable(infos)
     if args.json:
-        everything = [{"kind": "adapter", **info.to_dict()} for info in infos]
+        everything: list[dict[str, Any]] = [
+            {"kind": "adapter", **info.to_dict(), **dataclasses.asdict(found)}
+            for info, found in zip(infos, checked, strict=True)
+        ]
         everything += [{"kind": "skipped", "name": name, "reason": reason} for name, reason in bad.skipped]
         everything += [{"kind": "surrogate", "path": str(s.folder), **s.manifest} for s in surrogates]
-        print(json.dumps(everything, indent=1, default=str))
+        echo(json.dumps(everything, indent=1, default=str, allow_nan=False))
     elif args.short:
         for info in infos:
-            print(info.where if info.revision else info.path)
+            echo(single_line(info.where if info.revision else str(info.path)))
         for surrogate in surrogates:
-            print(surrogate.folder)
+            echo(surrogate.folder)
     else:
-        parts = [table(ADAPTER_HEADER, map(_adapter_row, infos))] if infos else []
+        parts = [table(ADAPTER_HEADER, map(_adapter_row, infos, checked))] if infos else []
+        reasons = [single_line(f"usable: {found}") for found in checked if found.reason]
+        parts += ["\n".join(reasons)] if reasons else []
         parts += [_surrogate_text(surrogate) for surrogate in surrogates]
         if parts:
-            print("\n\n".join(parts))
-    tell_skipped(bad.skipped, len(infos))
-    hint(_next(args, infos, bool(surrogates)))
+            echo("\n\n".join(parts))
+    notify_skipped(bad.skipped, len(infos))
+    if not infos or args.short or any(found.usable is not False for found in checked):
+        hint(_next(args, infos, bool(surrogates)))
 
 
 def _next(args: argparse.Namespace, infos: list[AdapterInfo], surrogate: bool) -> str:
@@ -113,10 +131,14 @@ def _next(args: argparse.Namespace, infos: list[AdapterInfo], surrogate: bool) -
 def _write_pages(args: argparse.Namespace, surrogates: list, others: list) -> None:
     """A page in each surrogate folder; its path goes to stdout."""
     if others or not surrogates:
-        raise DataError(f"{(others or args.what)[0]}: no surrogate data here; --images shows only that.")
+        raise DataError(f"{(others or args.what)[0]}: has no surrogate data, which --images needs.")
     from ..images.labelled import load_labelled_images
+    from ..reports.html_page import is_page
     from ..reports.surrogate_page import map_images, read_patch_size, write_surrogate_page
+    from ..runtime.outputs import check_file
 
+    for surrogate in surrogates:
+        check_file(surrogate.folder / PAGE, is_page, "a page of lora-recycle")
     for surrogate in surrogates:
         views = _views(args, surrogate) if args.meta_lora or args.data else []
         images = None
@@ -126,9 +148,9 @@ def _write_pages(args: argparse.Namespace, surrogates: list, others: list) -> No
             images = map_images(surrogate, load_labelled_images(args.data, *size) if args.data else None)
         patch_size = views[0][1].patch_size if views else read_patch_size(surrogate)
         if patch_size is None:
-            note(f"{surrogate.folder}: the patch size of its backbone is not to be had, so masks are left out.")
-        path = surrogate.folder / "images.html"
-        print(write_surrogate_page(path, surrogate, patch_size=patch_size, images=images, views=views))
+            note(f"{surrogate.folder}: the patch size of its backbone is not available, so masks are not shown.")
+        path = surrogate.folder / PAGE
+        echo(write_surrogate_page(path, surrogate, patch_size=patch_size, images=images, views=views))
     hint(f"lora-recycle distill POOL --surrogate {shlex.join(args.what)} --output meta_lora")
 
 
@@ -144,11 +166,11 @@ def _views(args: argparse.Namespace, surrogate: SurrogateDataset) -> list[tuple[
         worn = MetaLoRAForFewShotClassification.from_pretrained(name, revision=revision).backbone
         views, base = [("With the meta-LoRA", worn)], {"name": worn.name, "revision": worn.revision}
     if not base.get("name"):
-        raise DataError(f"{surrogate.folder}: its manifest names no backbone. Name one with --meta-lora.")
+        raise DataError(f"{surrogate.folder}: its manifest names no backbone. Pass one with --meta-lora.")
     return [("Frozen backbone", Backbone.from_pretrained(base["name"], revision=base.get("revision"))), *views]
 
 
-def _adapter_row(info: AdapterInfo) -> tuple[Any, ...]:
+def _adapter_row(info: AdapterInfo, found: Usability) -> tuple[Any, ...]:
     return (
         info.name,
         info.base_model,
@@ -161,6 +183,7 @@ def _adapter_row(info: AdapterInfo) -> tuple[Any, ...]:
         info.generation,
         None if info.converted is None else "yes" if info.converted else "no",
         _size(info.size_bytes),
+        {True: "yes", False: "no", None: "?"}[found.usable],
         _short(info.revision),
     )
 
@@ -185,5 +208,6 @@ def _surrogate_text(surrogate: SurrogateDataset) -> str:
     shards = surrogate.manifest["shards"]
     rows = [(s["adapter"]["name"], s["num_images"], s["accuracy"], s["confidence"]) for s in shards]
     base = surrogate.manifest.get("backbone", {}).get("name", "an unknown base")
-    title = f"{surrogate.folder}: {len(surrogate)} images of {surrogate.num_shards} adapters of {base}"
+    count = f"{len(surrogate)} images of {surrogate.num_shards} adapters"
+    title = single_line(f"{surrogate.folder}: {count} of {base}")
     return f"{title}\n{table(SHARD_HEADER, rows)}"

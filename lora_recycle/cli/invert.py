@@ -13,12 +13,13 @@ from .common import (
     add_class_names_argument,
     add_pool_arguments,
     add_resume_argument,
+    echo,
     hint,
     is_main_process,
     load_pool,
     note,
+    notify_skipped,
     table,
-    tell_skipped,
 )
 
 
@@ -35,7 +36,7 @@ examples:
   lora-recycle invert someone/clip-lora --class-names cat,dog,fox --output surrogate
   accelerate launch --num_processes 4 -m lora_recycle invert pool --output surrogate
 
-When the command is run again (with --resume or without) finished shards are kept and damaged ones are made again.
+Run the same command again to resume: finished shards are kept, damaged ones are rebuilt.
 """
 
 
@@ -44,11 +45,14 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
     parser = subparsers.add_parser("invert", help=summary, description=summary, epilog=EPILOG, **options)
     add_pool_arguments(parser)
     add_class_names_argument(parser)
-    parser.add_argument("--prompt", metavar="TEXT", help="what class names are put into (default: 'a photo of a {}.')")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder that the surrogate data goes to")
+    parser.add_argument("--prompt", metavar="TEXT", help="prompt for class names (default: 'a photo of a {}.')")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="number type of the backbone (default: float32)"
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="output folder for the surrogate data: new, empty, or one with earlier surrogate data",
     )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the backbone (default: float32)")
     add_resume_argument(parser)
     add_config_arguments(parser, InversionConfig)
     return parser
@@ -59,9 +63,12 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from ..adapters.zero_shot_heads import PROMPT
-    from ..inversion.inverter import LoraInverter
+    from ..inversion.inverter import LoRAInverter
     from ..runtime.launch_checks import check_same
+    from ..runtime.outputs import check_output
+    from ..surrogate.dataset import OUTPUT
 
+    check_output(args.output, OUTPUT)
     pool = load_pool(
         args,
         class_names=args.class_names,
@@ -70,20 +77,20 @@ def run(args: argparse.Namespace) -> None:
         dtype=getattr(torch, args.dtype) if args.dtype else None,
     )
     check_same(verb=args.verb, settings=config.to_dict(), adapters=[info.sha256 for info in pool.infos])
-    inverter = LoraInverter(pool, config)
+    inverter = LoRAInverter(pool, config)
     surrogate = inverter.run(args.output, progress=not args.quiet, resume=args.resume)
     if not is_main_process():
         return
     failed = [(entry["name"], entry["reason"]) for entry in inverter.failed]
-    tell_skipped(failed, surrogate.num_shards)
+    notify_skipped(failed, surrogate.num_shards)
     shards = surrogate.manifest["shards"]
     rows = [(s["adapter"]["name"], s["num_images"], s["accuracy"], s["confidence"]) for s in shards]
-    print(table(("adapter", "images", "accuracy", "confidence"), rows))
+    echo(table(("adapter", "images", "accuracy", "confidence"), rows))
     if low := [f"{name} ({score:.2f})" for name, _, _, score in rows if score < LOW_CONFIDENCE]:
         note(
-            f"Their own heads are not sure of the images of {len(low)} adapters: {', '.join(low)}. More --iterations "
-            f"help; `distill --min-confidence {LOW_CONFIDENCE}` leaves them out."
+            f"{len(low)} adapters give their own images a low probability: {', '.join(low)}. Raise --iterations, or "
+            f"leave them out with `distill --min-confidence {LOW_CONFIDENCE}`."
         )
     if not args.quiet:
-        note(f"See them: lora-recycle inspect {shlex.quote(args.output)} --images")
+        note(f"To see the images: lora-recycle inspect {shlex.quote(args.output)} --images")
     hint(f"lora-recycle distill {shlex.join(args.pool)} --surrogate {shlex.quote(args.output)} --output meta_lora")

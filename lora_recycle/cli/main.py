@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 import os
 import shlex
 import sys
+import traceback
 import warnings
 from collections.abc import Iterable, Sequence
+from types import TracebackType
 from typing import Any, NoReturn
 
-from ..errors import ConfigError, LoraRecycleError
+from ..errors import ConfigError, LoRARecycleError
 from ..runtime.signals import Terminated, terminable
+from ..runtime.terminal import printable, single_line
 from ..version import __version__
 from . import (
     app,
@@ -26,17 +30,17 @@ from . import (
     invert,
     predict,
     push,
-    quantise,
+    quantize,
     reproduce,
-    tune_pool,
+    train_adapters,
 )
-from .common import quieten
+from .common import note, quieten
 from .completion import PrintCompletion
 
 
 #: In the order of the work. Each imports torch only when it runs, so that the help answers at once.
 VERBS = (
-    tune_pool,
+    train_adapters,
     import_file,
     inspect,
     invert,
@@ -46,20 +50,20 @@ VERBS = (
     predict,
     app,
     export,
-    quantise,
+    quantize,
     push,
     reproduce,
     demo,
 )
 
 #: Verbs whose work several processes share.
-SHARED = ("tune-pool", "invert", "distill")
+SHARED = ("train-adapters", "invert", "distill")
 
 EPILOG = """\
 examples:
-  lora-recycle demo                                          the whole way on the shipped adapters
-  lora-recycle tune-pool photos --output pool                make adapters from labelled images
-  lora-recycle invert pool --output surrogate                surrogate images from adapters alone
+  lora-recycle demo                                          all steps on the shipped adapters
+  lora-recycle train-adapters photos --output pool                train adapters on labelled images
+  lora-recycle invert pool --output surrogate                surrogate images from adapters only
   lora-recycle distill pool --surrogate surrogate --output meta
   lora-recycle evaluate meta --data new_photos --pool pool
   lora-recycle benchmark recipe.yaml                         many methods, data sets and shots
@@ -67,10 +71,10 @@ examples:
   lora-recycle app --model meta                              the same in the browser
   lora-recycle export meta --task examples --output deployed
   lora-recycle push meta someone/meta-lora
-  lora-recycle reproduce someone/meta-lora                   is it what its sidecar says?
+  lora-recycle reproduce someone/meta-lora                   rebuild it and compare
 
-`lora-recycle VERB --help` lists the settings of a verb and examples. Results go to stdout, all else to stderr.
-exit codes: 0 done, 1 an error that one line tells, 2 wrong usage, 130 Ctrl-C, 143 terminated.
+`lora-recycle VERB --help` lists its settings, with examples. Results go to stdout, everything else to stderr.
+exit codes: 0 success, 1 an error (described in one line), 2 wrong usage, 130 Ctrl-C, 143 terminated.
 """
 
 
@@ -80,10 +84,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     0; 1 for an error, or a `reproduce` that came out otherwise; 130 for Ctrl-C; 143 for SIGTERM. Wrong usage exits
     with 2.
     """
+    if sys.stderr is None:  # `2>&-`; its number is taken, or the next file that is opened would get all messages
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    if sys.stdout is None:  # `>&-`
+        note("lora-recycle: error: stdout is closed. Send it to a file, or to /dev/null.")
+        return 1
     argv = sys.argv[1:] if argv is None else list(argv)
     args = _parsed(argv)
     args.debug, args.quiet = getattr(args, "debug", False), getattr(args, "quiet", False)
     quieten(args.quiet)
+    if logging.lastResort is not None:  # what prints warnings that no one else handles
+        logging.lastResort.setFormatter(_PrintableFormatter())
     try:
         with terminable(), warnings.catch_warnings():
             if not args.debug:
@@ -95,15 +106,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
     except KeyboardInterrupt as interrupt:
         terminated = isinstance(interrupt, Terminated)
-        print(f"\nlora-recycle: {'terminated' if terminated else 'interrupted'}{_way_on(args, argv)}", file=sys.stderr)
+        note(f"\nlora-recycle: {'terminated' if terminated else 'interrupted'}{_way_on(args, argv)}")
         return 143 if terminated else 130
     except BrokenPipeError:  # `lora-recycle inspect pool | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
         if args.debug:
+            sys.excepthook = _print_trace
             raise
-        print(f"lora-recycle: {_process()}{_told(error)}", file=sys.stderr, flush=True)
+        note(f"lora-recycle: {_process()}{_reason(error)}")
         return 1
     return code or 0
 
@@ -112,16 +124,18 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser with all verbs. Nothing here imports torch."""
     common = argparse.ArgumentParser(add_help=False)
     # suppressed, so that the verb's default does not undo what stood before the verb
-    common.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the trace of an error")
-    common.add_argument("--quiet", action="store_true", default=argparse.SUPPRESS, help="no progress bars and hints")
+    common.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+    )
+    common.add_argument("--quiet", action="store_true", default=argparse.SUPPRESS, help="no progress bars, no hints")
     parser = _Parser(
         prog="lora-recycle",
-        description="Recycle LoRAs of vision transformers into one meta-LoRA that classifies new tasks untuned.",
+        description="Recycle LoRAs of vision transformers into one meta-LoRA for new tasks, without tuning.",
         epilog=EPILOG,
         parents=[common],
     )
     parser.add_argument("--version", action="version", version=f"lora-recycle {__version__}")
-    parser.add_argument("--print-completion", action=PrintCompletion, help="completion script of bash, zsh or fish")
+    parser.add_argument("--print-completion", action=PrintCompletion, help="print completion for bash, zsh or fish")
     subparsers = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
     for module in VERBS:
         verb = module.add_parser(subparsers, parents=[common])
@@ -137,7 +151,19 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n`{self.prog} --help` says what there is.\n")
+        self.exit(2, f"{self.prog}: error: {single_line(message)}\nSee `{self.prog} --help`.\n")
+
+
+class _PrintableFormatter(logging.Formatter):
+    """Log records without control characters."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def _print_trace(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What Python prints of an error that nobody caught, without control characters."""
+    note("".join(traceback.format_exception(kind, error, trace)).rstrip())
 
 
 def _parsed(argv: list[str]) -> argparse.Namespace:
@@ -175,23 +201,23 @@ def _process() -> str:
 def _way_on(args: argparse.Namespace, argv: list[str]) -> str:
     """How to go on after an interruption, as the end of a sentence."""
     if not hasattr(args, "resume"):
-        return "; what was finished is kept."
+        return "; finished work is kept."
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        return "; what was finished is kept. Launch the same command again, with --resume, to go on."
+        return "; finished work is kept. Launch the same command again, with --resume, to continue."
     again = [word for word in argv if word not in ("--resume", "--no-resume")]
-    return f"; what was finished is kept. To go on: {shlex.join(['lora-recycle', *again, '--resume'])}"
+    return f"; finished work is kept. To continue: {shlex.join(['lora-recycle', *again, '--resume'])}"
 
 
-def _told(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     """What the user reads: an error's one line, or that this is no error of theirs and where its trace is."""
     if _is_expected(error):
         return f"error: {one_line(error)}"
-    return f"bug: {type(error).__name__}: {one_line(error)} (run it again with --debug for the trace, and report it)"
+    return f"bug: {type(error).__name__}: {one_line(error)} (run it with --debug for the traceback, and report it)"
 
 
 def one_line(error: BaseException) -> str:
     """What went wrong, without line breaks; for the system's errors the file before the reason."""
-    if isinstance(error, OSError) and not isinstance(error, LoraRecycleError) and error.strerror:
+    if isinstance(error, OSError) and not isinstance(error, LoRARecycleError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     else:
         text = str(error) or type(error).__name__
@@ -201,7 +227,7 @@ def one_line(error: BaseException) -> str:
 def _is_expected(error: Exception) -> bool:
     """Whether the user can act on it. safetensors has an error of its own for a full disk, torch for full memory."""
     named = type(error).__name__ in ("SafetensorError", "OutOfMemoryError")
-    return named or isinstance(error, (LoraRecycleError, OSError, MemoryError))
+    return named or isinstance(error, (LoRARecycleError, OSError, MemoryError))
 
 
 def _silence_libraries() -> None:

@@ -1,22 +1,25 @@
-"""`lora-recycle predict`: classify images after one look at a few examples of each class."""
+"""`lora-recycle predict`: classify images from a few examples of each class."""
 
 from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import shlex
-import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
+from ..runtime.terminal import csv_cell, single_line
 from .common import (
     META_LORA_HELP,
     Subparsers,
     add_base_model_argument,
     add_device_argument,
     checked_device,
+    echo,
     hint,
     note,
     table,
@@ -32,31 +35,29 @@ examples:
   lora-recycle predict demo --support examples photo.jpg      folders examples/cat, examples/dog, ...
   lora-recycle predict meta_lora --support examples photos/ --json
   lora-recycle predict meta_lora --support examples photos/ --csv --skip-errors > answers.csv
-  lora-recycle predict demo --support examples photos/ --head transductive_em      all photos as one set
-  lora-recycle predict fitted_model photo.jpg                 a model that was saved with its task
-  lora-recycle predict --support examples photos/*.jpg        without MODEL: the shipped one
+  lora-recycle predict demo --support examples photos/ --head transductive_em      all photos jointly
+  lora-recycle predict fitted_model photo.jpg                 a model saved with its task
+  lora-recycle predict --support examples photos/*.jpg        without MODEL: the shipped meta-LoRA
 
-heads: class_centres, cosine_centres, euclidean_centres, lda, logistic_regression; and, for images that come together
-and belong to the classes shown, transductive_laplacian, transductive_transport, transductive_em.
+heads: prototypes, cosine_prototypes, euclidean_prototypes, lda, logistic_regression; and, for images that are given
+together and all belong to the classes shown, transductive_laplacian, transductive_transport, transductive_em.
 """
 
 
 def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParser:
-    summary = "classify images after one look at a few examples of each class"
+    summary = "classify images from a few examples of each class"
     parser = subparsers.add_parser("predict", help=summary, description=summary, epilog=EPILOG, **options)
-    parser.add_argument("model", metavar="MODEL", help=f"{META_LORA_HELP}; it may be left out before several images")
+    parser.add_argument("model", metavar="MODEL", help=f"{META_LORA_HELP}; may be omitted before several images")
     parser.add_argument(
-        "--support", metavar="FOLDER", help="folder with one folder of examples for each class (or a parquet file)"
+        "--support", metavar="FOLDER", help="folder of examples with one folder per class, or a parquet file"
     )
-    parser.add_argument("images", nargs="+", metavar="IMAGES", help="image files, and folders of them")
-    parser.add_argument("--head", metavar="NAME", help="few-shot head (default: the one that MODEL was saved with)")
+    parser.add_argument("images", nargs="+", metavar="IMAGES", help="image files and folders of images")
+    parser.add_argument("--head", metavar="NAME", help="few-shot head (default: the one MODEL was saved with)")
     forms = parser.add_mutually_exclusive_group()
     forms.add_argument("--json", action="store_true", help="print all class probabilities as JSON")
-    forms.add_argument(
-        "--csv", action="store_true", help="print all class probabilities as CSV, a column p(CLASS) each"
-    )
+    forms.add_argument("--csv", action="store_true", help="print all class probabilities as CSV, in columns p(CLASS)")
     parser.add_argument(
-        "--skip-errors", action="store_true", help="leave out images that cannot be read, and tell them on stderr"
+        "--skip-errors", action="store_true", help="skip images that cannot be read, and list them on stderr"
     )
     add_base_model_argument(parser)
     add_device_argument(parser)
@@ -83,16 +84,16 @@ def run(args: argparse.Namespace) -> None:
     failures: dict[int, str] | None = {} if args.skip_errors else None
     if support:
         model.fit(*support, failures=failures)
-        _tell(failures)
+        _notify(failures)
     elif not model.label_names:
-        raise DataError(f"{args.model} was saved without a task: show examples with --support FOLDER.")
+        raise DataError(f"{args.model} was saved without a task: pass examples with --support FOLDER.")
     probabilities = model.predict_proba(paths, failures=failures, progress=not args.quiet and len(paths) > 64)
-    _tell(failures)
+    _notify(failures)
     if failures and len(failures) == len(paths):
         raise DataError(f"None of the {_images(len(paths))} can be read.")
     read = [number for number in range(len(paths)) if not failures or number not in failures]
     _print(args, [paths[number] for number in read], probabilities[read], model.label_names)
-    hint(f"lora-recycle evaluate {shlex.quote(named)} --data FOLDER measures how often such answers are right.")
+    hint(f"lora-recycle evaluate {shlex.quote(named)} --data FOLDER measures the accuracy on labelled images.")
 
 
 def _model_and_images(args: argparse.Namespace) -> tuple[str, list[str]]:
@@ -103,9 +104,9 @@ def _model_and_images(args: argparse.Namespace) -> tuple[str, list[str]]:
     if first.is_file() or (first.is_dir() and not (first / CONFIG_FILE).exists()):
         if args.support is None:
             raise DataError(
-                f"{first} is no meta-LoRA (it has no {CONFIG_FILE}). Name one, or demo, before the images."
+                f"{first} is not a meta-LoRA (it has no {CONFIG_FILE}). Put one, or demo, before the images."
             )
-        note("No MODEL was given: this is the shipped one, demo.")
+        note("No MODEL given: using demo, the shipped meta-LoRA.")
         return "demo", [args.model, *args.images]
     return args.model, args.images
 
@@ -121,21 +122,29 @@ def _print(args: argparse.Namespace, paths: list[Path], probabilities: torch.Ten
             {"file": str(path), "label": label, "probabilities": dict(zip(names, row, strict=True))}
             for path, label, row in zip(paths, labels, probabilities.tolist(), strict=True)
         ]
-        print(json.dumps(rows, indent=1))
+        echo(json.dumps(rows, indent=1, allow_nan=False))
     elif args.csv:
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(["file", "label", "probability", *(f"p({name})" for name in names)])
-        for path, label, value, row in zip(paths, labels, highest, probabilities.tolist(), strict=True):
-            writer.writerow([path, label, f"{value:.6f}", *(f"{share:.6f}" for share in row)])
+        echo(_csv(names, zip(paths, labels, highest, probabilities.tolist(), strict=True)))
     else:
         shown = [f"{value:.3f}" for value in highest]
-        print(table(("file", "label", "probability"), zip(paths, labels, shown, strict=True)))
+        echo(table(("file", "label", "probability"), zip(paths, labels, shown, strict=True)))
 
 
-def _tell(failures: dict[int, str] | None) -> None:
+def _csv(names: list[str], rows: Iterable[tuple[Path, Any, float, list[float]]]) -> str:
+    """A line for each (file, label, probability, probabilities of all names), no cell of which is a formula."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["file", "label", "probability", *(csv_cell(f"p({name})") for name in names)])
+    for path, label, value, shares in rows:
+        cells = [csv_cell(str(path)), csv_cell(str(label)), f"{value:.6f}"]
+        writer.writerow([*cells, *(f"{share:.6f}" for share in shares)])
+    return text.getvalue().rstrip("\n")
+
+
+def _notify(failures: dict[int, str] | None) -> None:
     """The images that were left out, and why, on stderr."""
     if failures:
-        note("\n".join([f"{_images(len(failures))} skipped:", *failures.values()]))
+        note("\n".join([f"{_images(len(failures))} skipped:", *map(single_line, failures.values())]))
 
 
 def _images(count: int) -> str:
@@ -150,7 +159,7 @@ def _expand(names: list[str]) -> list[Path]:
     paths: list[Path] = []
     for path in map(local_path, names):
         if path.is_dir():
-            paths += images_below(path, "no images below this folder.")
+            paths += images_below(path, "no images in this folder.")
         elif path.is_file():
             paths.append(path)
         else:

@@ -7,33 +7,31 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, PushError
-from .common import BITS_HELP, Subparsers, hint
+from .common import BITS_HELP, Subparsers, echo, hint
 
 
 EPILOG = """\
 examples:
   lora-recycle push meta_lora someone/meta-lora
   lora-recycle push surrogate someone/surrogate --private         a data set repo
-  lora-recycle push meta_lora someone/small-meta-lora --bits 4    a seventh of the size, read by lora_recycle alone
+  lora-recycle push meta_lora someone/small-meta-lora --bits 4    a seventh of the size, only lora_recycle reads it
   lora-recycle push pool/birds-000 someone/vit-lora-birds
   lora-recycle push meta_lora team/meta-lora --create-pr          a pull request, for others to merge
 
-Log in with `hf auth login` or set HF_TOKEN. A push that failed has left nothing in the repo and can be repeated.
+Log in with `hf auth login` or set HF_TOKEN. A failed push leaves nothing in the repo and can be repeated.
 """
 
 
 def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParser:
     summary = "publish a meta-LoRA, surrogate data or an adapter on the Hub"
     parser = subparsers.add_parser("push", help=summary, description=summary, epilog=EPILOG, **options)
-    parser.add_argument("folder", metavar="FOLDER", help="what distill, invert or tune-pool wrote")
-    parser.add_argument("repo_id", metavar="REPO_ID", help="owner/name; made if it is new")
-    parser.add_argument("--private", action="store_true", default=None, help="make a new repo private")
-    parser.add_argument("--revision", metavar="BRANCH", help="branch to push to; made from main if it is new")
+    parser.add_argument("folder", metavar="FOLDER", help="output of distill, invert or train-adapters")
+    parser.add_argument("repo_id", metavar="REPO_ID", help="owner/name; created if missing")
+    parser.add_argument("--private", action="store_true", default=None, help="create a new repo as private")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch to push to; created from main if missing")
     parser.add_argument("--message", metavar="TEXT", help="commit message")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request")
-    parser.add_argument(
-        "--bits", type=int, metavar="N", help=f"store an adapter's weights in so many bits: {BITS_HELP}"
-    )
+    parser.add_argument("--bits", type=int, metavar="N", help=f"bits per weight: {BITS_HELP}")
     return parser
 
 
@@ -47,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     }
     options |= {} if args.bits is None else {"bits": args.bits}
     if args.bits is not None and (folder / "manifest.json").is_file():
-        raise ConfigError("--bits is for adapters; surrogate data has no weights.")
+        raise ConfigError("--bits applies to adapters; surrogate data has no weights.")
     push = _surrogate if (folder / "manifest.json").is_file() else _adapter
     push(folder, args.repo_id, options)
 
@@ -55,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
 def _surrogate(folder: Path, repo_id: str, options: dict) -> None:
     from ..surrogate.dataset import SurrogateDataset
 
-    print(SurrogateDataset.from_pretrained(folder).push_to_hub(repo_id, **options))
+    echo(SurrogateDataset.from_pretrained(folder).push_to_hub(repo_id, **options))
     hint(f"lora-recycle distill POOL --surrogate {repo_id} --output meta_lora")
 
 
@@ -67,9 +65,9 @@ def _adapter(folder: Path, repo_id: str, options: dict) -> None:
         raise PushError(f"{folder}: no such folder.")
     if not (folder / CONFIG_FILE).is_file():
         raise PushError(
-            f"{folder}: no meta-LoRA, surrogate data or adapter here: neither {CONFIG_FILE} nor manifest.json. "
-            "Of a pool, push one adapter's folder at a time."
+            f"{folder}: no meta-LoRA, surrogate data or adapter: it has neither {CONFIG_FILE} nor manifest.json. "
+            "To push a pool, push the folder of each adapter."
         )
-    print(push_adapter_folder(folder, repo_id, **options))
+    echo(push_adapter_folder(folder, repo_id, **options))
     meta_lora = (folder / SIDECAR_FILE).is_file()
     hint(f"lora-recycle {f'predict {repo_id} --support EXAMPLES PHOTOS' if meta_lora else f'inspect {repo_id}'}")

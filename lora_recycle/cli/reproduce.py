@@ -5,32 +5,34 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .common import META_LORA_HELP, POOL_HELP, Subparsers, add_device_argument, note, sources, table
+from .common import META_LORA_HELP, POOL_HELP, Subparsers, add_device_argument, echo, note, sources, table
 
 
 EPILOG = """\
 examples:
-  lora-recycle reproduce someone/meta-lora                    its adapters are fetched at the recorded commits
-  lora-recycle reproduce meta_lora pool                       made of folders, which lie in pool
-  lora-recycle reproduce meta_lora pool --surrogate surrogate  from the surrogate images, not from the adapters alone
+  lora-recycle reproduce someone/meta-lora                    its adapters are downloaded at the recorded commits
+  lora-recycle reproduce meta_lora pool                       its adapters came from folders, now in pool
+  lora-recycle reproduce meta_lora pool --surrogate surrogate  without inverting the adapters again
 
-The exit code is 0 where the weights are the same byte for byte, 1 where they are not. Only the same versions on the
-same kind of machine promise the same bytes; what differs there is listed.
+The exit code is 0 if the weights are identical byte for byte, else 1. This can be expected only with the same versions
+on the same kind of machine; differences of these are listed.
 """
 
 
 def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParser:
-    summary = "make a meta-LoRA again from what it says of its origin, and compare"
+    summary = "rebuild a meta-LoRA from its sidecar and compare"
     parser = subparsers.add_parser("reproduce", help=summary, description=summary, epilog=EPILOG, **options)
     parser.add_argument("model", metavar="META_LORA", help=META_LORA_HELP)
-    parser.add_argument("pool", nargs="*", metavar="POOL", help=f"where its adapters lie, if in folders: {POOL_HELP}")
+    parser.add_argument(
+        "pool", nargs="*", metavar="POOL", help=f"where its adapters are, if they came from folders; {POOL_HELP}"
+    )
     parser.add_argument(
         "--surrogate",
         metavar="DATA",
-        help="its surrogate data, a folder or repo id; without, the adapters are inverted again",
+        help="its surrogate data, a folder or a repo id (default: invert the adapters again)",
     )
     parser.add_argument(
-        "--output", default="runs/reproduced", metavar="DIR", help="where all goes (default: %(default)s)"
+        "--output", default="runs/reproduced", metavar="DIR", help="output folder (default: %(default)s)"
     )
     add_device_argument(parser)
     return parser
@@ -53,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     if result.conditions:
         note(table(("differs", "recorded", "here"), result.conditions))
     if result.identical:
-        print(f"{result.folder}: byte-identical")
+        echo(f"{result.folder}: byte-identical")
         return 0
-    print(f"{result.folder}: not byte-identical; the largest difference of a weight is {result.max_difference:.3g}")
+    echo(f"{result.folder}: not byte-identical; weights differ by up to {result.max_difference:.3g}")
     return 1

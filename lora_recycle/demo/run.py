@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,26 +13,33 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..distillation.checkpoints import OUTPUT as CHECKPOINTS
 from ..distillation.config import DistillationConfig
-from ..distillation.saving import save_meta_lora, wrap_student
-from ..distillation.trainer import MetaLoraTrainer
+from ..distillation.saving import save_meta_lora
+from ..distillation.trainer import MetaLoRATrainer
 from ..errors import ConfigError
+from ..evaluation.config import EvaluationConfig
 from ..evaluation.evaluate import evaluate
 from ..hub.cards import usage_lines
 from ..hub.embedded import pool_path
 from ..images.labelled import LabelledImages, load_labelled_images
 from ..inversion.config import InversionConfig
-from ..inversion.inverter import LoraInverter
+from ..inversion.inverter import LoRAInverter
+from ..modeling.serialization import OUTPUT as META_LORA
 from ..pool.pool import AdapterPool
 from ..reports.training_report import write_training_report
 from ..runtime.config import read_yaml
 from ..runtime.files import atomic_write
+from ..runtime.outputs import OutputKind, check_output, claim_output, holds_json
 from ..surrogate.dataset import Shard, SurrogateDataset
 
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
 IMAGES_PER_CLASS = 40  # of the real data sets that it is judged on
 
+#: What the demo writes to a folder.
+OUTPUT = OutputKind("results of the demo", lambda folder: holds_json(folder / "results.json", "rows"))
+_BATCH = 64  # images in a forward: tokens of more are so large that their memory is mapped anew in each layer
 _MARKER = "demo.json"  # says that a folder of checkpoints is the demo's own, and of which settings
 
 
@@ -70,23 +76,29 @@ def run_demo(
 
     Raises:
         ConfigError: a recipe with an unknown section or key.
-        LoraRecycleError: adapters or images that cannot be used.
+        LoRARecycleError: adapters or images that cannot be used, or an output folder that holds something else.
     """
     output = Path(output)
+    check_output(output, OUTPUT)
     inversion, distillation = read_recipe(recipe or RECIPE)
     adapters = AdapterPool.from_pretrained(pool or pool_path(), device=device, progress=progress)
+    if pool is None:  # the shipped ones fit into memory, and a dozen passes over them follow
+        adapters = AdapterPool(adapters.backbone, list(adapters))
     sets = _real_images(data, adapters)  # read first: a wrong path is found before the work is done
+    claim_output(output, OUTPUT)
     surrogate, inversion_losses = _invert(adapters, inversion, output, progress)
-    trainer = MetaLoraTrainer(adapters, surrogate, distillation)
+    trainer = MetaLoRATrainer(adapters, surrogate, distillation)
     meta_lora = output / "meta_lora"
+    claim_output(meta_lora, META_LORA)
     _train(trainer, meta_lora / "work", progress)
-    model = wrap_student(trainer)
+    model = trainer.to_model()
     save_meta_lora(model, meta_lora)
-    results = [evaluate(images, model, pool=adapters, episodes=episodes, progress=progress) for images in sets]
+    config = EvaluationConfig(episodes=episodes, batch_size=_BATCH)
+    results = [evaluate(images, model, config, pool=adapters, progress=progress) for images in sets]
     rows, notes = [row for r in results for row in r.rows], [text for r in results for text in r.notes]
     model.settings["results"] = rows
     save_meta_lora(model, meta_lora)
-    atomic_write(output / "results.json", json.dumps({"rows": rows}, indent=1).encode())
+    atomic_write(output / "results.json", json.dumps({"rows": rows}, indent=1, allow_nan=False).encode())
     curves = {f"inversion, mean of {len(adapters)} adapters": inversion_losses}
     report = write_training_report(
         output / "report.html", trainer, model.settings, meta_lora, rows=rows, curves=curves
@@ -131,12 +143,12 @@ def _invert(
     pool: AdapterPool, config: InversionConfig, output: Path, progress: bool
 ) -> tuple[SurrogateDataset, list[float]]:
     """The surrogate data and the mean loss of each iteration, which lies beside the shards for the next run."""
-    inverter, path = LoraInverter(pool, config), output / "surrogate" / "losses.json"
+    inverter, path = LoRAInverter(pool, config), output / "surrogate" / "losses.json"
     curves: dict[str, list[float]] = json.loads(path.read_text()) if path.is_file() else {}
 
     def remember(name: str, _: Shard) -> None:
         curves[name] = inverter.losses
-        atomic_write(path, json.dumps(curves).encode())
+        atomic_write(path, json.dumps(curves, allow_nan=False).encode())
 
     folder, resume = output / "surrogate", True
     try:
@@ -149,14 +161,15 @@ def _invert(
     return surrogate, [sum(values) / len(known) for values in zip(*known, strict=True)]
 
 
-def _train(trainer: MetaLoraTrainer, work: Path, progress: bool) -> None:
+def _train(trainer: MetaLoRATrainer, work: Path, progress: bool) -> None:
     """Train, going on from the demo's checkpoint of the same settings and throwing away one of other settings."""
     parts = [trainer.config.to_dict(), [info.sha256 for info in trainer.pool.infos]]
     parts.append([entry["sha256"] for entry in trainer.surrogate.manifest["shards"]])
     identity = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     marker = work / _MARKER
-    if marker.is_file() and marker.read_text() != identity:
-        shutil.rmtree(work)  # the marker says that the demo wrote it; other people's checkpoints stay
-    if not work.exists():
+    # the marker says that the demo trained here; checkpoints of another training stay
+    stale = marker.is_file() and marker.read_text() != identity
+    if stale or not work.exists():
+        claim_output(work, CHECKPOINTS)
         atomic_write(marker, identity.encode())
-    trainer.train(work, progress=progress)
+    trainer.train(work, progress=progress, resume=not stale)

@@ -1,4 +1,4 @@
-"""What looks on while a meta-LoRA is trained: progress bar, trackers, and whoever wants to stop it early."""
+"""Callbacks of the training: the progress bar, experiment trackers, and the base class of a user's own."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from tqdm.auto import tqdm
 
 from ..errors import ConfigError
 from .config import DistillationConfig
-from .judging import Judgements
+from .selection import CheckpointSelection
 from .student import Student
 
 
 class TrainingState(Protocol):
-    """What callbacks see of a [`MetaLoraTrainer`]; they may set `should_stop`."""
+    """What callbacks see of a [`MetaLoRATrainer`]; they may set `should_stop`."""
 
     config: DistillationConfig
     student: Student
     accelerator: Accelerator
     history: dict[str, list[float]]
-    judged: Judgements
+    selection: CheckpointSelection
     should_stop: bool
 
     @property
@@ -30,7 +30,7 @@ class TrainingState(Protocol):
 
 
 class TrainerCallback:
-    """Base of what looks on. Override what you need; each method is called in every process, at the same steps.
+    """Base class of callbacks. Override what you need; each method is called in every process, at the same steps.
 
     Setting `trainer.should_stop` in one process ends the training of all after the next losses are read:
 
@@ -49,9 +49,9 @@ class TrainerCallback:
         """The numbers of one step, in order but some steps late: each weighted loss by name, their sum `loss`,
         `grad_norm`, `lr`, and `skipped`, how many steps were left out so far. `trainer.student` may be newer."""
 
-    def on_judge(self, trainer: TrainingState, step: int, figure: float) -> None:
+    def on_evaluate(self, trainer: TrainingState, step: int, figure: float) -> None:
         """After `step` steps, 0 at the start: the student's error on the classes of adapters that teach nothing, per
-        cent. `on_log` has told all these steps."""
+        cent. `on_log` was called for all these steps."""
 
     def on_train_end(self, trainer: TrainingState) -> None:
         """After the last step, also where the training was stopped or failed."""
@@ -63,7 +63,7 @@ class ProgressBar(TrainerCallback):
     def on_train_begin(self, trainer: TrainingState, step: int) -> None:
         disable = not trainer.accelerator.is_main_process
         self._bar = tqdm(desc="distill", unit="step", initial=step, total=trainer.config.steps, disable=disable)
-        self._judged: dict[str, str] = {}
+        self._evaluated: dict[str, str] = {}
 
     def on_step_end(self, trainer: TrainingState, step: int) -> None:
         self._bar.update()
@@ -72,11 +72,11 @@ class ProgressBar(TrainerCallback):
         shown = {name: f"{values[name]:.3f}" for name in trainer.history}
         if values["skipped"]:
             shown["skipped"] = str(values["skipped"])
-        shown |= self._judged
+        shown |= self._evaluated
         self._bar.set_postfix(shown, host=f"{trainer.host_share:.1%}", refresh=False)
 
-    def on_judge(self, trainer: TrainingState, step: int, figure: float) -> None:
-        self._judged = {"judged": f"{figure:.1f}% (best at {trainer.judged.best_step})"}
+    def on_evaluate(self, trainer: TrainingState, step: int, figure: float) -> None:
+        self._evaluated = {"error": f"{figure:.1f}%", "best_step": str(trainer.selection.best_step)}
 
     def on_train_end(self, trainer: TrainingState) -> None:
         self._bar.close()
@@ -119,9 +119,9 @@ class Trackers(TrainerCallback):
         for tracker in self._trackers:
             tracker.log(values, step=step)
 
-    def on_judge(self, trainer: TrainingState, step: int, figure: float) -> None:
+    def on_evaluate(self, trainer: TrainingState, step: int, figure: float) -> None:
         for tracker in self._trackers:
-            tracker.log({"judged": figure}, step=step)
+            tracker.log({"held_out_error": figure}, step=step)
 
     def on_train_end(self, trainer: TrainingState) -> None:
         for tracker in self._trackers:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,15 +15,30 @@ import torch
 
 from ..errors import ConfigError, DataError
 from ..runtime.config import differences
-from ..runtime.files import atomic_write, load_sealed, save_sealed
-from .judging import SERIES, Judgements
+from ..runtime.files import atomic_write, load_sealed, read_header, save_sealed
+from ..runtime.outputs import OutputKind
 from .parallel import OptimizerState
+from .selection import CheckpointSelection
 
 
 #: Checkpoints that are kept: where the newest is damaged, the one before serves.
 KEEP = 2
 LOG_FILE = "training_log.json"
+_NAME = re.compile(r"checkpoint-\d{8}\.safetensors")
 logger = logging.getLogger(__name__)
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    for path in folder.glob("checkpoint-*.safetensors"):
+        with contextlib.suppress(OSError, ValueError):
+            return "identity" in read_header(path)
+        if _NAME.fullmatch(path.name) and (folder / LOG_FILE).is_file():  # damaged, and still ours
+            return True
+    return False
+
+
+#: What a training run writes to its folder.
+OUTPUT = OutputKind("checkpoints of a training run", _has_checkpoint)
 
 
 class Checkpoints:
@@ -28,7 +46,7 @@ class Checkpoints:
 
     Each holds the student's trainable weights, the optimiser's state, its step size, the step to go on with, which
     alone decides over learning rate and episodes of all later steps, the state of torch's generators, the losses, and
-    what was judged, with the weights of the best.
+    what was evaluated, with the weights of the best.
 
     Args:
         folder: they lie there.
@@ -40,7 +58,8 @@ class Checkpoints:
 
     def files(self) -> list[Path]:
         """The newest first."""
-        return sorted(self.folder.glob("checkpoint-*.safetensors"), reverse=True)
+        found = self.folder.glob("checkpoint-*.safetensors")
+        return sorted((path for path in found if _NAME.fullmatch(path.name)), reverse=True)
 
     def save(
         self,
@@ -48,7 +67,7 @@ class Checkpoints:
         optimizer: OptimizerState,
         step: int,
         history: dict[str, list[float]],
-        judged: Judgements | None = None,
+        selection: CheckpointSelection | None = None,
     ) -> None:
         """Write the state before `step`, then delete what is older than the last `KEEP`.
 
@@ -61,18 +80,23 @@ class Checkpoints:
             tensors |= {f"{i}.{name}": value for name, value in optimizer.state[parameter].items()}
         header = {"step": step, "identity": self.identity, "history": history}
         header["learning_rates"] = [group["lr"] for group in optimizer.param_groups]
-        if judged is not None:
-            tensors |= {f"best.{i}": weight for i, weight in enumerate(judged.weights)}
-            header["judged"] = {name: getattr(judged, name) for name in SERIES}
-            if judged.first is not None:
-                tensors["judged.first"] = judged.first
+        if selection is not None:
+            tensors |= {f"best.{i}": weight for i, weight in enumerate(selection.weights)}
+            header["judged"] = selection.state()
+            if selection.first is not None:
+                tensors["judged.first"] = selection.first
         save_sealed(self.folder / f"checkpoint-{step:08d}.safetensors", tensors, header)
-        atomic_write(self.folder / LOG_FILE, json.dumps(history).encode())
+        # a step that was left out has no loss, for which JSON has null and no NaN
+        log = {name: [value if math.isfinite(value) else None for value in values] for name, values in history.items()}
+        atomic_write(self.folder / LOG_FILE, json.dumps(log, allow_nan=False).encode())
         for path in self.files()[KEEP:]:
             path.unlink(missing_ok=True)
 
     def load(
-        self, parameters: Sequence[torch.Tensor], optimizer: OptimizerState, judged: Judgements | None = None
+        self,
+        parameters: Sequence[torch.Tensor],
+        optimizer: OptimizerState,
+        selection: CheckpointSelection | None = None,
     ) -> tuple[int, dict[str, list[float]]]:
         """Set all to the newest sound checkpoint; return the step to go on with and the losses before it.
 
@@ -95,14 +119,15 @@ class Checkpoints:
             for other, reason in damaged.items():
                 logger.warning("%s is damaged (%s); going on from %s.", other, reason, path.name)
                 other.unlink(missing_ok=True)
-            if judged is not None and not {*SERIES} <= header.get("judged", {}).keys():
-                raise ConfigError(f"{path} is a checkpoint of an earlier version of lora_recycle. {_start_again()}")
+            if selection is not None:
+                try:
+                    selection.load_state(header["judged"])
+                except KeyError as error:
+                    version = f"{path} is a checkpoint of an earlier version of lora_recycle"
+                    raise ConfigError(f"{version}. {_start_again()}") from error
+                selection.first = tensors.get("judged.first")
+                selection.weights = [tensors[f"best.{i}"] for i in range(len(parameters))] if selection.steps else []
             _restore(tensors, header, parameters, optimizer)
-            if judged is not None:
-                for name in SERIES:
-                    setattr(judged, name, header["judged"][name])
-                judged.first = tensors.get("judged.first")
-                judged.weights = [tensors[f"best.{i}"] for i in range(len(parameters))] if judged.steps else []
             return header["step"], header["history"]
         for path, reason in damaged.items():
             raise DataError(f"{path}: the checkpoint is damaged ({reason}), and no other is left. {_start_again()}")
@@ -116,10 +141,10 @@ class Checkpoints:
     def _check_identity(self, path: Path, there: dict[str, Any]) -> None:
         if there == self.identity:
             return
-        told = differences(there["config"], self.identity["config"])
-        told = told or "the adapters, their surrogate data or the precision differ"
+        reason = differences(there["config"], self.identity["config"])
+        reason = reason or "the adapters, their surrogate data or the precision differ"
         raise ConfigError(
-            f"{path} is a checkpoint of another recipe, pool or surrogate data ({told}). Choose another output "
+            f"{path} is a checkpoint of another recipe, pool or surrogate data ({reason}). Choose another output "
             f"folder. {_start_again()}"
         )
 

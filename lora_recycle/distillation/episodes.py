@@ -104,7 +104,8 @@ class EpisodeSampler:
         if len(self.things) < ways:
             raise DataError(
                 f"The surrogate data has {len(self.things)} different classes of {needed} images or more, "
-                f"fewer than the {ways} of an episode. (Adapters that `held_out` keeps from teaching do not count.)"
+                f"fewer than the {ways} of an episode. (Adapters that "
+                "`validation_fraction` keeps from teaching do not count.)"
             )
 
     def single_source(self, generator: torch.Generator) -> SurrogateEpisode:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..fewshot.prototypes import centre_logits
+from ..fewshot.prototypes import prototype_logits
 from ..fewshot.relations import relational_divergence
 from .batches import Batch
 from .config import DistillationConfig
@@ -48,8 +48,8 @@ def episode_loss(
         teacher: (ways x queries, ways) logits.
     """
     ways, queries = episode.query.shape
-    centres = support.view(ways, -1, support.shape[-1]).mean(1)
-    logits = centre_logits(query, centres, config.metric, config.temperature)
+    prototypes = support.view(ways, -1, support.shape[-1]).mean(1)
+    logits = prototype_logits(query, prototypes, config.metric, config.temperature)
     if teacher is None:
         return F.cross_entropy(logits, torch.arange(ways, device=logits.device).repeat_interleave(queries))
     return F.kl_div(logits.log_softmax(1), teacher.log_softmax(1), log_target=True, reduction="batchmean")

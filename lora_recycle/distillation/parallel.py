@@ -8,21 +8,15 @@ losses that compare images with each other, which no split of the loss itself wo
 
 from __future__ import annotations
 
-import copy
-from contextlib import AbstractContextManager
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import parse_flag_from_env
 from torch import nn
 
-from .student import Blend, Student
-
-
-if TYPE_CHECKING:
-    from torch.distributed.fsdp import FSDPModule
+from ..backbones.backbone import Backbone
+from ..runtime.heartbeat import waiting
+from .student import Student
 
 
 def own_rows(count: int, process: int, num_processes: int) -> torch.Tensor:
@@ -44,116 +38,52 @@ def gather_features(own: torch.Tensor, count: int, accelerator: Accelerator) -> 
 
 
 class ParallelStudent:
-    """The student as the processes of a launch train it: as it is, copied to each (DDP), or shared out (FSDP).
-
-    FSDP is chosen by `accelerate launch --use_fsdp`. It is torch's `fully_shard`, layer by layer, which runs on CPU
-    too; of accelerate's other FSDP settings none is read. `student` then stays as it is, and `update_student` brings
-    it up to date.
+    """The student as the processes of a launch train it: one process has it as it is, several a copy each (DDP).
 
     Attributes:
         model: what forwards images.
-        optimizer: Adam over the parameters of `model` that learn.
+        optimizer: Adam over the parameters that learn.
         loss_scale: factor on the loss, so that gradients are summed over the processes.
     """
 
     def __init__(self, student: Student, accelerator: Accelerator, lr: float):
-        self.student, self.accelerator, self.loss_scale = student, accelerator, 1.0
-        self.sharded = parse_flag_from_env("ACCELERATE_USE_FSDP") and accelerator.num_processes > 1
-        student.to(accelerator.device)
-        if self.sharded:
-            self.model = _fully_sharded(student, accelerator)
-        else:
-            self.model = accelerator.prepare(student)
-            self.loss_scale = float(accelerator.num_processes)  # DDP takes the mean
-        self.optimizer = torch.optim.Adam(self.trainable(), lr=lr, fused=True)
+        self.student, self.accelerator = student, accelerator
+        self.model = accelerator.prepare(student.to(accelerator.device))
+        self.loss_scale = float(accelerator.num_processes)  # DDP takes the mean
+        self.optimizer = torch.optim.Adam(student.trainable(), lr=lr, fused=True)
 
-    def trainable(self) -> list[nn.Parameter]:
-        """The parameters that the optimiser moves, in the order of `student.trainable()`."""
-        return [p for p in self.model.parameters() if p.requires_grad]
+    def embed(
+        self, inputs: torch.Tensor, kept: torch.Tensor | None, count: int, other: Backbone | None = None
+    ) -> torch.Tensor:
+        """Features (count, D), float32, of the images of which this process forwards its share.
+
+        Args:
+            inputs: this process's share, as `Batch` has it: pixels, patches or tokens.
+            kept: patch numbers of `inputs`, or None.
+            count: images of all processes together.
+            other: a network to ask in the student's place.
+        """
+        backbone, forward = (self.student.backbone, self.model) if other is None else (other, other.features)
+        inputs, kept = inputs.to(backbone.device), None if kept is None else kept.to(backbone.device)
+        inputs = backbone.normalize(inputs) if inputs.dtype == torch.uint8 else inputs.to(backbone.dtype)
+        with self.accelerator.autocast():
+            features = forward(inputs, kept).float()
+        waiting()
+        return gather_features(features, count, self.accelerator)
 
     def step(self, skip: torch.Tensor) -> None:
         """Move the parameters, or not where `skip` (bool, a scalar on the device) says so, without waiting for it."""
         # the hook that torch's gradient scaler has in fused optimisers
-        self.optimizer.found_inf = self._spread(skip.float())  # type: ignore[attr-defined]
+        self.optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
         self.optimizer.step()
 
     def gradient_norm(self, limit: float = 0.0) -> torch.Tensor:
         """Norm of all gradients, a scalar. Where it is above a `limit` other than 0 they are scaled down to it."""
-        parameters = [p for p in self.trainable() if p.grad is not None]
+        parameters = [p for p in self.student.trainable() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if limit:
             nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-        return _whole(norm)
-
-    def blended(self, blend: Blend) -> AbstractContextManager[None]:
-        """As [`Student.blended`]."""
-        return cast(Student, getattr(self.model, "module", self.model)).blended(blend)
-
-    def reshard(self) -> None:
-        """After forwards without a backward, whose end it is otherwise: parameters are shared out again."""
-        if self.sharded:
-            cast("FSDPModule", self.model).reshard()
-
-    @torch.no_grad()
-    def update_student(self) -> None:
-        """Bring `student` up to date, in all processes at once."""
-        if self.sharded:
-            for own, shared in zip(self.student.trainable(), self.trainable(), strict=True):
-                own.copy_(_whole(shared))
-
-    @torch.no_grad()
-    def whole_optimizer(self) -> OptimizerState:
-        """The optimiser with whole states, keyed by the student's parameters, in all processes at once."""
-        if not self.sharded:
-            return self.optimizer
-        states = {}
-        for own, shared in zip(self.student.trainable(), self.trainable(), strict=True):
-            states[own] = {name: _whole(value) for name, value in self.optimizer.state[shared].items()}
-        return SimpleNamespace(state=states, param_groups=self.optimizer.param_groups)
-
-    @torch.no_grad()
-    def take(self, optimizer: OptimizerState) -> None:
-        """Take over the student's parameters and the whole states of `whole_optimizer`, as set by a checkpoint."""
-        if not self.sharded:
-            return
-        for own, shared in zip(self.student.trainable(), self.trainable(), strict=True):
-            shared.copy_(self._shared(own.detach(), shared))
-            state = optimizer.state[own]
-            moments = {name: self._shared(state[name], shared) for name in ("exp_avg", "exp_avg_sq")}
-            self.optimizer.state[shared] = {**moments, "step": state["step"]}
-
-    def _shared(self, value: torch.Tensor, like: Any) -> torch.Tensor:
-        from torch.distributed.tensor import distribute_tensor
-
-        return distribute_tensor(value, like.device_mesh, like.placements)
-
-    def _spread(self, value: torch.Tensor) -> torch.Tensor:
-        """A scalar beside sharded parameters: one tensor of the same kind."""
-        if not self.sharded:
-            return value
-        from torch.distributed.tensor import DTensor, Replicate
-
-        mesh = self.trainable()[0].device_mesh  # type: ignore[attr-defined]  # a DTensor too
-        return DTensor.from_local(value, mesh, [Replicate()], run_check=False)
-
-
-def _fully_sharded(student: Student, accelerator: Accelerator) -> nn.Module:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    sharded = copy.deepcopy(student)
-    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    # the last layer goes with the rest: the backbone runs its parts, which would not gather it
-    for module in (*sharded.backbone.layers[:-1], sharded):
-        fully_shard(module, mesh=mesh)
-        module.set_force_sum_reduction_for_comms(True)  # gloo has no mean
-        module.set_gradient_divide_factor(1.0)
-    return sharded
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor that is shared out to the processes, in all of them; any other as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        return norm
 
 
 class OptimizerState(Protocol):

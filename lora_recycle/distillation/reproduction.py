@@ -12,20 +12,23 @@ import torch
 from safetensors.torch import load_file
 
 from ..adapters.pull import AdapterInfo, pull_adapter
-from ..adapters.sources import adapter_ids, one_id
+from ..adapters.sources import adapter_ids, named_base, one_id
 from ..adapters.zero_shot_heads import PROMPT
 from ..errors import AdapterError, DataError
 from ..hub.embedded import BACKBONE_NAME, pool_path, resolve_meta_lora
 from ..hub.repo_files import SIDECAR_FILE, WEIGHTS_FILE
 from ..inversion.config import InversionConfig
-from ..inversion.inverter import LoraInverter
+from ..inversion.inverter import LoRAInverter
+from ..modeling.serialization import OUTPUT as META_LORA
 from ..modeling.sidecar import read_sidecar
 from ..pool.pool import AdapterPool
 from ..runtime.files import file_sha256
+from ..runtime.outputs import check_output, claim_output
+from ..surrogate.dataset import OUTPUT as SURROGATE
 from ..surrogate.dataset import SurrogateDataset
 from .config import DistillationConfig
-from .saving import save_meta_lora, wrap_student
-from .trainer import MetaLoraTrainer
+from .saving import save_meta_lora
+from .trainer import MetaLoRATrainer
 
 
 _DTYPES = {"torch.float32": torch.float32, "torch.bfloat16": torch.bfloat16}
@@ -76,19 +79,28 @@ def reproduce(
         surrogate: folder or repo id of the surrogate data that it was made from.
 
     Raises:
-        AdapterError: there is no sidecar, or it does not say how the meta-LoRA was made.
+        AdapterError: there is no sidecar, it does not say how the meta-LoRA was made, or the weights are coded.
         DataError: a source adapter is not to be had with the recorded bytes.
+        StorageError: `output` holds something else than an earlier reproduction, or cannot be written.
     """
     name, revision = one_id(str(resolve_meta_lora(meta_lora)))
     info, output = pull_adapter(name, revision=revision), Path(output)
+    if info.bits is not None:
+        raise AdapterError(
+            f"{info.where}: its weights are stored in {info.bits} bits, which no longer are the bytes that training "
+            "gave. Name the meta-LoRA that it was made from."
+        )
     settings = _recipe(info)
+    check_output(output / "surrogate", SURROGATE)
+    check_output(output / "meta_lora", META_LORA)
     with _threads((settings.get("hardware") or {}).get("threads")):
         distillation = DistillationConfig.from_dict(settings["distillation"], where=f"{info.where}: {SIDECAR_FILE}")
         adapters = _pool(info, settings, pool, torch.float32, device)
         data = _surrogate(info, settings, adapters, pool, surrogate, output, progress) if distillation.steps else None
-        trainer = MetaLoraTrainer(adapters, data, distillation)
+        trainer = MetaLoRATrainer(adapters, data, distillation)
+        claim_output(output / "meta_lora", META_LORA)
         trainer.train(output / "meta_lora" / "work", progress=progress)
-        model = wrap_student(trainer)
+        model = trainer.to_model()
         save_meta_lora(model, output / "meta_lora")
     return _compare(info, settings, model.settings, output / "meta_lora")
 
@@ -114,8 +126,8 @@ def _pool(info: AdapterInfo, settings: dict, given: Sequence, dtype: torch.dtype
     known = list(given) or ([pool_path()] if info.base_model == BACKBONE_NAME else [])
     local: dict[str, Path] = {}
     if any(not source.get("revision") for source in sources):
-        found = [pull_adapter(one.name, one.revision) for one in adapter_ids(known)] if known else []
-        local = {one.sha256: one.path for one in found}
+        infos = [pull_adapter(one.name, one.revision) for one in adapter_ids(known)] if known else []
+        local = {one.sha256: one.path for one in infos}
     names = []
     for source in sources:
         if not source.get("revision") and source["sha256"] not in local:
@@ -126,8 +138,9 @@ def _pool(info: AdapterInfo, settings: dict, given: Sequence, dtype: torch.dtype
         names.append(f"{source['name']}@{source['revision']}" if source.get("revision") else local[source["sha256"]])
     prompted = {s["name"]: s["labels"] for s in sources if s.get("prompt") and s.get("labels")}
     prompt = next((s["prompt"] for s in sources if s.get("prompt")), PROMPT)
+    base = None if info.base_model is None else named_base(info)
     options: dict[str, Any] = {"base_revision": info.base_revision, "class_names": prompted or None, "prompt": prompt}
-    pool = AdapterPool.from_pretrained(names, info.base_model, device=device, dtype=dtype, **options)
+    pool = AdapterPool.from_pretrained(names, base, device=device, dtype=dtype, **options)
     for source, got in zip(sources, pool.infos, strict=True):
         if got.sha256 != source["sha256"]:
             raise DataError(f"{got.where}: has not the bytes that {info.where} was made of; its repo was rewritten.")
@@ -153,7 +166,7 @@ def _surrogate(
     dtype = _DTYPES.get(precision[0] if isinstance(precision, list) and precision else "torch.float32", torch.float32)
     if dtype != torch.float32:
         pool = _pool(info, settings, given, dtype, pool.backbone.device)
-    return LoraInverter(pool, config).run(output / "surrogate", progress=progress)
+    return LoRAInverter(pool, config).run(output / "surrogate", progress=progress)
 
 
 def _compare(info: AdapterInfo, settings: dict, now: dict, folder: Path) -> Reproduction:
@@ -167,9 +180,11 @@ def _compare(info: AdapterInfo, settings: dict, now: dict, folder: Path) -> Repr
     known = [one == other for one, other in checksums if one is not None]
     conditions = []
     for group in ("versions", "hardware", "backbone", "inversion_data_sha256"):
-        recorded, found = settings.get(group) or {}, now[group] or {}
+        recorded, current = settings.get(group) or {}, now[group] or {}
         conditions += [
-            (f"{group}: {key}", recorded[key], found.get(key)) for key in recorded if recorded[key] != found.get(key)
+            (f"{group}: {key}", recorded[key], current.get(key))
+            for key in recorded
+            if recorded[key] != current.get(key)
         ]
     return Reproduction(
         folder,

@@ -1,4 +1,4 @@
-"""From a trained student to a folder that can be published: the model, its sidecar and its card."""
+"""From a trained student to a folder that can be published: the sidecar that says how it was made, and the card."""
 
 from __future__ import annotations
 
@@ -6,53 +6,55 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from ..distillation.trainer import MetaLoraTrainer
+from accelerate import Accelerator
+
 from ..hub.cards import meta_lora_card
 from ..hub.embedded import backbone_name
 from ..modeling.meta_lora import MetaLoRAForFewShotClassification
+from ..modeling.serialization import write_meta_lora
 from ..pool.pool import AdapterPool
-from ..runtime.files import atomic_write, tensors_sha256
+from ..runtime.files import tensors_sha256
 from ..runtime.provenance import hardware, versions
-
-
-def wrap_student(trainer: MetaLoraTrainer) -> MetaLoRAForFewShotClassification:
-    """The trainer's student as a model whose sidecar says where it came from."""
-    model = trainer.student.to_model(_settings(trainer))
-    if trainer.surrogate is not None:
-        model.picture = trainer.surrogate.picture()
-    return model
+from ..surrogate.dataset import SurrogateDataset
+from .config import DistillationConfig
+from .selection import CheckpointSelection
 
 
 def save_meta_lora(model: MetaLoRAForFewShotClassification, folder: str | Path) -> None:
     """Write the adapter, the sidecar and a card. Call it on the main process only."""
     folder = Path(folder)
-    model.save_pretrained(folder)
     config = model.peft_model.peft_config["default"]
     base, picture = config.base_model_name_or_path, model.picture is not None
     card = meta_lora_card(folder.name, base, config.revision, getattr(config, "r", None), model.settings, picture)
-    atomic_write(folder / "README.md", card.encode())
+    write_meta_lora(model, folder, card=card)
 
 
-def _settings(trainer: MetaLoraTrainer) -> dict[str, Any]:
-    """All that made the student: recipes and seeds, adapters and surrogate data by checksum, versions, machine."""
-    manifest = {} if trainer.surrogate is None else trainer.surrogate.manifest
-    backbone, state = trainer.pool.backbone, trainer.accelerator
+def sidecar_settings(
+    pool: AdapterPool,
+    surrogate: SurrogateDataset | None,
+    config: DistillationConfig,
+    selection: CheckpointSelection,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """All that made a student: recipes and seeds, adapters and surrogate data by checksum, versions, machine."""
+    manifest = {} if surrogate is None else surrogate.manifest
+    backbone = pool.backbone
     return {
-        "sources": _sources(trainer.pool, manifest),
+        "sources": _sources(pool, manifest),
         "backbone": {
             "name": backbone_name(backbone.name),
             "revision": backbone.revision,
             "sha256": tensors_sha256(backbone.model.state_dict()),
         },
-        "distillation": trainer.config.to_dict(),
-        "judged": trainer.judged.to_dict(),
+        "distillation": config.to_dict(),
+        "judged": selection.to_dict(),
         "inversion": copy.deepcopy(manifest.get("config")),
         "inversion_precision": manifest.get("precision"),
         "inversion_data_sha256": manifest.get("data_sha256"),
-        "metric": trainer.config.metric,
-        "temperature": trainer.config.temperature,
+        "metric": config.metric,
+        "temperature": config.temperature,
         "versions": versions(),
-        "hardware": hardware(backbone.device, state.num_processes, state.mixed_precision),
+        "hardware": hardware(backbone.device, accelerator.num_processes, accelerator.mixed_precision),
     }
 
 

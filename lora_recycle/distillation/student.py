@@ -6,7 +6,7 @@ import contextlib
 import copy
 import functools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,17 +47,6 @@ CORDA_IMAGES = 128
 _MERGES: dict[str, Merge] = {"restored": Restored(), "undiluted": Undiluted(), "group-sum": GroupSum()}
 
 
-class Blend(NamedTuple):
-    """A change of weights: `learnt` times the student's own, plus `init` times that of its initialisation."""
-
-    learnt: float
-    init: float
-
-
-#: The student as it is.
-OWN = Blend(1.0, 0.0)
-
-
 class Student(nn.Module):
     """Backbone + adapter; only the adapter learns.
 
@@ -90,7 +79,8 @@ class Student(nn.Module):
         self.rank = getattr(config, "r", rank)
         #: its initialisation, where it began to learn elsewhere: B and A by layer
         self._init: Factors = {}
-        self._blend = OWN
+        #: share of its own change in a forward, beside its initialisation
+        self._alpha = 1.0
         #: squares of the average's singular values, the largest of all layers together, the second largest, ...
         self.average_spectrum: torch.Tensor | None = None
         config.base_model_name_or_path = base_name
@@ -118,8 +108,8 @@ class Student(nn.Module):
         """PEFT's layers without their checks and their product with a scale of 1, a tenth of a small model's step."""
         for name, layer in self._plain.items():
             forward = functools.partial(_plain_forward, layer)
-            if self._blend != OWN:
-                forward = functools.partial(_blended_forward, layer, self._blend, self._init[name])
+            if self._alpha < 1:
+                forward = functools.partial(_mixed_forward, layer, self._alpha, self._init[name])
             layer.forward = forward
         try:
             yield
@@ -143,7 +133,7 @@ class Student(nn.Module):
     def begin_at_group_sum(self, pool: AdapterPool) -> None:
         """Let a LoRA begin to learn at the sum of the averages of the pool's groups, cut to the rank.
 
-        What it was set to before is its initialisation, with which `blended` and `blend` mix what it learns, and stays
+        What it was set to before is its initialisation, with which `mixed` and `mix` mix what it learns, and stays
         in layers that do not learn.
 
         In a pool of one group, where that sum is the average, it begins at its initialisation.
@@ -157,28 +147,32 @@ class Student(nn.Module):
                     start_lora(self._layers[name], b[:, : self.rank], a[: self.rank])
 
     @contextlib.contextmanager
-    def blended(self, blend: Blend) -> Iterator[None]:
-        """A forward meanwhile is that of a blend, not cut to the rank."""
+    def mixed(self, alpha: float) -> Iterator[None]:
+        """A forward meanwhile is that of `mix`, not cut to the rank."""
         device = self.backbone.device
         self._init = {name: (b.to(device), a.to(device)) for name, (b, a) in self._init.items()}
-        self._blend = blend
+        self._alpha = alpha
         try:
             yield
         finally:
-            self._blend = OWN
+            self._alpha = 1.0
 
     @torch.no_grad()
-    def blend(self, blend: Blend) -> None:
-        """Set the LoRA to a blend, cut to the rank (Eckart-Young): to its initialisation, or to itself, as it is."""
-        if blend == OWN:
+    def mix(self, alpha: float) -> None:
+        """Set the LoRA to `alpha` of its change plus `1 - alpha` of its initialisation, cut to the rank.
+
+        With 1 it stays as it is; with 0 it is the initialisation, bit for bit. WiSE-FT (arXiv 2109.01903), on weight
+        changes.
+        """
+        if alpha == 1:
             return
         for name, layer in self._layers.items():
             a, b = matrices(layer)
             if not a.requires_grad:  # is at its initialisation
                 continue
             b0, a0 = (factor.to(a.device) for factor in self._init[name])
-            if blend.learnt:
-                both = torch.cat([b * blend.learnt, b0 * blend.init], 1), torch.cat([a, a0])
+            if alpha:
+                both = torch.cat([b * alpha, b0 * (1 - alpha)], 1), torch.cat([a, a0])
                 b0, a0 = truncate(*both, self.rank)
             start_lora(layer, b0, a0)
 
@@ -212,7 +206,7 @@ def start_student(config: DistillationConfig, pool: AdapterPool, surrogate: Surr
     if config.init in AVERAGES:
         merge = _MERGES.get(config.init) if len(pool.groups()) > 1 else None
         student.start_from_average(pool if merge is None else _merged(pool, merge))
-        if config.blends:
+        if config.mixes:
             student.begin_at_group_sum(pool)
     elif config.init in PRINCIPAL_STARTS:
         shown = None
@@ -231,10 +225,10 @@ def _plain_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     return (result + layer.lora_B["default"](a(x))).to(result.dtype)
 
 
-def _blended_forward(layer: Any, blend: Blend, init: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor) -> Any:
-    """W x + learnt B A x + init B' A' x, with B' A' the initialisation."""
+def _mixed_forward(layer: Any, alpha: float, init: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor) -> Any:
+    """W x + alpha B A x + (1 - alpha) B' A' x, with B' A' the initialisation."""
     result, (own_a, own_b) = layer.base_layer(x), matrices(layer)
-    for factor, (b, a) in zip(blend, ((own_b, own_a), init), strict=True):
+    for factor, (b, a) in ((alpha, (own_b, own_a)), (1 - alpha, init)):
         if factor:
             result = result + (F.linear(F.linear(x.to(a.dtype), a), b) * factor).to(result.dtype)
     return result

@@ -41,8 +41,8 @@ class SurrogateImages:
         owners, counts = owner[order].unique_consecutive(return_counts=True)
         rows = (index - self.starts[owner])[order].split(counts.tolist())
         tensors = [self.shards[shard].tensors[name] for shard in owners.tolist()]
-        found = [tensor.read(part) for tensor, part in zip(tensors, rows, strict=True)]
-        return torch.cat(found)[order.argsort()]
+        parts = [tensor.read(part) for tensor, part in zip(tensors, rows, strict=True)]
+        return torch.cat(parts)[order.argsort()]
 
     def inputs(self, index: torch.Tensor, patch_size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What is forwarded of images (B,): uint8 (B, 3, H, W) and None, or kept patches (B, k, 3, p, p) and which."""

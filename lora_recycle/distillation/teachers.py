@@ -20,7 +20,7 @@ from ..pool.pool import AdapterPool
 from ..runtime.array_files import RowFile, open_rows, write_rows
 from ..runtime.files import atomic_write
 from ..runtime.heartbeat import Heartbeat, beat
-from ..runtime.launch import deal
+from ..runtime.launch import claim_indices
 from .config import DistillationConfig
 from .surrogate_images import SurrogateImages
 
@@ -82,8 +82,8 @@ def teach(
     votes = path.with_suffix(".json")
     if not votes.is_file():
         _ask(pool, images, members, rows, teachers, path, progress, batch_size)
-    found = {(t, s, c): d for t, s, c, d in json.loads(votes.read_text())}
-    return TeacherGroup(teachers, rows, open_rows(path), found)
+    votes_by_class = {(t, s, c): d for t, s, c, d in json.loads(votes.read_text())}
+    return TeacherGroup(teachers, rows, open_rows(path), votes_by_class)
 
 
 def teach_all(
@@ -103,7 +103,7 @@ def teach_all(
     chosen = [(members, choose_teachers(members, config.max_teachers)) for members in groups]
     if shared:
         with Heartbeat("ask teachers") as heart:
-            for i in deal(len(chosen)):
+            for i in claim_indices(len(chosen)):
                 teach(pool, images, *chosen[i], folder, progress)
             heart.wait_for_all()
     return [teach(pool, images, members, teachers, folder, progress) for members, teachers in chosen]
@@ -154,7 +154,7 @@ def _views(
             if said is not None:
                 logits = pool[teacher].logits(backbone, hidden)
                 said[start : start + batch_size] = logits.argmax(1).cpu()
-            yield (F.normalize(backbone.pool(hidden).float(), dim=-1).cpu() / of**0.5).half()
+            yield (F.normalize(backbone.pool_features(hidden).float(), dim=-1).cpu() / of**0.5).half()
 
 
 def _join(blocks: list[RowFile], path: Path) -> None:
@@ -173,14 +173,14 @@ def _join(blocks: list[RowFile], path: Path) -> None:
 
 def _majorities(images: SurrogateImages, members: list[int], said: torch.Tensor) -> list[list[int]]:
     """[shard, class, said class] wherever more than half of a class's images were said to show one class."""
-    found = []
+    majorities = []
     for shard, here in zip(members, said.split([len(images.shards[i]) for i in members]), strict=True):
         labels = images.shards[shard].labels
         for c in labels.unique().tolist():
             values, counts = here[labels == c].unique(return_counts=True)
             if counts.max() * 2 > counts.sum():
-                found.append([shard, c, int(values[counts.argmax()])])
-    return found
+                majorities.append([shard, c, int(values[counts.argmax()])])
+    return majorities
 
 
 def _identity(pool: AdapterPool, images: SurrogateImages, members: list[int], teachers: list[int]) -> str:

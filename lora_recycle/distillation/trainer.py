@@ -1,9 +1,8 @@
-"""MetaLoraTrainer: surrogate data of many adapters into one meta-LoRA (stage 2)."""
+"""MetaLoRATrainer: surrogate data of many adapters into one meta-LoRA (stage 2)."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import tempfile
 import time
@@ -12,30 +11,28 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 import torch
-from accelerate.utils import broadcast
 
-from ..backbones.backbone import Backbone
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError
+from ..modeling.meta_lora import MetaLoRAForFewShotClassification
 from ..pool.pool import AdapterPool
-from ..runtime.heartbeat import Heartbeat, beat, waiting
+from ..runtime.heartbeat import Heartbeat, beat
 from ..runtime.launch import mixed_precision
 from ..runtime.run_lock import only_run_in
 from ..runtime.signals import Interruption
 from ..surrogate.dataset import SurrogateDataset
-from .batches import Batch, BatchMaker, Prefetcher
+from .batches import Batch, Prefetcher
 from .callbacks import ProgressBar, TrainerCallback
-from .checkpoints import Checkpoints
-from .config import AVERAGES, DistillationConfig
-from .episodes import make_sampler
-from .judging import AVERAGE, Judge, Judgements, hold_out
+from .checkpoints import OUTPUT, Checkpoints
+from .config import DistillationConfig
 from .losses import weighted_losses
-from .parallel import ParallelStudent, gather_features
+from .parallel import ParallelStudent
+from .preparation import Store, prepare
+from .saving import sidecar_settings
 from .schedule import learning_rate
+from .selection import CheckpointSelection, StudentCandidates, keep_best
 from .spikes import SpikeGuard, longest_tail, refuse_too_many
-from .student import OWN, Blend, Student, start_student
-from .surrogate_images import leave_out, match_shards
-from .teachers import FEWEST, teach_all
-from .tokens import tokens_entering
+from .student import Student, start_student
+from .surrogate_images import leave_out
 
 
 #: Steps between two looks at the losses: reading them makes the host wait for the device.
@@ -46,13 +43,13 @@ logger = logging.getLogger(__name__)
 Flag = TypeVar("Flag", bool, torch.Tensor)
 
 
-class MetaLoraTrainer:
+class MetaLoRATrainer:
     """Distils the surrogate data of a pool into one LoRA.
 
-    [`~MetaLoraTrainer.train`] does it all. To time or inspect single steps, `prepare` once and call `step` for one
+    [`~MetaLoRATrainer.train`] does it all. To time or inspect single steps, `prepare` once and call `step` for one
     step number after the other; each is forward, backward and optimiser step on the batch that `train` would use:
 
-        trainer = MetaLoraTrainer(pool, surrogate, DistillationConfig(steps=1000, relational_batch=32))
+        trainer = MetaLoRATrainer(pool, surrogate, DistillationConfig(steps=1000, relational_batch=32))
         trainer.prepare()
         for i in range(10):
             losses = trainer.step(i)  # name to a tensor without gradient, still on the device
@@ -68,10 +65,10 @@ class MetaLoraTrainer:
     Args:
         pool ([`AdapterPool`]): the adapters that the surrogate data came from. They give the initialisation and teach
             the relational loss; their real training data is never needed.
-        surrogate ([`SurrogateDataset`], *optional*): from [`LoraInverter`]; not needed where `config.steps` is 0. It
+        surrogate ([`SurrogateDataset`], *optional*): from [`LoRAInverter`]; not needed where `config.steps` is 0. It
             stays on disk: memory does not grow with it, but for 8 bytes an image.
         config ([`DistillationConfig`]): how.
-        callbacks (`Sequence[TrainerCallback]`): who looks on, and may stop it early.
+        callbacks (`Sequence[TrainerCallback]`): see the numbers of each step, and may stop the training early.
 
     Raises:
         DataError: no adapter's images reach `config.min_confidence`.
@@ -98,15 +95,16 @@ class MetaLoraTrainer:
         self.history: dict[str, list[float]] = {}
         #: steps that were left out because their loss or gradient was not to be trusted
         self.skipped: list[int] = []
-        #: what was judged by held-out adapters, and the best
-        self.judged = Judgements()
+        #: what was evaluated on held-out adapters, and the best
+        self.selection = CheckpointSelection()
         #: set by a callback to end the training
         self.should_stop = False
         self._interrupted = False
         self._temporary: tempfile.TemporaryDirectory | None = None
+        self._candidates: StudentCandidates | None = None
         self._unread: list[tuple[int, float, dict[str, torch.Tensor]]] = []
         self._watching: list[TrainerCallback] = []
-        self._seconds = {"model": 0.0, "host": 0.0, "judging": 0.0}
+        self._seconds = {"model": 0.0, "host": 0.0, "evaluation": 0.0}
 
     @property
     def host_share(self) -> float:
@@ -121,7 +119,7 @@ class MetaLoraTrainer:
         self._seconds[name] += time.perf_counter() - started
 
     def train(self, output_dir: str | Path | None = None, *, progress: bool = True, resume: bool = True) -> Student:
-        """Run all steps and return what was judged best by held-out adapters, which may be the average.
+        """Run all steps and return the student that is best on held-out adapters, which may be the average.
 
         With `output_dir`, checkpoints lie there, and a run that was killed goes on as if nothing had been; Ctrl-C and
         SIGTERM end it after a step that is saved. With `resume=False` the checkpoints there are deleted first.
@@ -129,11 +127,12 @@ class MetaLoraTrainer:
         Raises:
             DataError: the surrogate data is of another pool, damaged, or has too few classes for an episode.
             ConfigError: `output_dir` holds a run of another recipe, pool or surrogate data.
-            StorageError: another run is at work in `output_dir`, or nothing can be written there.
+            StorageError: another run is at work in `output_dir`, it holds something else than checkpoints, or nothing
+                can be written there.
         """
         if self.config.steps == 0:
             return self.student
-        with only_run_in(output_dir, self.accelerator.is_main_process):
+        with only_run_in(output_dir, OUTPUT, needed=self.accelerator.is_main_process):
             if output_dir is not None and not resume and self.accelerator.is_main_process:
                 self._checkpoints(output_dir).clear()
             self.accelerator.wait_for_everyone()
@@ -144,56 +143,61 @@ class MetaLoraTrainer:
         start = self.prepare(output_dir, progress=progress)
         interruption = Interruption(patient=self.accelerator.num_processes > 1)
         with Heartbeat("distill"):
-            self._tell("on_train_begin", start)
+            self._notify("on_train_begin", start)
             try:
                 if start == 0:
-                    self._judge(0)
+                    self._evaluate(0)
                 step = start
                 while step < self.config.steps and not self._out_of_patience:
                     self.step(step)
-                    self._tell("on_step_end", step)
+                    self._notify("on_step_end", step)
                     step += 1
                     if self._look_up(step, output_dir, interruption):
                         break
-                if not self._interrupted and step not in self.judged.steps:
-                    self._judge(step)  # of a training that a callback ended
-                self._parallel.update_student()
+                if not self._interrupted and step not in self.selection.steps:
+                    self._evaluate(step)  # of a training that a callback ended
                 if self._interrupted:
                     interruption.deliver()
-                self._keep_the_best()
+                keep_best(self.student, self.pool, self.config, self.selection)
             finally:
                 interruption.release()
                 self.close()
-                self._tell("on_train_end")
-        self._say_what_is_kept()
+                self._notify("on_train_end")
+        self._report_selection()
         return self.student
 
-    def _say_what_is_kept(self) -> None:
-        """A warning where that is the start or was not judged; below the progress bar, which is closed by now."""
-        if self.accelerator.is_main_process and self.config.held_out and not self.judged.best_step:
-            logger.warning(self.judged.verdict())
+    def to_model(self) -> MetaLoRAForFewShotClassification:
+        """The student as the model that users load; its sidecar says where it came from."""
+        settings = sidecar_settings(self.pool, self.surrogate, self.config, self.selection, self.accelerator)
+        model = self.student.to_model(settings)
+        if self.surrogate is not None:
+            model.picture = self.surrogate.picture()
+        return model
+
+    def _report_selection(self) -> None:
+        """Warn where the start is kept or nothing was evaluated; the progress bar is closed by now."""
+        if self.accelerator.is_main_process and self.config.validation_fraction and not self.selection.best_step:
+            logger.warning(self.selection.verdict())
 
     @property
     def _out_of_patience(self) -> bool:
-        return 0 < self.config.patience <= self.judged.in_vain
+        return 0 < self.config.patience <= self.selection.evaluations_since_best
 
     def _look_up(self, step: int, output_dir: str | Path | None, interruption: Interruption) -> bool:
-        """Now and then, after `step` steps, read the losses, judge and save; whether training is to stop early.
+        """Now and then, after `step` steps, read the losses, evaluate and save; whether training is to stop early.
 
         Ctrl-C and SIGTERM are seen after every step; several processes agree on them when they read their losses.
         """
         last = step == self.config.steps
-        saving, judging = (
-            last or step % every == 0 for every in (self.config.checkpoint_every, self.config.judge_every)
-        )
+        saving, evaluating = (last or step % every == 0 for every in (self.config.save_steps, self.config.eval_steps))
         stopping = False
-        looking = saving or judging or len(self._unread) >= READ_EVERY
+        looking = saving or evaluating or len(self._unread) >= READ_EVERY
         if looking or self.accelerator.num_processes == 1:
             self._interrupted = self._on_any(interruption.asked)
         if looking or self._interrupted:
             self._read_losses()
-            if judging:
-                self._judge(step)
+            if evaluating:
+                self._evaluate(step)
             stopping = self._on_any(self.should_stop) or self._interrupted or self._out_of_patience
         sound = last or not longest_tail(self.skipped, step - 1)  # what led to a spike is not to replace what did not
         if output_dir is not None and (stopping or (saving and sound)):
@@ -201,13 +205,12 @@ class MetaLoraTrainer:
         return stopping
 
     def _save(self, output_dir: str | Path, step: int) -> None:
-        with self._timed("host"):
-            self._parallel.update_student()
-            optimizer, parameters = self._parallel.whole_optimizer(), self.student.trainable()
-            if self.accelerator.is_main_process:
-                self._checkpoints(output_dir).save(parameters, optimizer, step, self.history, self.judged)
+        if self.accelerator.is_main_process:
+            with self._timed("host"):
+                parameters = self.student.trainable()
+                self._checkpoints(output_dir).save(parameters, self.optimizer, step, self.history, self.selection)
 
-    def _tell(self, event: str, *values: object) -> None:
+    def _notify(self, event: str, *values: object) -> None:
         for callback in self._watching:
             getattr(callback, event)(self, *values)
 
@@ -224,48 +227,36 @@ class MetaLoraTrainer:
 
         Returns the step to go on with. What the teachers said lies in `output_dir`, in a temporary folder without.
         """
-        config = self.config
-        images = match_shards(self.pool, self.surrogate, config.use_masks)
-        folder = Path(output_dir) / "stored" if output_dir is not None else None
-        if folder is None:
+        state, shown = self.accelerator, progress and self.accelerator.is_main_process
+        if output_dir is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="lora-recycle-")
             folder = Path(self._temporary.name)
-        state, shown = self.accelerator, progress and self.accelerator.is_main_process
-        shared = self._temporary is None
-        alike = self.pool.groups() if config.groups == "auto" else [list(range(len(self.pool)))]
-        held_out = hold_out(alike, images, config.held_out)
-        teachers = [[i for i in members if i not in held_out] for members in alike]
-        groups = teach_all(self.pool, images, teachers, config, folder, shared, shown)
-        sampler = make_sampler(images, config, groups, held_out)
-        groups = [group for group in groups if len(group.images) >= FEWEST]
-        if config.relational_weight and not groups:
-            raise DataError(f"The relational loss needs at least {FEWEST} surrogate images in a group of adapters.")
-        tokens = tokens_entering(self.student, images, config, self.pool, state, folder, shared, shown)
-        sizes = (self.pool.backbone.patch_size, tokens, state.process_index, state.num_processes)
-        self.make_batch = BatchMaker(config, images, groups, sampler, *sizes)
+        else:
+            folder = Path(output_dir) / "stored"
+        store = Store(folder, shared=output_dir is not None, progress=shown)
+        prepared = prepare(self.student, self.pool, self.surrogate, self.config, state, store)
+        self.make_batch, held_out, self.selection = prepared
         # dropout of the backbone's own would only add noise, and make a resumed run another one
-        self._parallel = ParallelStudent(self.student.eval(), state, config.lr)
-        self._judging = Judge(held_out, self.make_batch, config.metric, config.seed) if held_out else None
-        group_of = {i: number for number, members in enumerate(alike) for i in members}
-        self.judged = Judgements([self.pool.infos[i].name for i in held_out], [group_of[i] for i in held_out])
-        self._guard = SpikeGuard(config.spike_factor, state.device)
+        self._parallel = ParallelStudent(self.student.eval(), state, self.config.lr)
+        sources = self.student, self.pool, self.config, self._parallel
+        self._candidates = None if held_out is None else StudentCandidates(*sources, held_out, self.selection)
+        self._guard = SpikeGuard(self.config.spike_factor, state.device)
         start = 0 if output_dir is None else self._resume(output_dir)
-        batches, end = config.gradient_accumulation_steps, config.steps * config.gradient_accumulation_steps
-        self._prefetcher = Prefetcher(self.make_batch, end, pin_memory=state.device.type == "cuda")
-        if start < config.steps:
+        batches = self.config.gradient_accumulation_steps
+        pin_memory = state.device.type == "cuda"
+        self._prefetcher = Prefetcher(self.make_batch, self.config.steps * batches, pin_memory=pin_memory)
+        if start < self.config.steps:
             self._prefetcher.begin(start * batches)
         return start
 
     def _resume(self, output_dir: str | Path) -> int:
-        optimizer, parameters = self._parallel.whole_optimizer(), self.student.trainable()
-        start, self.history = self._checkpoints(output_dir).load(parameters, optimizer, self.judged)
-        if start == 0:
-            return 0
-        self._parallel.take(optimizer)
-        steps = zip(*self.history.values(), strict=True)
-        self.skipped = self._guard.replay(
-            [sum((torch.tensor(v) for v in values), torch.zeros(())) for values in steps]
-        )
+        checkpoints, parameters = self._checkpoints(output_dir), self.student.trainable()
+        start, self.history = checkpoints.load(parameters, self.optimizer, self.selection)
+        if start:
+            steps = zip(*self.history.values(), strict=True)
+            self.skipped = self._guard.replay(
+                [sum((torch.tensor(v) for v in values), torch.zeros(())) for values in steps]
+            )
         return start
 
     def close(self) -> None:
@@ -294,10 +285,10 @@ class MetaLoraTrainer:
             with self._timed("host"):
                 batch = self._prefetcher.get(number)
             with self._timed("model"):
-                found = self._losses(batch.map(lambda t: t.to(self.accelerator.device, non_blocking=True)))
-                total = cast(torch.Tensor, sum(found.values()))
+                step_losses = self._losses(batch.map(lambda t: t.to(self.accelerator.device, non_blocking=True)))
+                total = cast(torch.Tensor, sum(step_losses.values()))
                 (total * (self._parallel.loss_scale / batches)).backward()
-                for name, value in found.items():
+                for name, value in step_losses.items():
                     losses[name] = losses.get(name, 0.0) + value.detach() / batches
         with self._timed("model"):
             norm = self._parallel.gradient_norm(self.config.max_grad_norm)
@@ -313,11 +304,11 @@ class MetaLoraTrainer:
     def _read_losses(self) -> None:
         """Move the losses of the last steps to `history`: the one place that waits for the device."""
         with self._timed("model"):
-            found = [
+            steps = [
                 (step, rate, {name: v.item() for name, v in values.items()}) for step, rate, values in self._unread
             ]
         self._unread.clear()
-        for step, rate, values in found:
+        for step, rate, values in steps:
             norm, skip = values.pop("grad_norm"), values.pop("skip")
             for name, value in values.items():
                 self.history.setdefault(name, []).append(value)
@@ -325,66 +316,23 @@ class MetaLoraTrainer:
             if skip:
                 self.skipped.append(step)
                 refuse_too_many(self.skipped, total, self.config)
-            told = {"loss": total, "grad_norm": norm, "lr": rate}
-            self._tell("on_log", step, {**values, **told, "skipped": len(self.skipped)})
+            summary = {"loss": total, "grad_norm": norm, "lr": rate, "skipped": len(self.skipped)}
+            self._notify("on_log", step, {**values, **summary})
 
     def _losses(self, batch: Batch) -> dict[str, torch.Tensor]:
         """All losses of a step from one forward of all its images."""
-        features = self._embed(batch.inputs, batch.kept, batch.count)
+        features = self._parallel.embed(batch.inputs, batch.kept, batch.count)
         beat("backward")
         return weighted_losses(self.config, features, batch)
 
-    def _embed(
-        self, inputs: torch.Tensor, kept: torch.Tensor | None, count: int, other: Backbone | None = None
-    ) -> torch.Tensor:
-        """Features (count, D), float32, of the images of which this process forwards its share, from the student or
-        from an `other` network."""
-        backbone, forward = (self.student.backbone, self._parallel.model) if other is None else (other, other.features)
-        inputs, kept = inputs.to(backbone.device), None if kept is None else kept.to(backbone.device)
-        inputs = backbone.normalize(inputs) if inputs.dtype == torch.uint8 else inputs.to(backbone.dtype)
-        with self.accelerator.autocast():
-            features = forward(inputs, kept).float()
-        waiting()
-        return gather_features(features, count, self.accelerator)
-
-    def _judge(self, step: int) -> None:
-        """How good the student is after `step` steps, as it would be kept; of the best so far the weights are kept."""
-        if self._judging is None:
+    def _evaluate(self, step: int) -> None:
+        """Evaluate the student after `step` steps, as it would be kept; of the best so far the weights are kept."""
+        if self._candidates is None:
             return
         self._read_losses()
-        with self._timed("judging"):
-            self._parallel.update_student()
-            if step == 0 and self._has_average:
-                with self.pool.folded() as average:
-                    self._note(step, AVERAGE, self._judging(functools.partial(self._embed, other=average)))
-            blend = Blend(0.0, 1.0) if self.config.blends and step == 0 else self._to_keep
-            with self._parallel.blended(blend):
-                errors = self._judging(self._embed)
-            self._parallel.reshard()
-            self._note(step, blend, errors)
-        self._tell("on_judge", step, self.judged.figures[-1])
-
-    @property
-    def _to_keep(self) -> Blend:
-        """What the recipe keeps of a student that has learnt."""
-        return Blend(self.config.share, 1 - self.config.share) if self.config.blends else OWN
-
-    @property
-    def _has_average(self) -> bool:
-        """Whether the pool's average is not itself the start; tokens of `first_layer` are of the start alone."""
-        scaled = self.config.init in AVERAGES and self.config.init != "average"
-        return scaled and self.config.first_layer == 0 and len(self.pool.groups()) > 1
-
-    def _note(self, step: int, blend: Blend, errors: torch.Tensor) -> None:
-        self.judged.add(step, blend, broadcast(errors.to(self.accelerator.device)), self.student.trainable())
-
-    def _keep_the_best(self) -> None:
-        """Set the student to what was judged best; unjudged, to the last step, blended as the recipe has it."""
-        best = self.judged.put_on_best(self.student.trainable())
-        if best == AVERAGE:
-            self.student.start_from_average(self.pool)
-        else:
-            self.student.blend(self._to_keep if best is None else best)
+        with self._timed("evaluation"):
+            self._candidates.evaluate(step)
+        self._notify("on_evaluate", step, self.selection.figures[-1])
 
     def _checkpoints(self, output_dir: str | Path) -> Checkpoints:
         identity = {

@@ -15,7 +15,7 @@ from ..errors import DataError
 from ..images.labelled import LabelledImages
 from ..runtime.files import atomic_write
 from ..version import __version__
-from .judge import Verdict
+from .engine import MethodResult
 
 
 _FORMAT = 1
@@ -23,11 +23,11 @@ _FORMAT = 1
 
 @dataclasses.dataclass
 class Cell:
-    """One verdict and what it is on.
+    """One result and what it is on.
 
     Args:
         label: of its rows: the method, and the pool where that is not the data set's first.
-        kind: `frozen`, `rival`, `meta-lora` or `tuned`.
+        kind: `frozen`, `rival` (a baseline), `meta-lora` or `tuned`.
         transductive: whether it sees an episode's queries together.
         identity: all that its numbers depend on.
     """
@@ -41,13 +41,13 @@ class Cell:
     kind: str
     transductive: bool
     identity: dict[str, Any]
-    verdict: Verdict | None = None
+    result: MethodResult | None = None
 
-    def judged(self) -> Verdict:
-        """The verdict. Raises `DataError` where there is none yet."""
-        if self.verdict is None:
-            raise DataError(f"{self.label} on {self.data} at {self.shots} shots has not been judged yet.")
-        return self.verdict
+    def finished(self) -> MethodResult:
+        """The result. Raises `DataError` where there is none yet."""
+        if self.result is None:
+            raise DataError(f"{self.label} on {self.data} at {self.shots} shots has not been computed yet.")
+        return self.result
 
     @property
     def tuning_free(self) -> bool:
@@ -59,22 +59,22 @@ class Cell:
         return folder / f"{slug}-{digest}.json"
 
     def load(self, folder: Path) -> bool:
-        """Take the verdict from its file. False where there is none that is whole and of this identity."""
+        """Take the result from its file. False where there is none that is whole and of this identity."""
         try:
-            found = json.loads(self.path(folder).read_text(encoding="utf-8"))
-            accuracies = torch.tensor(found["accuracies"], dtype=torch.float32)
-            costs = float(found["seconds_per_task"]), float(found["peak_memory_mb"])
+            stored = json.loads(self.path(folder).read_text(encoding="utf-8"))
+            accuracies = torch.tensor(stored["accuracies"], dtype=torch.float32)
+            costs = float(stored["seconds_per_task"]), float(stored["peak_memory_mb"])
         except (OSError, ValueError, KeyError, TypeError):
             return False
-        if found.get("identity") != self.identity or accuracies.shape != (self.identity["episodes"],):
+        if stored.get("identity") != self.identity or accuracies.shape != (self.identity["episodes"],):
             return False
-        self.verdict = Verdict(accuracies, *costs)
+        self.result = MethodResult(accuracies, *costs)
         return True
 
-    def save(self, folder: Path, verdict: Verdict) -> None:
-        self.verdict = verdict
-        values = {"identity": self.identity, **dataclasses.asdict(verdict), "accuracies": verdict.accuracies.tolist()}
-        atomic_write(self.path(folder), json.dumps(values).encode())
+    def save(self, folder: Path, result: MethodResult) -> None:
+        self.result = result
+        values = {"identity": self.identity, **dataclasses.asdict(result), "accuracies": result.accuracies.tolist()}
+        atomic_write(self.path(folder), json.dumps(values, allow_nan=False).encode())
 
 
 def identity(data_sum: str, backbone_sum: str, settings: dict[str, Any], numbers: dict[str, Any]) -> dict[str, Any]:

@@ -67,12 +67,12 @@ def draw_sessions(
         support, support_labels, query, query_labels = [], [], [], []
         wanted = base_shots if index == 0 else shots
         for label in session:
-            found = (labels == label).nonzero().flatten()
-            if len(found) < queries + (wanted or 1):
-                raise DataError(f"class {label} has {len(found)} images, {queries} + {wanted or 1} are needed.")
-            found = found[torch.randperm(len(found), generator=generator)]
-            query.append(found[:queries])
-            support.append(found[queries:] if wanted is None else found[queries : queries + wanted])
+            members = (labels == label).nonzero().flatten()
+            if len(members) < queries + (wanted or 1):
+                raise DataError(f"class {label} has {len(members)} images, {queries} + {wanted or 1} are needed.")
+            members = members[torch.randperm(len(members), generator=generator)]
+            query.append(members[:queries])
+            support.append(members[queries:] if wanted is None else members[queries : queries + wanted])
             query_labels.append(torch.full((queries,), number))
             support_labels.append(torch.full((len(support[-1]),), number))
             number += 1
@@ -93,7 +93,7 @@ def session_accuracies(features: torch.Tensor, sessions: Sessions, head: FewShot
         the base session's classes alone and of the others alone (not a number after the base session).
     """
     features, statistics, base = features.float(), None, int(sessions.support_labels[0].max()) + 1
-    found = {name: torch.full((len(sessions),), float("nan")) for name in ("all", "base", "new")}
+    accuracies = {name: torch.full((len(sessions),), float("nan")) for name in ("all", "base", "new")}
     for i in range(len(sessions)):
         labels = sessions.support_labels[i]
         known = int(labels.max()) + 1
@@ -102,6 +102,6 @@ def session_accuracies(features: torch.Tensor, sessions: Sessions, head: FewShot
         truth = torch.cat(sessions.query_labels[: i + 1])
         logits = head.logits(features[torch.cat(sessions.query[: i + 1])], head.prepare(statistics))
         right = 100.0 * (logits.argmax(1) == truth)
-        found["all"][i], found["base"][i] = right.mean(), right[truth < base].mean()
-        found["new"][i] = right[truth >= base].mean()  # of nothing: not a number
-    return found
+        accuracies["all"][i], accuracies["base"][i] = right.mean(), right[truth < base].mean()
+        accuracies["new"][i] = right[truth >= base].mean()  # of nothing: not a number
+    return accuracies

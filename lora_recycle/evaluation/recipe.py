@@ -12,7 +12,7 @@ from ..fewshot.heads import HEADS
 from ..finetuning import TaskTuningConfig, tuning_methods
 from ..merging import tuning_free_methods
 from ..runtime.config import RecipeConfig, field, read_yaml
-from .evaluate import CENTRES
+from .config import FROZEN_METHODS, EpisodeConfig
 
 
 #: Ends the name of a meta-LoRA that is tuned on each support set.
@@ -26,7 +26,7 @@ class DataSpec(RecipeConfig):
 
     path: str = field("", "parquet file, folder or Hub id; looked for in the data root first")
     split: str | None = field(None, "split of a folder or Hub data set")
-    max_per_class: int | None = field(None, "use at most so many images of each class")
+    max_per_class: int | None = field(None, "use at most this many images per class")
 
     def check(self) -> None:
         self.require(bool(self.path), "each data set needs a path")
@@ -40,33 +40,30 @@ class DataSpec(RecipeConfig):
 
 @dataclasses.dataclass
 class PoolSpec(RecipeConfig):
-    """Adapters, what was recycled from them, and where both are judged."""
+    """Adapters, what was recycled from them, and the data sets that both are evaluated on."""
 
-    adapters: tuple[str, ...] = field(("demo",), "sources of adapters, as of --pool elsewhere")
-    names: str = field("*", "only adapters of names that match this pattern, as in cifar_fs-*")
-    data: tuple[str, ...] = field((), "only data sets of paths that match one of these patterns; all by default")
+    adapters: tuple[str, ...] = field(("demo",), "sources of adapters, as --pool of other verbs accepts them")
+    names: str = field("*", "only adapters whose name matches this pattern, as in cifar_fs-*")
+    data: tuple[str, ...] = field((), "only data sets whose path matches one of these patterns; all by default")
     methods: tuple[str, ...] = field((), "only these of the recipe's methods, with frozen and average; all by default")
     meta_loras: dict[str, str] = field({}, "method name to folder or repo id of a meta-LoRA")
-    base_model: str | None = field(None, "folder or repo id of the base; by default what adapters name")
+    base_model: str | None = field(
+        None, "folder or repo id of the base model; by default the one that the adapters name"
+    )
 
-    def judged_on(self, data: DataSpec) -> bool:
+    def runs_on(self, data: DataSpec) -> bool:
         return not self.data or any(fnmatch.fnmatch(data.path, pattern) for pattern in self.data)
 
 
 @dataclasses.dataclass
-class EpisodeSpec(RecipeConfig):
-    """The episodes and the methods that are judged on them."""
+class BenchmarkConfig(EpisodeConfig):
+    """The episodes of a benchmark, and the methods that are evaluated on them."""
 
-    seed: int = field(0, "seed of the episodes, of images drawn by max_per_class, and of methods that draw")
-    ways: int = field(5, "classes of an episode")
-    shots: tuple[int, ...] = field((1, 5), "support images of each class, one benchmark each")
-    queries: int = field(15, "query images of each class, fewer where a class has fewer")
-    episodes: int = field(600, "episodes of methods that do not tune")
-    tuning_episodes: int = field(30, "episodes, the first of the others', of methods that tune the network")
-    methods: tuple[str, ...] = field(("frozen", "average"), "methods by name; frozen and average always")
+    tuning_episodes: int = field(30, "episodes, the first of the same, for methods that tune the network")
+    methods: tuple[str, ...] = field(("frozen", "average"), "methods by name; frozen and average are always included")
 
     def check(self) -> None:
-        self.require(bool(self.shots) and min(self.shots) >= 1, f"shots must be at least 1, got {self.shots}")
+        super().check()
         self.require(
             2 <= self.tuning_episodes <= self.episodes,
             f"tuning_episodes must be 2 to {self.episodes} (episodes), got {self.tuning_episodes}",
@@ -77,7 +74,7 @@ class EpisodeSpec(RecipeConfig):
 class BenchmarkRecipe:
     """A recipe, checked: every name in it is known."""
 
-    episodes: EpisodeSpec
+    episodes: BenchmarkConfig
     data: list[DataSpec]
     pools: dict[str, PoolSpec]
     tuning: dict[str, dict[str, Any]]
@@ -100,7 +97,7 @@ class BenchmarkRecipe:
             raise ConfigError(f"{where}: `pools:` must name at least one pool, got {pools!r}.")
         plain = {key: value for key, value in values.items() if key not in _SECTIONS}
         recipe = cls(
-            EpisodeSpec.from_dict(_with_tuples(plain), where),
+            BenchmarkConfig.from_dict(_with_tuples(plain), where),
             [DataSpec.from_dict(_mapping(item, f"{where}: data"), f"{where}: data") for item in data],
             {name: _pool(name, spec, where) for name, spec in pools.items()},
             _mapping(values.get("tuning") or {}, f"{where}: tuning"),
@@ -121,20 +118,22 @@ class BenchmarkRecipe:
         }
 
     def _check(self, where: str) -> None:
-        rivals, tuned = set(tuning_free_methods()), set(tuning_methods())
+        baselines, tuned = set(tuning_free_methods()), set(tuning_methods())
         bases = {"frozen", *self.meta_loras}
-        taken = self.meta_loras & (rivals | tuned | set(CENTRES))
+        taken = self.meta_loras & (baselines | tuned | set(FROZEN_METHODS))
         if taken:
-            raise ConfigError(f"{where}: a meta-LoRA cannot be called {sorted(taken)[0]!r}, that is a method.")
-        known = rivals | tuned | set(CENTRES) | self.meta_loras | {name + TUNED for name in self.meta_loras}
+            raise ConfigError(
+                f"{where}: a meta-LoRA cannot be named {sorted(taken)[0]!r}, because a method has that name."
+            )
+        known = baselines | tuned | set(FROZEN_METHODS) | self.meta_loras | {name + TUNED for name in self.meta_loras}
         for name, pool in self.pools.items():
             if more := sorted(set(pool.methods) - {"frozen", "average", *self.episodes.methods}):
-                raise ConfigError(f"{where}: pools: {name}: {more[0]!r} is not among the recipe's methods.")
+                raise ConfigError(f"{where}: pools: {name}: {more[0]!r} is not one of the recipe's methods.")
         for method in self.episodes.methods:
             base, plus, head = method.partition(" + ")
             if not (base in bases and head in HEADS if plus else method in known):
                 raise ConfigError(
-                    f"{where}: there is no method {method!r}. There are {', '.join(sorted(known))}, and with a head "
+                    f"{where}: there is no method {method!r}. Methods are {', '.join(sorted(known))}, and with a head "
                     f"{', '.join(sorted(bases))}, as in `frozen + {next(iter(HEADS))}` (heads: {', '.join(HEADS)})."
                 )
         for method, settings in self.tuning.items():

@@ -20,7 +20,7 @@ class OpenTask:
     """One task with strangers among its queries.
 
     Args:
-        logits: (K + U, W) cosine similarities of queries to the W class centres: K of these classes, then U others.
+        logits: (K + U, W) cosine similarities of queries to the W prototypes: K of these classes, then U others.
         labels: int64 (K,) the right class of the first K.
     """
 
@@ -42,10 +42,10 @@ def open_tasks(features: torch.Tensor, episodes: EpisodeSet) -> list[OpenTask]:
         raise ConfigError(f"open tasks need episodes of an even number of ways, at least 4, got {episodes.ways}.")
     ways, tasks = episodes.ways // 2, []
     for episode in episodes:
-        centres = F.normalize(features[episode.support[:ways]].float().mean(1), dim=-1)
+        prototypes = F.normalize(features[episode.support[:ways]].float().mean(1), dim=-1)
         queries = F.normalize(features[episode.query].float(), dim=-1)
         known = episode.query_labels < ways
-        logits = torch.cat([queries[known], queries[~known]]) @ centres.mT
+        logits = torch.cat([queries[known], queries[~known]]) @ prototypes.mT
         tasks.append(OpenTask(logits, episode.query_labels[known]))
     return tasks
 
@@ -63,12 +63,6 @@ def known_scores(logits: torch.Tensor, score: str, temperature: float) -> torch.
     if score == "energy":
         return temperature * (logits / temperature).logsumexp(1)
     return (logits / temperature).softmax(1).max(1).values
-
-
-def auroc(known: torch.Tensor, strangers: torch.Tensor) -> float:
-    """Chance, in per cent, that a score of `known` (K,) is above one of `strangers` (U,); ties count half."""
-    difference = known[:, None] - strangers
-    return 100.0 * ((difference > 0).double() + 0.5 * (difference == 0)).mean().item()
 
 
 def expected_calibration_error(confidence: torch.Tensor, correct: torch.Tensor, bins: int = 15) -> float:

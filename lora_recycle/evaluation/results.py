@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import DataError
+from ..runtime.terminal import single_line
 
 
 def confidence(values: torch.Tensor) -> tuple[float, float]:
@@ -64,7 +65,8 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         delta = f"{row['delta_vs_frozen']:+.2f} ± {row['delta_ci95']:.2f}" if row["method"] != "frozen" else "-"
         task = f"{row['ways']}-way {row['shots']}-shot"
-        lines.append([row["method"], row["data"], task, f"{row['accuracy']:.2f} ± {row['ci95']:.2f}", delta])
+        method, data = single_line(row["method"]), single_line(row["data"])
+        lines.append([method, data, task, f"{row['accuracy']:.2f} ± {row['ci95']:.2f}", delta])
         groups.append((row["data"], task))
     widths = [max(len(line[column]) for line in lines) for column in range(5)]
     text = []

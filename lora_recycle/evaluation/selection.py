@@ -14,7 +14,7 @@ from ..merging.base import Choice
 def selected_accuracy(
     features: Sequence[torch.Tensor], episodes: EpisodeSet, choice: Choice
 ) -> tuple[torch.Tensor, float]:
-    """Accuracy, in per cent, of the cosine class centres of the network that each episode's support set chooses.
+    """Accuracy, in per cent, of the cosine prototypes of the network that each episode's support set chooses.
 
     Args:
         features (`Sequence[torch.Tensor]`): T tensors (N, D), one for each network.
@@ -28,12 +28,12 @@ def selected_accuracy(
     """
     labels = torch.arange(episodes.ways).repeat_interleave(episodes.shots)
     chosen, looks = zip(*(_chosen(features, one.support.flatten(), labels, choice) for one in episodes), strict=True)
-    found = torch.empty(len(episodes))
+    accuracies = torch.empty(len(episodes))
     for number in set(chosen):
         own = [i for i, c in enumerate(chosen) if c == number]
         part = EpisodeSet([episodes.episodes[i] for i in own], episodes.ways, episodes.shots)
-        found[own] = prototype_accuracy(features[number], part)
-    return found, sum(looks) / len(looks)
+        accuracies[own] = prototype_accuracy(features[number], part)
+    return accuracies, sum(looks) / len(looks)
 
 
 def _chosen(

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..hub.markdown import text
 from .cells import Cell
 from .results import confidence, summarise
 
 
 def by_task(cells: Sequence[Cell]) -> dict[tuple[str, int, int], list[Cell]]:
-    """Finished cells by (data, ways, shots), in their order. Raises `DataError` where one has no verdict."""
+    """Finished cells by (data, ways, shots), in their order. Raises `DataError` where one has no result."""
     found: dict[tuple[str, int, int], list[Cell]] = {}
     for cell in cells:
-        cell.judged()
+        cell.finished()
         found.setdefault((cell.data, cell.ways, cell.shots), []).append(cell)
     return found
 
@@ -22,37 +23,37 @@ def rows_and_details(cells: Sequence[Cell]) -> tuple[list[dict[str, Any]], list[
     """Rows as [`summarise`] makes them with `tuning_free`, and for each the further differences and costs.
 
     All differences are paired over the episodes of the method itself, which for tuning methods are the first of the
-    others'. The best rival of a pool on a task is the method without tuning that has the highest mean there,
+    others'. The best baseline of a pool on a task is the method without tuning that has the highest mean there,
     meta-LoRAs and transductive heads left out: being the best of many on these very episodes favours it.
     """
     rows, details = [], []
     for group in by_task(cells).values():
-        frozen = next(cell for cell in group if cell.kind == "frozen").judged().accuracies
+        frozen = next(cell for cell in group if cell.kind == "frozen").finished().accuracies
         for cell in group:
-            values, count = cell.judged().accuracies, len(cell.judged().accuracies)
+            values, count = cell.finished().accuracies, len(cell.finished().accuracies)
             found = summarise({"frozen": frozen[:count], cell.label: values}, cell.data, cell.ways, cell.shots)[-1]
             rows.append({**found, "tuning_free": cell.tuning_free})
             detail = {key: found[key] for key in ("method", "data", "ways", "shots")}
             detail |= {"pool": cell.pool, "kind": cell.kind, "transductive": cell.transductive}
-            rivals = {"average": _average(group, cell.pool), "best_rival": best_rival(group, cell.pool)}
-            for name, rival in rivals.items():
-                delta = confidence(values.double() - rival.judged().accuracies[:count].double())
+            baselines = {"average": _average(group, cell.pool), "best_rival": best_baseline(group, cell.pool)}
+            for name, baseline in baselines.items():
+                delta = confidence(values.double() - baseline.finished().accuracies[:count].double())
                 detail[f"delta_vs_{name}"], detail[f"delta_vs_{name}_ci95"] = (round(x, 3) for x in delta)
-            detail["best_rival"] = rivals["best_rival"].label
-            detail["seconds_per_task"] = float(f"{cell.judged().seconds_per_task:.3g}")
-            detail["peak_memory_mb"] = float(f"{cell.judged().peak_memory_mb:.3g}")
+            detail["best_rival"] = baselines["best_rival"].label
+            detail["seconds_per_task"] = float(f"{cell.finished().seconds_per_task:.3g}")
+            detail["peak_memory_mb"] = float(f"{cell.finished().peak_memory_mb:.3g}")
             details.append(detail)
     return rows, details
 
 
-def best_rival(group: Sequence[Cell], pool: str) -> Cell:
+def best_baseline(group: Sequence[Cell], pool: str) -> Cell:
     """Of one task's cells: the best that needs no tuning, no recycling and no other queries, of `pool` or of none."""
     candidates = [
         cell
         for cell in group
         if cell.kind in ("frozen", "rival") and not cell.transductive and (cell.pool == pool or cell.kind == "frozen")
     ]
-    return max(candidates, key=lambda cell: cell.judged().accuracies.mean().item())
+    return max(candidates, key=lambda cell: cell.finished().accuracies.mean().item())
 
 
 def _average(group: Sequence[Cell], pool: str) -> Cell:
@@ -63,19 +64,19 @@ def markdown(rows: Sequence[dict[str, Any]], details: Sequence[dict[str, Any]]) 
     """An overview, a line for each method and a column for each task, then one table of differences for each task."""
     parts = [overview(rows, details)]
     for task in dict.fromkeys((row["data"], row["ways"], row["shots"]) for row in rows):
-        parts.append(f"### {task[0]}, {task[1]}-way {task[2]}-shot\n\n" + task_table(rows, details, task))
+        parts.append(f"### {text(task[0])}, {task[1]}-way {task[2]}-shot\n\n" + task_table(rows, details, task))
     return "\n\n".join(parts) + "\n"
 
 
 def overview(rows: Sequence[dict[str, Any]], details: Sequence[dict[str, Any]]) -> str:
     """Accuracies of all methods on all tasks."""
     tasks = list(dict.fromkeys((row["data"], row["shots"]) for row in rows))
-    found = {(row["method"], row["data"], row["shots"]): row for row in rows}
-    named = {detail["method"]: shown_name(detail) for detail in details}
-    lines = ["| method | " + " | ".join(f"{data} {shots}-shot" for data, shots in tasks) + " |"]
+    row_of = {(row["method"], row["data"], row["shots"]): row for row in rows}
+    named = {detail["method"]: _escaped_name(detail) for detail in details}
+    lines = ["| method | " + " | ".join(f"{text(data)} {shots}-shot" for data, shots in tasks) + " |"]
     lines.append("|---|" + "---|" * len(tasks))
     for method, name in named.items():
-        cells = [found.get((method, *task)) for task in tasks]
+        cells = [row_of.get((method, *task)) for task in tasks]
         shown = [f"{cell['accuracy']:.1f} ± {cell['ci95']:.1f}" if cell else "" for cell in cells]
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
@@ -83,22 +84,31 @@ def overview(rows: Sequence[dict[str, Any]], details: Sequence[dict[str, Any]]) 
 
 def task_table(rows: Sequence[dict[str, Any]], details: Sequence[dict[str, Any]], task: tuple[str, int, int]) -> str:
     """Accuracy, paired differences and costs of all methods on one (data, ways, shots)."""
-    header = ("method", "episodes", "accuracy", "vs frozen", "vs average", "vs best rival", "s/task", "MB")
+    header = ("method", "episodes", "accuracy", "vs frozen", "vs average", "vs best baseline", "s/task", "MB")
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
-    rivals = []
+    baselines = []
     for row, detail in zip(rows, details, strict=True):
         if (row["data"], row["ways"], row["shots"]) != task:
             continue
         deltas = [(row["delta_vs_frozen"], row["delta_ci95"])]
         deltas += [(detail[f"delta_vs_{x}"], detail[f"delta_vs_{x}_ci95"]) for x in ("average", "best_rival")]
-        cells = [shown_name(detail), str(row["episodes"]), f"{row['accuracy']:.2f} ± {row['ci95']:.2f}"]
+        cells = [_escaped_name(detail), str(row["episodes"]), f"{row['accuracy']:.2f} ± {row['ci95']:.2f}"]
         cells += [f"{mean:+.2f} ± {half:.2f}" for mean, half in deltas]
         cells += [f"{detail['seconds_per_task']:g}", f"{detail['peak_memory_mb']:g}"]
         lines.append("| " + " | ".join(cells) + " |")
-        rivals.append(f"{detail['best_rival']} (pool {detail['pool']})")
-    return "\n".join(lines) + "\n\nBest rival: " + ", ".join(dict.fromkeys(rivals)) + "."
+        baselines.append(f"{text(detail['best_rival'])} (pool {text(detail['pool'])})")
+    return "\n".join(lines) + "\n\nBest baseline: " + ", ".join(dict.fromkeys(baselines)) + "."
 
 
 def shown_name(detail: dict[str, Any]) -> str:
     """The method, with `*` where it tunes on each task and `†` where it sees the queries together."""
-    return detail["method"] + (" *" if detail["kind"] == "tuned" else "") + (" †" if detail["transductive"] else "")
+    return detail["method"] + _marks(detail)
+
+
+def _escaped_name(detail: dict[str, Any]) -> str:
+    """The same for Markdown."""
+    return text(detail["method"]) + _marks(detail)
+
+
+def _marks(detail: dict[str, Any]) -> str:
+    return (" *" if detail["kind"] == "tuned" else "") + (" †" if detail["transductive"] else "")

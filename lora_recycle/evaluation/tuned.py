@@ -15,7 +15,7 @@ from ..pool.pool import AdapterPool
 from .memory import peak_bytes
 
 
-class MetaLoraTuning(TaskTuning):
+class MetaLoRATuning(TaskTuning):
     """[`MetaLoRAForFewShotClassification.tune`] as a method beside the others, for many tasks of one model.
 
     PVP's idea (arXiv 2304.13639): tuning starts from an adapter that was trained for few-shot tasks.

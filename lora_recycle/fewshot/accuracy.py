@@ -1,4 +1,4 @@
-"""The few-shot protocol: accuracy of class centres on stored features, confidence intervals, paired differences.
+"""The few-shot protocol: accuracy of prototypes on stored features, confidence intervals, paired differences.
 
 Pure functions on tensors: features of all images are computed once, by whatever method, and judged here.
 """
@@ -23,7 +23,7 @@ _CHUNK_ELEMENTS = 4_000_000  # gathered query features at a time: 16 MB, stays n
 def prototype_accuracy(
     features: torch.Tensor, episodes: EpisodeSet, metric: str = "cosine", centred: bool = False
 ) -> torch.Tensor:
-    """Accuracy of the nearest class centre, in per cent.
+    """Accuracy of the nearest prototype, in per cent.
 
     Args:
         features (`torch.Tensor`): (N, D) features of all images, any float type.
@@ -44,7 +44,7 @@ def prototype_accuracy(
 
 
 def ensemble_accuracy(features: Iterable[torch.Tensor], episodes: EpisodeSet) -> torch.Tensor:
-    """Accuracy, in per cent, of the mean over teachers of the cosine similarity to each teacher's own class centres.
+    """Accuracy, in per cent, of the mean over teachers of the cosine similarity to each teacher's own prototypes.
 
     Args:
         features (`torch.Tensor` or iterable of tensors): (T, N, D), or T tensors (N, D_t), float16 accepted.
@@ -75,7 +75,7 @@ def head_accuracy(features: torch.Tensor, episodes: EpisodeSet, head: FewShotHea
     """
     _check_finite(features)
     features, every = features.float(), list(episodes)
-    found = torch.empty(len(every))
+    accuracies = torch.empty(len(every))
     sizes: dict[int, list[int]] = {}  # episodes of as many queries go together: padding would be queries, too
     for i, episode in enumerate(every):
         sizes.setdefault(len(episode.query), []).append(i)
@@ -88,8 +88,8 @@ def head_accuracy(features: torch.Tensor, episodes: EpisodeSet, head: FewShotHea
         for part in _chunks(len(members), max(way.numel() + queries, features.shape[1]), features.shape[1]):
             shots = features[support[part].flatten(1)]  # (e, W x S, D)
             logits = head.classify(shots, way.expand(len(shots), -1), episodes.ways, features[query[part]])
-            found[members[part]] = 100.0 * (logits.argmax(-1) == labels[part]).sum(1) / queries
-    return found
+            accuracies[members[part]] = 100.0 * (logits.argmax(-1) == labels[part]).sum(1) / queries
+    return accuracies
 
 
 def _accuracy(features: Iterable[torch.Tensor], episodes: EpisodeSet, metric: str, centred: bool) -> torch.Tensor:
@@ -117,23 +117,23 @@ def _collate(episodes: EpisodeSet) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 def _similarities(
     features: torch.Tensor, support: torch.Tensor, query: torch.Tensor, metric: str, centred: bool
 ) -> torch.Tensor:
-    """(E, Q, W) similarity of each query to each class centre, from (N, D) features."""
+    """(E, Q, W) similarity of each query to each prototype, from (N, D) features."""
     _check_finite(features)
     # Without centring the queries are normalised once per image, not once per episode
     queries = normalize(features, dim=-1) if metric == "cosine" and not centred else features
-    found = []
+    scores = []
     for part in _chunks(len(support), support[0].numel() + query.shape[1], features.shape[1]):
         shots = features[support[part]]  # (e, W, S, D)
-        centres, asked = shots.mean(2), queries[query[part]]  # (e, W, D), (e, Q, D)
+        prototypes, asked = shots.mean(2), queries[query[part]]  # (e, W, D), (e, Q, D)
         if centred:
             mean = shots.mean((1, 2)).unsqueeze(1)  # (e, 1, D)
-            centres, asked = centres - mean, asked - mean
+            prototypes, asked = prototypes - mean, asked - mean
         if metric == "euclidean":
-            found.append(-torch.cdist(asked, centres).square())
+            scores.append(-torch.cdist(asked, prototypes).square())
         else:
             asked = normalize(asked, dim=-1) if centred else asked
-            found.append(asked @ normalize(centres, dim=-1).transpose(1, 2))
-    return torch.cat(found)
+            scores.append(asked @ normalize(prototypes, dim=-1).transpose(1, 2))
+    return torch.cat(scores)
 
 
 def _check_finite(features: torch.Tensor) -> None:

@@ -72,7 +72,7 @@ def sample_episodes(
     """
     _check_numbers(ways, shots, queries, episodes)
     members = _members(labels, len(label_names or ()))
-    usable = {label: found for label, found in members.items() if len(found) > shots}
+    usable = {label: own for label, own in members.items() if len(own) > shots}
     notes = _notes(members, shots, queries, label_names, name)
     if len(usable) < ways:
         raise DataError(
@@ -86,7 +86,7 @@ def sample_episodes(
 
 def _way_out(members: dict[int, torch.Tensor], usable: int, ways: int) -> str:
     """How many ways, or how many shots, these classes do for."""
-    sizes = sorted((len(found) for found in members.values()), reverse=True)
+    sizes = sorted((len(own) for own in members.values()), reverse=True)
     shots = sizes[ways - 1] - 1 if len(sizes) >= ways else 0
     possible = [f"{usable} ways"] * (usable > 1) + [f"{shots} shot" + "s" * (shots > 1)] * (shots > 0)
     return f"Ask for at most {' or '.join(possible)}." if possible else "Add classes, or images of each."
@@ -113,8 +113,8 @@ def _draw(usable: dict[int, torch.Tensor], ways: int, shots: int, queries: int, 
     classes = candidates[torch.randperm(len(candidates), generator=generator)[:ways]]
     support, query, query_labels = [], [], []
     for way, label in enumerate(classes.tolist()):
-        found = usable[label]
-        order = found[torch.randperm(len(found), generator=generator)[: shots + queries]]
+        own = usable[label]
+        order = own[torch.randperm(len(own), generator=generator)[: shots + queries]]
         support.append(order[:shots])
         query.append(order[shots:])
         query_labels.append(torch.full((len(order) - shots,), way))
@@ -124,7 +124,7 @@ def _draw(usable: dict[int, torch.Tensor], ways: int, shots: int, queries: int, 
 def _notes(
     members: dict[int, torch.Tensor], shots: int, queries: int, label_names: Sequence[str] | None, name: str
 ) -> list[str]:
-    sizes = {label: len(found) for label, found in members.items()}
+    sizes = {label: len(own) for label, own in members.items()}
     short = [size for size in sizes.values() if shots < size < shots + queries]
     left_out = [label for label, size in sizes.items() if size <= shots]
     notes = []

@@ -1,12 +1,12 @@
-"""Ways to tune on one task's support set, the rivals of not tuning: peers, one a file, on the base in `base.py`."""
+"""Ways to tune on one task's support set, the baselines of not tuning: peers, one a file, on the base in `base.py`."""
 
 from .base import TaskNetwork, TaskTuning, tune_task
 from .config import TaskTuningConfig
 from .full import FullTuning
 from .learned import LearnedComposition
 from .linear import AverageLinear, LinearProbe
-from .lora import AverageLora, LoraTuning
-from .lorahub import LoraHub
+from .lora import AverageLoRA, LoRATuning
+from .lorahub import LoRAHub
 
 
 def tuning_methods() -> dict[str, TaskTuning]:
@@ -14,22 +14,22 @@ def tuning_methods() -> dict[str, TaskTuning]:
     return {
         "linear-probe": LinearProbe(),
         "full-tuning": FullTuning(),
-        "lora-linear": LoraTuning(),
+        "lora-linear": LoRATuning(),
         "average-linear": AverageLinear(),
-        "average-lora": AverageLora(),
+        "average-lora": AverageLoRA(),
         "learned-composition": LearnedComposition(),
-        "lorahub": LoraHub(),
+        "lorahub": LoRAHub(),
     }
 
 
 __all__ = [
     "AverageLinear",
-    "AverageLora",
+    "AverageLoRA",
     "FullTuning",
     "LearnedComposition",
     "LinearProbe",
-    "LoraHub",
-    "LoraTuning",
+    "LoRAHub",
+    "LoRATuning",
     "TaskNetwork",
     "TaskTuning",
     "TaskTuningConfig",

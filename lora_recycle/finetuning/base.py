@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from ..backbones.backbone import Backbone
 from ..errors import DataError
-from ..fewshot.prototypes import centre_logits, class_centres
+from ..fewshot.prototypes import class_prototypes, prototype_logits
 from ..pool.pool import AdapterPool
 from .config import TaskTuningConfig
 
@@ -90,9 +90,9 @@ class TaskNetwork:
 def tune_task(
     network: TaskNetwork, tokens: torch.Tensor, labels: torch.Tensor, ways: int, config: TaskTuningConfig
 ) -> torch.Tensor:
-    """Tune a network and its class centres on a support set, from the network's start and its own class centres.
+    """Tune a network and its prototypes on a support set, from the network's start and its own prototypes.
 
-    Cross-entropy of the support images against the centres. With `leave_one_out` the centres stay the mean
+    Cross-entropy of the support images against the prototypes. With `leave_one_out` the prototypes stay the mean
     embeddings, and each image is scored by them without itself, as a query would be; an image that is alone in its
     class cannot be, and where all are, nothing is tuned. With `consistency`, embeddings are also held to those of the
     untuned network: one minus their cosine similarity, as CoPrompt (arXiv 2306.01195) holds a prompted model to the
@@ -103,13 +103,13 @@ def tune_task(
         labels: int64 (S,), values 0 to `ways` - 1, each present.
 
     Returns:
-        The centres, (ways, D), on the network's device. The network stays tuned until its `reset`.
+        The prototypes, (ways, D), on the network's device. The network stays tuned until its `reset`.
     """
     network.reset()
     labels = labels.to(network.backbone.device)
     with torch.no_grad():
         untuned = network.features(tokens)
-    start = class_centres(untuned, labels, ways)
+    start = class_prototypes(untuned, labels, ways)
     scored = (
         torch.bincount(labels, minlength=ways)[labels] > 1 if config.leave_one_out else torch.ones_like(labels) > 0
     )
@@ -125,7 +125,7 @@ def tune_task(
             if config.leave_one_out:
                 logits = leave_one_out_logits(features, labels, ways, config.metric, config.temperature)
             else:
-                logits = centre_logits(features, start + size * moved, config.metric, config.temperature)
+                logits = prototype_logits(features, start + size * moved, config.metric, config.temperature)
             loss = F.cross_entropy(logits[scored], labels[scored])
             if config.consistency:
                 loss = loss + config.consistency * (1 - F.cosine_similarity(features, untuned)).mean()
@@ -135,14 +135,14 @@ def tune_task(
             schedule.step()
     if config.leave_one_out:
         with torch.no_grad():
-            return class_centres(network.features(tokens), labels, ways)
+            return class_prototypes(network.features(tokens), labels, ways)
     return (start + size * moved).detach()
 
 
 def leave_one_out_logits(
     features: torch.Tensor, labels: torch.Tensor, ways: int, metric: str = "cosine", temperature: float = 0.1
 ) -> torch.Tensor:
-    """Scores of support images against class centres, of which each image's own is made without it, if its class has
+    """Scores of support images against prototypes, of which each image's own is made without it, if its class has
     others.
 
     Args:
@@ -153,9 +153,11 @@ def leave_one_out_logits(
         (S, ways).
     """
     counts = torch.bincount(labels, minlength=ways).to(features)[labels, None]  # (S, 1)
-    centres = class_centres(features, labels, ways)
-    logits = centre_logits(features, centres, metric, temperature)
-    own = torch.where(counts > 1, (centres[labels] * counts - features) / (counts - 1).clamp_min(1), centres[labels])
+    prototypes = class_prototypes(features, labels, ways)
+    logits = prototype_logits(features, prototypes, metric, temperature)
+    own = torch.where(
+        counts > 1, (prototypes[labels] * counts - features) / (counts - 1).clamp_min(1), prototypes[labels]
+    )
     if metric == "euclidean":
         without = -torch.linalg.vector_norm(features - own, dim=1) / temperature
     else:
@@ -192,9 +194,11 @@ class TaskTuning(abc.ABC):
         self, network: TaskNetwork, tokens: torch.Tensor, labels: torch.Tensor, ways: int, queries: torch.Tensor
     ) -> torch.Tensor:
         """Tune on the support set's `tokens` and score the tokens of the queries: (Q, ways) on the CPU."""
-        centres = self.tune(network, tokens, labels, ways)
+        prototypes = self.tune(network, tokens, labels, ways)
         with torch.no_grad():
-            logits = centre_logits(network.features(queries), centres, self.config.metric, self.config.temperature)
+            logits = prototype_logits(
+                network.features(queries), prototypes, self.config.metric, self.config.temperature
+            )
         return logits.cpu()
 
     def classify(
@@ -214,11 +218,11 @@ class TaskTuning(abc.ABC):
             DataError: labels that do not number 0 to C - 1, or another number of them than of images.
             AdapterError: an adapter changes no weights, and the method needs changes.
         """
-        found = labels.unique().tolist()
-        if len(labels) != len(support) or len(found) < 2 or found != list(range(len(found))):
+        classes = labels.unique().tolist()
+        if len(labels) != len(support) or len(classes) < 2 or classes != list(range(len(classes))):
             raise DataError(
                 f"{len(support)} support images need as many labels that number 2 or more classes 0, 1, ..., "
-                f"got {len(labels)} with the values {found}."
+                f"got {len(labels)} with the values {classes}."
             )
         network = self.network(pool)
-        return self.scores(network, network.tokens(support), labels, len(found), network.tokens(queries))
+        return self.scores(network, network.tokens(support), labels, len(classes), network.tokens(queries))

@@ -9,7 +9,7 @@ from .base import TaskNetwork, TaskTuning
 
 
 class FullTuning(TaskTuning):
-    """Every weight of the layers that learn, norms and biases among them, and the class centres; no embeddings."""
+    """Every weight of the layers that learn, norms and biases among them, and the prototypes; no embeddings."""
 
     defaults = {"lr": 1e-5, "last_layers": None}
 

@@ -11,7 +11,7 @@ from .mixture import AdapterMixture
 
 
 class LearnedComposition(TaskTuning):
-    """In every linear layer a softmax over the pool's adapters weighs their changes; that and the class centres learn.
+    """In every linear layer a softmax over the pool's adapters weighs their changes; that and the prototypes learn.
 
     Every task begins with equal weights, which is the exact average (of changes cut to `rank`).
 

@@ -1,4 +1,4 @@
-"""Linear probes: the network stays as it is, class centres on its features learn."""
+"""Linear probes: the network stays as it is, prototypes on its features learn."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .base import TaskNetwork, TaskTuning
 
 
 class LinearProbe(TaskTuning):
-    """A cosine classifier on frozen features that starts at the class centres and is tuned by gradients.
+    """A cosine classifier on frozen features that starts at the prototypes and is tuned by gradients.
 
     The head `logistic_regression` is the same idea with scikit-learn's solver, its penalty, and no start.
     """

@@ -10,8 +10,8 @@ from .base import TaskNetwork, TaskTuning
 from .config import TaskTuningConfig
 
 
-class LoraTuning(TaskTuning):
-    """A new LoRA on all linear layers and the class centres ("LoRA + Linear" in LoRA Recycle's tables).
+class LoRATuning(TaskTuning):
+    """A new LoRA on all linear layers and the prototypes ("LoRA + Linear" in LoRA Recycle's tables).
 
     Args:
         rank (`int`, *optional*, defaults to 8): of the LoRA.
@@ -37,7 +37,7 @@ class LoraTuning(TaskTuning):
         return TaskNetwork(backbone, [p for p in backbone.parameters() if p.requires_grad], depth - first)
 
 
-class AverageLora(LoraTuning):
+class AverageLoRA(LoRATuning):
     """The same from the pool's average, cut to the rank: PVP (arXiv 2304.13639) with the adapter that takes seconds.
 
     Args:

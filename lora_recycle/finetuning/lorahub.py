@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import ConfigError
-from ..fewshot.prototypes import class_centres
+from ..fewshot.prototypes import class_prototypes
 from ..pool.pool import AdapterPool
 from .base import TaskNetwork, TaskTuning, leave_one_out_logits
 from .config import TaskTuningConfig
@@ -21,12 +21,12 @@ FIRST_SPREAD = 0.3
 GROWTH = 1.5
 
 
-class LoraHub(TaskTuning):
+class LoRAHub(TaskTuning):
     """Weights of up to `candidates` adapters of the pool that classify the support set best, searched from zero.
 
-    A query is scored by class centres under the weights found. The search sees the support images classified by the
-    centres of the others of their class (by all, where a class has one image). Instead of a library's optimiser it is
-    a (1+1) evolution strategy whose spread follows the one-fifth rule (Rechenberg 1973; the factors of Kern et al.,
+    A query is scored by prototypes under the weights found. The search sees the support images classified by the
+    prototypes of the others of their class (by all, where a class has one image). Instead of a library's optimiser it
+    is a (1+1) evolution strategy whose spread follows the one-fifth rule (Rechenberg 1973; the factors of Kern et al.,
     Natural Computing 3, 2004). The weights multiply changes; the paper's multiply the factors A and B apart, which is
     another thing and asks for equal ranks. `config.steps` counts evaluations; `lr` and `consistency` have no meaning.
 
@@ -65,7 +65,7 @@ class LoraHub(TaskTuning):
             return float(F.cross_entropy(logits, labels) + PENALTY * candidate.abs().mean())
 
         weights.copy_(evolve(loss, weights.cpu(), self.config.steps, self.config.seed))
-        return class_centres(network.features(tokens), labels, ways)
+        return class_prototypes(network.features(tokens), labels, ways)
 
 
 def evolve(loss: Callable[[torch.Tensor], float], start: torch.Tensor, steps: int, seed: int) -> torch.Tensor:
@@ -75,9 +75,9 @@ def evolve(loss: Callable[[torch.Tensor], float], start: torch.Tensor, steps: in
     for _ in range(steps - 1):
         step = spread * torch.randn(best.shape, generator=generator)
         candidate = (best + step).clamp(-BOUND, BOUND)
-        found = loss(candidate)
-        if found < lowest:
-            best, lowest, spread = candidate, found, spread * GROWTH
+        value = loss(candidate)
+        if value < lowest:
+            best, lowest, spread = candidate, value, spread * GROWTH
         else:
             spread *= GROWTH**-0.25  # balanced where one of five succeeds
     return best

@@ -70,16 +70,16 @@ def stacked_factors(
     pool: AdapterPool, members: Sequence[int], rank: int
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Module to all factors side by side, (out, R) and (R, in), and int64 (R,), the place in `members` of each."""
-    found: dict[str, list[tuple[int, torch.Tensor, torch.Tensor]]] = {}
+    parts_of: dict[str, list[tuple[int, torch.Tensor, torch.Tensor]]] = {}
     device, dtype = pool.backbone.device, pool.backbone.dtype
     for place, i in enumerate(members):
         adapter = pool[i]
         require_weight_changes(adapter)
         for module, (b, a) in adapter.factors.items():
             b, a = b.float(), a.float()
-            found.setdefault(module, []).append((place, *(truncate(b, a, rank) if b.shape[1] > rank else (b, a))))
+            parts_of.setdefault(module, []).append((place, *(truncate(b, a, rank) if b.shape[1] > rank else (b, a))))
     stacked = {}
-    for module, parts in found.items():
+    for module, parts in parts_of.items():
         owner = torch.cat([torch.full((b.shape[1],), place) for place, b, _ in parts])
         b, a = torch.cat([b for _, b, _ in parts], 1), torch.cat([a for _, _, a in parts])
         stacked[module] = (b.to(device, dtype), a.to(device, dtype), owner.to(device))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
 from .licenses import inherited_license
+from .markdown import block, code, text
 from .repo_files import PICTURE_FILE
 
 
@@ -34,7 +38,7 @@ def usage_lines(name: str) -> str:
         (
             "from lora_recycle import MetaLoRAForFewShotClassification",
             "",
-            f'model = MetaLoRAForFewShotClassification.from_pretrained("{name}")',
+            f"model = MetaLoRAForFewShotClassification.from_pretrained({_quoted(name)})",
             'model.fit(["cat1.jpg", "cat2.jpg", "dog1.jpg", "dog2.jpg"], ["cat", "cat", "dog", "dog"])',
             'print(model.predict(["new.jpg"]))',
         )
@@ -54,11 +58,11 @@ def meta_lora_card(
 
     Args:
         name (`str`): repo id or folder name.
-        settings (`dict`): the sidecar. What the card tells of it: `sources`, `distillation`, `judged`, `inversion`,
-            `versions`, `num_classes` of a fitted task and, where it was judged, `results` (rows of
+        settings (`dict`): the sidecar. The card reads `sources`, `distillation`, `judged`, `inversion`,
+            `versions`, `num_classes` of a fitted task and, if it was evaluated, `results` (rows of
             `evaluation.results.summarise`).
-        picture (`bool`): whether `PICTURE_FILE` lies beside it.
-        bits (`int`, *optional*): for each weight, where they are coded and so no plain PEFT adapter.
+        picture (`bool`): whether `PICTURE_FILE` is beside it.
+        bits (`int`, *optional*): bits per weight, if they are coded and so not a plain PEFT adapter.
     """
     sources, results = settings.get("sources") or [], settings.get("results") or []
     distillation, inversion = settings.get("distillation"), settings.get("inversion")
@@ -89,12 +93,14 @@ def meta_lora_card(
         origin=_origin(distillation, inversion, kept, blend) if distillation else None,
         trained=bool(distillation and distillation["steps"] and inversion and kept != 0),
         classes=settings.get("num_classes"),
-        usage=usage_lines(name),
+        usage=block(usage_lines(name), "python"),
         picture=PICTURE_FILE if picture else None,
         results=[_result_row(row) for row in results],
         sources=[_source_row(source) for source in sources],
         license_note=license_note,
         recipe=_yaml({k: v for k, v in (("invert", inversion), ("distill", distillation)) if v}),
+        text=text,
+        code=code,
     )
     return str(card)
 
@@ -113,69 +119,115 @@ def surrogate_card(name: str, manifest: dict[str, Any], picture: bool = False) -
         **fields,
     )
     known, commit = is_repo_id(base.get("name")), base.get("revision")
-    at = f" at commit `{commit}`" if commit else ""
+    at = f" at commit {code(commit)}" if commit else ""
     card = DatasetCard.from_template(
         header,
         str(TEMPLATES / "surrogate.md"),
         name=name,
         num_images=count,
-        base=f"`{base['name']}`{at}" if known else "a backbone that has no name on the Hub",
+        base=f"{code(base['name'])}{at}" if known else "a backbone that has no name on the Hub",
         version=manifest.get("lora_recycle_version", "(unknown version)"),
         origin=_starting_images(manifest.get("config") or {}),
-        usage=_surrogate_usage(name),
+        usage=block(_surrogate_usage(name), "python"),
         picture=PICTURE_FILE if picture else None,
         sources=[_source_row(e["adapter"]) + _shard_cells(e) for e in entries],
         license_note=license_note,
         recipe=_yaml({"invert": manifest.get("config") or {}}),
+        text=text,
+        code=code,
     )
     return str(card)
 
 
 def _surrogate_usage(name: str) -> str:
+    repo = _quoted(name)
     return "\n".join(
         (
             "from datasets import load_dataset",
             "from lora_recycle import SurrogateDataset",
             "",
-            f'images = load_dataset("{name}", split="train")  # image, label, adapter',
-            f'surrogate = SurrogateDataset.from_pretrained("{name}")  # with what the teachers said of each image',
+            f'images = load_dataset({repo}, split="train")  # image, label, adapter',
+            f"surrogate = SurrogateDataset.from_pretrained({repo})  # with the outputs of the teachers",
         )
     )
+
+
+def adapter_card(
+    name: str,
+    base_model: str,
+    data_name: str,
+    labels: Sequence[str],
+    *,
+    peft_type: str,
+    rank: int,
+    targets: str,
+    accuracy: float,
+    frozen_accuracy: float,
+) -> str:
+    """The README.md of an adapter with a head; `id2label` in its header is where the class names survive.
+
+    Args:
+        accuracy: on held-out images of its classes, per cent.
+        frozen_accuracy: of prototypes on the frozen backbone, per cent.
+    """
+    header = ModelCardData(
+        library_name="peft",
+        base_model=base_model,
+        pipeline_tag="image-classification",
+        tags=["lora", "image-classification"],
+        id2label=dict(enumerate(labels)),
+    )
+    card = ModelCard.from_template(
+        header,
+        str(TEMPLATES / "adapter.md"),
+        name=name,
+        base=base_model,
+        data=data_name,
+        classes=len(labels),
+        peft_type=peft_type,
+        rank=rank,
+        targets=targets,
+        accuracy=accuracy,
+        frozen=frozen_accuracy,
+        code=code,
+        text=text,
+    )
+    return str(card)
 
 
 def _origin(
     distillation: dict[str, Any], inversion: dict[str, Any] | None, kept: int | None, blend: list[float]
 ) -> str:
-    average = "the average of their weight changes, cut to its rank"
-    starts = {"average": average, "undiluted": f"{average} and scaled to the full strength of their largest group"}
-    starts["restored"] = f"{average}, in which the largest group of them has its full strength"
-    starts |= {"group-sum": "the sum of the averages of their groups, cut to its rank", "zero": "zero"}
+    average = "the average of their weight changes, truncated to its rank"
+    starts = {"average": average, "undiluted": f"{average} and scaled until their largest group has full strength"}
+    starts["restored"] = f"{average}, with their largest group at full strength"
+    starts |= {"group-sum": "the sum of the averages of their groups, truncated to its rank", "zero": "zero"}
     init = distillation["init"]
-    start = f"It started from {starts.get(init, f'directions of the weights by {init}')}"
+    start = f"It started from {starts.get(init) or f'principal directions of the base weights ({text(init)})'}"
     if not distillation["steps"] or not inversion:
         return f"{start}, and was not trained."
     learnt, rest = blend
     if kept == 0:
-        stayed = "stayed there" if learnt or rest else "went back to that average as it is"
+        stayed = "was kept as it was" if learnt or rest else "was reset to the plain average"
         return (
-            f"{start}, and {stayed}: {distillation['steps']} steps on surrogate images made it not surely better "
-            "at the classes of adapters that were kept from teaching."
+            f"{start}, and {stayed}: {text(distillation['steps'])} steps on surrogate images did not make it "
+            "significantly better on the classes of the validation adapters."
         )
-    steps = f"{kept} of {distillation['steps']}" if kept else distillation["steps"]
-    images = ", ".join(name for name, share in inversion["starts"].items() if share > 0)
+    steps = text(f"{kept} of {distillation['steps']}" if kept else distillation["steps"])
+    images = ", ".join(text(name) for name, share in inversion["starts"].items() if share > 0)
     blended = ""
     if learnt < 1:
-        blended = f" {learnt:.0%} of its change is what it learned, {rest:.0%} where it started from."
+        blended = f" Its change is {learnt:.0%} of the distilled one plus {rest:.0%} of the start."
     return (
-        f"{start}, and learned in {steps} steps from surrogate images, which were optimised with the "
-        f"adapters and their heads out of these starting images: {images}.{blended}"
+        f"{start}, and was distilled for {steps} steps on surrogate images, which were optimised with the "
+        f"adapters and their heads from these starting images: {images}.{blended}"
     )
 
 
 def _starting_images(config: dict[str, Any]) -> str:
-    names = ", ".join(name for name, share in (config.get("starts") or {}).items() if share > 0)
-    steps = f" in {config['iterations']} steps" if "iterations" in config else ""
-    return f"they were optimised{steps}" + (f" out of starting images ({names})" if names else "")
+    names = ", ".join(text(name) for name, share in (config.get("starts") or {}).items() if share > 0)
+    steps = f" in {text(config['iterations'])} steps" if "iterations" in config else ""
+    return f"they were optimised{steps}" + (f" from starting images ({names})" if names else "")
 
 
 def _eval_result(row: dict[str, Any]) -> EvalResult:
@@ -199,27 +251,29 @@ def _task(row: dict[str, Any]) -> str:
 def _result_row(row: dict[str, Any]) -> list[str]:
     accuracy = f"{row['accuracy']:.2f} ± {row['ci95']:.2f}"
     delta = f"{row['delta_vs_frozen']:+.2f} ± {row['delta_ci95']:.2f}" if row["method"] != "frozen" else "-"
-    return [_cell(row["method"]), _cell(row["data"]), _task(row), str(row["episodes"]), accuracy, delta]
+    return [*map(text, (row["method"], row["data"], _task(row), row["episodes"])), accuracy, delta]
 
 
 def _source_row(source: dict[str, Any]) -> list[str]:
     """Name, type, commit, licence and checksum of one source adapter."""
     name, revision = source["name"], source.get("revision")
     known = revision and is_repo_id(name)
-    shown = f"[{name}](https://huggingface.co/{name}/tree/{revision})" if known else _cell(name)
-    commit = f"`{revision}`" if revision else "local folder"
-    return [shown, _cell(source.get("peft_type")), commit, _cell(source.get("license")), f"`{source['sha256']}`"]
+    shown = text(name)
+    if known:
+        shown = f"[{shown}](https://huggingface.co/{name}/tree/{quote(str(revision), safe='')})"
+    commit = code(revision) if revision else "local folder"
+    return [shown, text(source.get("peft_type")), commit, text(source.get("license")), code(source["sha256"])]
 
 
 def _shard_cells(entry: dict[str, Any]) -> list[str]:
     classes = entry["adapter"].get("num_classes")
-    return [_cell(classes), str(entry["num_images"]), f"{entry['accuracy']:.2f}", f"{entry['confidence']:.2f}"]
+    return [text(classes), text(entry["num_images"]), f"{entry['accuracy']:.2f}", f"{entry['confidence']:.2f}"]
 
 
-def _cell(value: Any) -> str:
-    """Text for one cell of a Markdown table: names come from strangers."""
-    return "-" if value is None else re.sub(r"([|\\`<\[\]])", r"\\\1", " ".join(str(value).split()))
+def _quoted(name: str) -> str:
+    """The name as a Python string in the quotes that everybody writes."""
+    return json.dumps(name, ensure_ascii=False)
 
 
 def _yaml(values: dict[str, Any]) -> str:
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True).strip()
+    return block(yaml.safe_dump(values, sort_keys=False, allow_unicode=True).strip(), "yaml")

@@ -143,8 +143,8 @@ def repeated(request: Callable[[], Answer]) -> Answer:
             if isinstance(cause, HfHubHTTPError):
                 if cause.response.status_code not in _TRANSIENT:
                     raise
-                told = cause.response.headers.get("Retry-After", "")
-                seconds = int(told) if told.isdecimal() else wait
+                header = cause.response.headers.get("Retry-After", "")
+                seconds = int(header) if header.isdecimal() else wait
         time.sleep(seconds)
     return request()
 

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
-
-from .repo_files import CARD_FILE, MAX_CARD_BYTES
+from ..runtime.untrusted import path_inside
+from .card_files import read_card
+from .markdown import code
+from .repo_files import CARD_FILE
 
 
 #: Identifiers that the Hub takes in a card's header, as its documentation lists them
@@ -36,12 +37,10 @@ def read_license(folder: Path) -> str | None:
     Lower case, as the Hub writes them; several are joined by `+`. A card that cannot be read states none: anyone may
     have written it.
     """
-    path = folder / CARD_FILE
     try:
-        if path.stat().st_size > MAX_CARD_BYTES:
-            return None
-        data = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
-    except Exception:  # noqa: BLE001 - a missing file, YAML, Unicode and type errors
+        path = path_inside(folder, CARD_FILE)
+        data = {} if path is None else read_card(path).metadata
+    except (OSError, ValueError):
         return None
     stated = data.get("license")
     if stated == "other":
@@ -55,11 +54,11 @@ def inherited_license(stated: Sequence[str | None]) -> tuple[dict[str, Any], str
     counts = Counter(stated)
     named = sorted(name for name in counts if name)
     if not named:
-        return {}, "No source adapter states a licence, so none is given here."
+        return {}, "No source adapter states a licence, so this card states none."
     if len(counts) == 1:
         fields = {"license": named[0]} if named[0] in HUB_LICENSES else {"license": "other", "license_name": named[0]}
-        return fields, f"All source adapters are under `{named[0]}`, and so is this."
-    mix = ", ".join(f"`{name}` ({counts[name]})" for name in named)
+        return fields, f"All source adapters are under {code(named[0])}, and so is this."
+    mix = ", ".join(f"{code(name)} ({counts[name]})" for name in named)
     silent = f", none stated ({counts[None]})" if counts[None] else ""
-    sentence = f"The source adapters state different licences: {mix}{silent}. Observe all of them."
+    sentence = f"The source adapters have different licences: {mix}{silent}. Comply with all of them."
     return {"license": "other", "license_name": "mixed"}, sentence

@@ -29,6 +29,7 @@ FORMATS = frozenset(
 _WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 #: Pixels from which on one picture is decoded at a time, whatever the number of threads: memory stays bounded.
 _LARGE = 2**25
+_HALF_LEVEL = 0.5 / 255
 _one_large_picture = threading.Lock()
 
 
@@ -66,7 +67,8 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def to_picture(image: Any, where: str | None = None, at_least: int | None = None) -> Image.Image:
-    """One image in any form as upright RGB: PIL, an array or uint8 tensor, a path, a file:// URL, an encoded file.
+    """One image in any form as upright RGB: PIL, an array or tensor ([`to_uint8`]), a path, a file:// URL, an encoded
+    file.
 
     Args:
         where: what errors call it; by default its path, where it has one.
@@ -103,19 +105,48 @@ def _opened(file: Path | io.BytesIO, at_least: int | None) -> Image.Image:
             return to_rgb(opened)
 
 
+def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
+    """The one rule for numbers that are pixels: uint8 as they are, floats from 0 to 1, as ToTensor gives them, times
+    255. The same for tensors and arrays, whatever their shape.
+
+    Raises:
+        DataError: numbers of another type, NaN, or floats beyond 0 to 1, which may be normalised or up to 255.
+    """
+    if pixels.dtype == torch.uint8:
+        return pixels
+    if not pixels.is_floating_point():
+        kind = str(pixels.dtype).removeprefix("torch.")
+        raise DataError(f"Pixels must be uint8 from 0 to 255 or floats from 0 to 1, got {kind}.")
+    pixels = pixels.float()
+    # half a grey level of rounding is no other scale; NaN is not within
+    if not ((pixels >= -_HALF_LEVEL) & (pixels <= 1 + _HALF_LEVEL)).all():
+        raise DataError(
+            f"Pixels that are floats must lie between 0 and 1, as ToTensor gives them, got {pixels.min():.4g} to "
+            f"{pixels.max():.4g}. Leave out Normalize, which the model does itself; divide values up to 255 by 255. "
+            "Normalised images are for forward(support_pixel_values=...) and features() alone."
+        )
+    return (pixels * 255).round().clamp(0, 255).to(torch.uint8)
+
+
 def _from_pixels(image: Any) -> Image.Image:
-    if isinstance(image, torch.Tensor):
-        channels_first = image.ndim == 3 and image.shape[0] in (1, 3)
-        image = (image.permute(1, 2, 0) if channels_first else image).detach().cpu().numpy()
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8:
-            raise DataError(f"Arrays of pixels must be uint8, got {image.dtype}; scale to 0-255 first.")
-        if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[-1] not in (1, 2, 3, 4)):
-            raise DataError(f"Arrays of pixels must be (H, W) or (H, W, channels), got {image.shape}.")
-        image = Image.fromarray(image.squeeze(-1) if image.ndim == 3 and image.shape[-1] == 1 else image)
+    if isinstance(image, (torch.Tensor, np.ndarray)):
+        image = _array_to_picture(image)
     if not isinstance(image, Image.Image):
         raise DataError(f"No image can be read from a {type(image).__name__}: pass PIL images, arrays or paths.")
     return image
+
+
+def _array_to_picture(image: torch.Tensor | np.ndarray) -> Image.Image:
+    """A grey image (H, W), or one with its channels last or first; where both could be, as torch and NumPy have it."""
+    # a copy of an array: PIL's are read-only, of which torch warns
+    pixels = image.detach().cpu() if isinstance(image, torch.Tensor) else torch.from_numpy(np.array(image))
+    array = to_uint8(pixels).numpy()
+    if array.ndim == 3:
+        first, last = array.shape[0] in (1, 3), array.shape[-1] in (1, 2, 3, 4)
+        array = array.transpose(1, 2, 0) if first and (isinstance(image, torch.Tensor) or not last) else array
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (1, 2, 3, 4)):
+        raise DataError(f"Pixels must be (H, W), (H, W, channels) or (channels, H, W), got {tuple(array.shape)}.")
+    return Image.fromarray(array.squeeze(-1) if array.ndim == 3 and array.shape[-1] == 1 else array)
 
 
 def _reason(error: Exception, image: Any) -> str:

@@ -89,10 +89,10 @@ def _decode(source: ImageSource, kept: torch.Tensor, size: int, resample: int) -
     def resized(image: Image.Image) -> np.ndarray:
         return np.asarray(image if image.size == (size, size) else image.resize((size, size), resample))
 
-    for number, found in enumerate(decoded(source.fetch(kept.tolist()), resized)):
-        if isinstance(found, DataError):
-            raise found
-        target[number] = found.transpose(2, 0, 1)
+    for number, picture in enumerate(decoded(source.fetch(kept.tolist()), resized)):
+        if isinstance(picture, DataError):
+            raise picture
+        target[number] = picture.transpose(2, 0, 1)
     return pixels
 
 
@@ -102,5 +102,5 @@ def _subset(labels: torch.Tensor, max_per_class: int | None, seed: int) -> torch
         return torch.arange(len(labels))
     generator = torch.Generator().manual_seed(seed)
     classes = [(labels == label).nonzero().flatten() for label in labels.unique()]
-    kept = [found[torch.randperm(len(found), generator=generator)[:max_per_class]] for found in classes]
+    kept = [members[torch.randperm(len(members), generator=generator)[:max_per_class]] for members in classes]
     return torch.cat(kept).sort().values

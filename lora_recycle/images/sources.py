@@ -99,9 +99,9 @@ def _class_folders(folder: Path, split: str | None, order: Sequence[str]) -> Ima
         raise DataError(f"{folder}: expected one folder of images for each class, found no folder.")
     paths, labels = [], []
     for label, entry in enumerate(classes):
-        found = images_below(entry, "this class folder holds no images. Remove it or fill it.")
-        paths += found
-        labels += [label] * len(found)
+        files = images_below(entry, "this class folder holds no images. Remove it or fill it.")
+        paths += files
+        labels += [label] * len(files)
     return ImageSource(name, len(paths), _fetch_paths(paths), torch.tensor(labels), [entry.name for entry in classes])
 
 
@@ -167,12 +167,12 @@ def _one_split(loaded: Any, split: str | None, where: str | Path, order: Sequenc
     return loaded[_choose_split(list(loaded), split, where, order)] if isinstance(loaded, dict) else loaded
 
 
-def _choose_split(found: list[str], split: str | None, where: str | Path, order: Sequence[str]) -> str:
+def _choose_split(splits: list[str], split: str | None, where: str | Path, order: Sequence[str]) -> str:
     """The split asked for, else the first of `order` there is, else the first."""
-    wanted = (split,) if split else (*order, *found)
-    chosen = next((name for name in wanted if name in found), None)
+    wanted = (split,) if split else (*order, *splits)
+    chosen = next((name for name in wanted if name in splits), None)
     if chosen is None:
-        raise DataError(f"{where}: no split {split!r}, it has {', '.join(sorted(found))}.")
+        raise DataError(f"{where}: no split {split!r}, it has {', '.join(sorted(splits))}.")
     return chosen
 
 
@@ -246,7 +246,7 @@ def _first_line(error: Exception) -> str:
 def images_below(folder: Path, complaint: str) -> list[Path]:
     """The picture files below a folder, by their names, sorted. Raises `DataError` with the complaint for none."""
     known = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS} | {".heic", ".heif"}
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in known and not p.name.startswith("."))
-    if not found:
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in known and not p.name.startswith("."))
+    if not paths:
         raise DataError(f"{folder}: {complaint}")
-    return found
+    return paths

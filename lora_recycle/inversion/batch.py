@@ -10,7 +10,6 @@ from accelerate import Accelerator
 
 from ..adapters.adapter import Adapter
 from ..backbones.backbone import Backbone
-from ..fewshot.relations import relational_divergence
 from .config import InversionConfig
 from .pixel_spaces import PIXEL_SPACES
 from .priors import Prior
@@ -22,13 +21,12 @@ STOP_EVERY = 5
 
 @dataclasses.dataclass
 class Objective:
-    """What the images of one adapter are optimised for: Eq. 1, and a term that makes them hard.
+    """What the images of one adapter are optimised for (Eq. 1).
 
     Attributes:
         backbone: with the adapter folded in, while a batch is stepped.
         adapter: whose head classifies the images.
         prior: the weighted sum of the image priors.
-        reference: the network that is not to know the images, where `config.hard_weight` is positive.
         accelerator: gives the autocast of forwards.
     """
 
@@ -36,7 +34,6 @@ class Objective:
     adapter: Adapter
     config: InversionConfig
     prior: Prior
-    reference: Backbone | None
     accelerator: Accelerator
 
     def __call__(
@@ -49,16 +46,11 @@ class Objective:
         hidden = hidden.to(self.backbone.dtype)  # float32 again after autocast
         logits = self.adapter.logits(self.backbone, hidden).float()
         loss = F.cross_entropy(logits, labels) + self.prior(images, hidden.float())
-        if self.reference is not None:
-            with self.accelerator.autocast():
-                other = self.reference.features(pixel_values)
-            teacher = self.backbone.pool(hidden).float()
-            loss = loss - self.config.hard_weight * relational_divergence(other.float(), teacher)
         return loss, logits
 
 
 class InversionBatch:
-    """The images of one batch while they are optimised. [`LoraInverter.batch`] makes it.
+    """The images of one batch while they are optimised. [`LoRAInverter.batch`] makes it.
 
     Args:
         objective ([`Objective`]): gives the loss of images and labels.

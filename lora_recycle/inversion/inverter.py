@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
 import json
@@ -23,9 +22,9 @@ from ..errors import ConfigError, DivergenceError
 from ..pool.pool import AdapterPool
 from ..runtime.files import tensors_sha256
 from ..runtime.heartbeat import Heartbeat, beat
-from ..runtime.launch import deal, mixed_precision, process_state
+from ..runtime.launch import claim_indices, mixed_precision, process_state
 from ..runtime.run_lock import only_run_in
-from ..surrogate.dataset import Shard, SurrogateDataset, save_shard, write_manifest
+from ..surrogate.dataset import OUTPUT, Shard, SurrogateDataset, save_shard, write_manifest
 from ..version import __version__
 from .batch import InversionBatch, Objective
 from .config import InversionConfig
@@ -34,7 +33,7 @@ from .resume import is_finished, refuse_other_recipe, start_over
 from .starts import draw_starts
 
 
-class LoraInverter:
+class LoRAInverter:
     """Makes the surrogate images of every adapter of a pool.
 
     Args:
@@ -51,7 +50,6 @@ class LoraInverter:
         pool.require_heads()
         self.mask_layer = _mask_layer(self.config, self.backbone)
         self.prior = build_priors(self.config.priors, self.backbone.num_prefix_tokens)
-        self.reference = _reference(pool, self.config) if self.config.hard_weight > 0 else None
         self.stock = _load_stock(self.config, self.backbone) if self.config.start_images else None
         self.accelerator = mixed_precision()
         #: mean loss of each iteration of the last adapter, for curves, and its images' iterations in all
@@ -79,14 +77,15 @@ class LoraInverter:
             ConfigError: `output_dir` holds shards of another recipe.
             DivergenceError: all adapters diverge.
             ProcessError: another process fell silent.
-            StorageError: another run is at work in `output_dir`, or nothing can be written there.
+            StorageError: another run is at work in `output_dir`, it holds something else than surrogate data, or
+                nothing can be written there.
         """
         state, output_dir = process_state(), Path(output_dir)
-        with only_run_in(output_dir, state.is_main_process):
+        with only_run_in(output_dir, OUTPUT, needed=state.is_main_process):
             if state.is_main_process and resume:
                 self.check_folder(output_dir)
             elif state.is_main_process:
-                start_over(output_dir)
+                start_over(output_dir, _shard_names(self.pool))
             state.wait_for_everyone()
             self._run(output_dir, progress, on_shard)
         return SurrogateDataset.from_pretrained(output_dir)
@@ -102,7 +101,7 @@ class LoraInverter:
         lost: list[tuple[int, dict[str, str]]] = []
         bar = tqdm(total=len(names), desc="invert", unit="adapter", disable=not (progress and state.is_main_process))
         with bar, Heartbeat("invert") as heart:
-            for i in deal(len(names)):
+            for i in claim_indices(len(names)):
                 bar.update(i - bar.n)  # those before it were dealt too
                 try:
                     self._write_shard(i, output_dir / "shards" / names[i], bar, on_shard)
@@ -206,7 +205,7 @@ class LoraInverter:
             labels: int64 (B,), classes of the adapter's head.
             generator: on the CPU, draws the jitter.
         """
-        parts = (self.backbone, self.pool[index], self.config, self.prior, self.reference, self.accelerator)
+        parts = (self.backbone, self.pool[index], self.config, self.prior, self.accelerator)
         return InversionBatch(Objective(*parts), starts, labels, generator)
 
     @torch.inference_mode()
@@ -219,7 +218,7 @@ class LoraInverter:
             with self.backbone.record_attention(self.mask_layer) as attention:
                 hidden, _ = self.backbone(self.backbone.normalize(part))
             logits.append(adapter.logits(self.backbone, hidden).float().cpu())
-            features.append(self.backbone.pool(hidden).half().cpu())
+            features.append(self.backbone.pool_features(hidden).half().cpu())
             if self.config.keep_ratio < 1:
                 k = num_kept(self.backbone.num_patches, self.config.keep_ratio)
                 scores = attention.row[:, self.backbone.num_prefix_tokens :]
@@ -231,8 +230,6 @@ class LoraInverter:
         parts: list[Any] = [self.config.to_dict(), info.sha256, self.backbone.name, self.backbone.revision]
         if info.prompt:  # the head is made of these, not of the adapter's bytes
             parts.append([info.prompt, info.labels])
-        if self.config.hard_weight and self.config.hard_reference == "average":
-            parts.append([other.sha256 for other in self.pool.infos])
         if self.accelerator.mixed_precision != "no":
             parts.append(self.accelerator.mixed_precision)
         if self.backbone.dtype != torch.float32:
@@ -243,13 +240,8 @@ class LoraInverter:
 
     @functools.cached_property
     def data_sha256(self) -> dict[str, str]:
-        """Checksums of what the settings name by its path: starting images, and another meta-LoRA as reference."""
-        found = {}
-        if self.stock is not None:
-            found["start_images"] = tensors_sha256({"pixels": self.stock})
-        if self.reference is not None and self.config.hard_reference not in ("backbone", "average"):
-            found["hard_reference"] = tensors_sha256(self.reference.model.state_dict())
-        return found
+        """Checksum of what the settings name by its path: the starting images."""
+        return {} if self.stock is None else {"start_images": tensors_sha256({"pixels": self.stock})}
 
     def _header(self) -> dict:
         return {
@@ -283,19 +275,6 @@ def _mask_layer(config: InversionConfig, backbone: Backbone) -> int:
         if layer >= layers:
             raise ConfigError(f"prune: {backbone.name} has the layers 0 to {layers - 1}, got {layer}")
     return max(config.prune, default=layers // 2)
-
-
-def _reference(pool: AdapterPool, config: InversionConfig) -> Backbone:
-    """What the hard images are to be unknown to: the bare backbone, the pool's average, or a meta-LoRA."""
-    reference = copy.deepcopy(pool.backbone)
-    if config.hard_reference == "backbone":
-        return reference
-    if config.hard_reference == "average":
-        with pool.folded() as averaged:
-            return copy.deepcopy(averaged)
-    (other,) = AdapterPool.from_pretrained([config.hard_reference], backbone=pool.backbone)
-    with pool.folded([other]) as folded:
-        return copy.deepcopy(folded)
 
 
 def _load_stock(config: InversionConfig, backbone: Backbone) -> torch.Tensor:

@@ -46,7 +46,7 @@ class BatchNormPrior:
 
     def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float], size: int):
         self.network, self.size = network.eval().requires_grad_(False), size
-        self.gaps: list[torch.Tensor] = []
+        self._gaps: list[torch.Tensor] = []
         self.mean, self.std = torch.tensor(mean).view(1, 3, 1, 1), torch.tensor(std).view(1, 3, 1, 1)
         norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
         if not norms:
@@ -58,14 +58,16 @@ class BatchNormPrior:
         x = inputs[0]
         assert norm.running_mean is not None and norm.running_var is not None  # in evaluation mode there are some
         gap_mean = (x.mean((0, 2, 3)) - norm.running_mean).norm()
-        self.gaps.append(gap_mean + (x.var((0, 2, 3)) - norm.running_var).norm())
+        self._gaps.append(gap_mean + (x.var((0, 2, 3)) - norm.running_var).norm())
 
     def __call__(self, images: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        self.gaps.clear()
         self.network.to(images.device)
         resized = F.interpolate(images, size=(self.size,) * 2, mode="bilinear", align_corners=False)
-        self.network((resized - self.mean.to(images)) / self.std.to(images))
-        return torch.stack(self.gaps).sum()
+        try:
+            self.network((resized - self.mean.to(images)) / self.std.to(images))
+            return torch.stack(self._gaps).sum()
+        finally:
+            self._gaps.clear()  # they hold the graph of this step, whose gradients have the shape of this batch
 
 
 def efficientnet_lite0(size: int = 64) -> BatchNormPrior:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +25,26 @@ def refuse_other_recipe(folder: Path, identities: dict[str, str], config: dict[s
         identities: file name of each shard to what it depends on, as `shard_config_id` tells it.
         config: the settings, to tell which of them differ.
     """
-    found = {name: shard_config_id(folder / "shards" / name) for name in identities}
-    others = [name for name, there in found.items() if there not in (None, identities[name])]
+    stored = {name: shard_config_id(folder / "shards" / name) for name in identities}
+    others = [name for name, there in stored.items() if there not in (None, identities[name])]
     if not others:
         return
-    told = "another adapter, backbone, precision or data, or other settings"
+    reason = "another adapter, backbone, precision or data, or other settings"
     with contextlib.suppress(DataError):
         there = SurrogateDataset.from_pretrained(folder).manifest.get("config", {})
-        told = differences(there, json.loads(json.dumps(config))) or "another adapter, backbone, precision or data"
+        reason = differences(there, json.loads(json.dumps(config))) or "another adapter, backbone, precision or data"
     raise ConfigError(
-        f"{folder}: holds surrogate data of another recipe ({told}): {others[0]}, {len(others)} in all. Choose "
+        f"{folder}: holds surrogate data of another recipe ({reason}): {others[0]}, {len(others)} in all. Choose "
         "another output folder. To replace what is there, pass --no-resume (from Python: resume=False)."
     )
 
 
-def start_over(folder: Path) -> None:
-    """Delete the shards and the manifest."""
+def start_over(folder: Path, names: Iterable[str]) -> None:
+    """Delete the manifest and the shards: those of these `names`, and all others that an inversion wrote."""
     (folder / MANIFEST).unlink(missing_ok=True)
     for path in (folder / "shards").glob("*.safetensors"):
-        path.unlink()
+        if path.name in set(names) or shard_config_id(path) is not None:
+            path.unlink()
 
 
 def is_finished(path: Path, identity: str) -> bool:

@@ -1,7 +1,8 @@
-"""Ways to use a pool without tuning, the rivals of a meta-LoRA: peers, one a file, on the base in `base.py`."""
+"""Ways to use a pool without tuning, the baselines of a meta-LoRA: peers, one a file, on the base in `base.py`."""
 
 from .arrow import Arrow
-from .base import Composition, Merge, Selection
+from .average import Average
+from .base import Merge, MergingMethod, Selection
 from .class_statistics import ClassStatistics
 from .controls import RandomAverage, shuffled_heads
 from .dare import Dare
@@ -10,14 +11,13 @@ from .groups import GroupSum, NearestGroup, Restored, Undiluted, separability
 from .knots import Knots
 from .magnitude import MagnitudePruning
 from .ties import Ties
-from .uniform import Uniform
 
 
-def tuning_free_methods(seed: int = 0) -> dict[str, Composition]:
-    """The compositions that `evaluate` offers, by name. `seed` is of those that draw at random."""
+def tuning_free_methods(seed: int = 0) -> dict[str, MergingMethod]:
+    """The merging_methods that `evaluate` offers, by name. `seed` is of those that draw at random."""
     return {
-        "average": Uniform(),
-        "average-rank-16": Uniform(rank=16),
+        "average": Average(),
+        "average-rank-16": Average(rank=16),
         "ensemble": Ensemble(),
         "random": RandomAverage(seed),
         "magnitude": MagnitudePruning(),
@@ -35,21 +35,21 @@ def tuning_free_methods(seed: int = 0) -> dict[str, Composition]:
 
 __all__ = [
     "Arrow",
+    "Average",
     "ClassStatistics",
-    "Composition",
     "Dare",
     "Ensemble",
     "GroupSum",
     "Knots",
     "MagnitudePruning",
     "Merge",
+    "MergingMethod",
     "NearestGroup",
     "RandomAverage",
     "Restored",
     "Selection",
     "Ties",
     "Undiluted",
-    "Uniform",
     "separability",
     "shuffled_heads",
     "tuning_free_methods",

@@ -8,15 +8,16 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from ..adapters.low_rank import svd_of_product
 from ..backbones.backbone import Backbone
 from ..errors import ConfigError
 from ..pool.pool import AdapterPool
-from .base import Composition, require_weight_changes
+from .base import MergingMethod, require_weight_changes
 from .factors import Gate, worn_factors
 
 
 @dataclasses.dataclass
-class Arrow(Composition):
+class Arrow(MergingMethod):
     """Retrieval without a support set: in every layer, every token picks the adapters that answer to it.
 
     An adapter's prototype in a layer is the first right singular vector of its change, the input that it amplifies
@@ -45,14 +46,14 @@ class Arrow(Composition):
             )
 
     def networks(self, pool: AdapterPool) -> Iterator[AbstractContextManager[Backbone]]:
-        found: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        parts: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         for i in range(len(pool)):
             adapter = pool[i]
             require_weight_changes(adapter)
             for module, pair in adapter.factors.items():
-                found.setdefault(module, []).append(pair)
-        factors = {m: (torch.cat([b for b, _ in own], 1), torch.cat([a for _, a in own])) for m, own in found.items()}
-        yield worn_factors(pool.backbone, factors, {m: self._gate(own, pool.backbone) for m, own in found.items()})
+                parts.setdefault(module, []).append(pair)
+        factors = {m: (torch.cat([b for b, _ in own], 1), torch.cat([a for _, a in own])) for m, own in parts.items()}
+        yield worn_factors(pool.backbone, factors, {m: self._gate(own, pool.backbone) for m, own in parts.items()})
 
     def _gate(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], backbone: Backbone) -> Gate:
         prototypes = torch.stack([first_direction(b, a) for b, a in pairs]).to(backbone.device, backbone.dtype)
@@ -70,6 +71,4 @@ class Arrow(Composition):
 
 def first_direction(b: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     """The first right singular vector of B A, up to its sign: (out, r), (r, in) to (in,). B A is not formed."""
-    if b.shape[1] < b.shape[0]:
-        b = torch.linalg.qr(b.float()).R
-    return torch.linalg.svd(b.float() @ a.float(), full_matrices=False).Vh[0]
+    return svd_of_product(b.float(), a.float())[2][0]

@@ -17,7 +17,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.weight_deltas import split_changes
 from ..backbones.backbone import Backbone, extract_features
 from ..errors import AdapterError, ConfigError, DataError
-from ..fewshot.prototypes import centre_logits, class_centres
+from ..fewshot.prototypes import class_prototypes, prototype_logits
 from ..pool.pool import AdapterPool
 
 
@@ -29,10 +29,10 @@ Look = Callable[[int], torch.Tensor]
 Choice = Callable[[Look, torch.Tensor], int]
 
 
-class Composition(abc.ABC):
-    """A way to use a pool on a new task without tuning: class centres on what one or several networks see.
+class MergingMethod(abc.ABC):
+    """A way to use a pool on a new task without tuning: prototypes on what one or several networks see.
 
-    A query's score for a class is its cosine similarity to the class's centre, the mean over all networks.
+    A query's score for a class is its cosine similarity to the class's prototype, the mean over all networks.
     """
 
     @abc.abstractmethod
@@ -40,7 +40,7 @@ class Composition(abc.ABC):
         """The networks, to be entered and left one after another. They are the pool's own backbone in other clothes.
 
         Raises:
-            AdapterError: an adapter changes no weights (`Adapter.layers`), and the method needs changes.
+            AdapterError: an adapter changes no weights (`Adapter.peft_layers`), and the method needs changes.
         """
 
     def classify(
@@ -70,7 +70,7 @@ class Composition(abc.ABC):
         return torch.stack(scores).mean(0)
 
 
-class Selection(Composition):
+class Selection(MergingMethod):
     """Several networks, of which each task takes the one that its support set chooses."""
 
     @abc.abstractmethod
@@ -85,12 +85,12 @@ class Selection(Composition):
         queries: torch.Tensor,
         batch_size: int = 128,
     ) -> torch.Tensor:
-        """As [`Composition.classify`]; the support set goes through the networks asked, the queries through one."""
+        """As [`MergingMethod.classify`]; the support set goes through the networks asked, the queries through one."""
         labels = _checked_labels(support, labels)
 
         def network(number: int) -> AbstractContextManager[Backbone]:
-            (found,) = itertools.islice(self.networks(pool), number, number + 1)
-            return found
+            (wanted,) = itertools.islice(self.networks(pool), number, number + 1)
+            return wanted
 
         @functools.cache
         def look(number: int) -> torch.Tensor:
@@ -101,7 +101,7 @@ class Selection(Composition):
         return _scores(network(chosen), support, labels, queries, batch_size)
 
 
-class Merge(Composition):
+class Merge(MergingMethod):
     """One change of the backbone, made once for all tasks: a forward costs what the bare backbone costs."""
 
     @abc.abstractmethod
@@ -126,15 +126,15 @@ def dense_changes(adapter: Adapter, device: torch.device) -> Changes:
         AdapterError: the adapter is no change of weights.
     """
     require_weight_changes(adapter)
-    found = {name: change.to(device).float() for name, change in adapter.others.items()}
+    dense = {name: change.to(device).float() for name, change in adapter.vector_deltas.items()}
     for module, (b, a) in adapter.factors.items():
-        found[f"{module}.weight"] = b.to(device).float() @ a.to(device).float()
-    return found
+        dense[f"{module}.weight"] = b.to(device).float() @ a.to(device).float()
+    return dense
 
 
 def require_weight_changes(adapter: Adapter) -> None:
     """Raise `AdapterError` for an adapter that computes with its input instead of changing weights."""
-    if adapter.layers:
+    if adapter.peft_layers:
         raise AdapterError(
             f"{adapter.info.name}: adapters of type {adapter.info.peft_type} change no weights, so they cannot be "
             "merged or routed. Leave it out (pool.subset), or use the ensemble, which wears it as it is."
@@ -158,11 +158,11 @@ def checked_density(density: float) -> float:
 
 
 def _checked_labels(support: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    found = labels.unique().tolist()
-    if len(labels) != len(support) or not found or found != list(range(len(found))):
+    classes = labels.unique().tolist()
+    if len(labels) != len(support) or not classes or classes != list(range(len(classes))):
         raise DataError(
             f"the labels of {len(support)} support images must be as many and number the classes 0, 1, ..., "
-            f"got {len(labels)} with the values {found}."
+            f"got {len(labels)} with the values {classes}."
         )
     return labels.cpu()
 
@@ -176,4 +176,4 @@ def _scores(
 ) -> torch.Tensor:
     with network as backbone:
         shots, asked = (extract_features(backbone, images, batch_size) for images in (support, queries))
-    return centre_logits(asked, class_centres(shots, labels, int(labels.max()) + 1))
+    return prototype_logits(asked, class_prototypes(shots, labels, int(labels.max()) + 1))

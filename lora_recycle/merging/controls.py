@@ -13,11 +13,11 @@ from ..adapters.adapter import Adapter
 from ..backbones.backbone import Backbone
 from ..errors import AdapterError
 from ..pool.pool import AdapterPool
-from .base import Composition
+from .base import MergingMethod
 
 
 @dataclasses.dataclass
-class RandomAverage(Composition):
+class RandomAverage(MergingMethod):
     """The average of random LoRAs of the same norms (`AdapterPool.randomized`): gains from any change at all."""
 
     seed: int = 0
@@ -30,7 +30,7 @@ def shuffled_heads(pool: AdapterPool, seed: int = 0) -> AdapterPool:
     """A control for recycling: every head moves to another adapter, with its class names.
 
     Averages and merges ignore heads, so this pool gives the same ones. What is inverted from it
-    (`LoraInverter(shuffled_heads(pool))`) is what heads say of features they were not tuned on; if that recycles as
+    (`LoRAInverter(shuffled_heads(pool))`) is what heads say of features they were not tuned on; if that recycles as
     well as the real pool, nothing is owed to what the adapters know of their classes. Adapters without a head stay
     out. The hashes change, so that no surrogate data of the real pool is taken for this one's.
 

@@ -7,10 +7,10 @@ from contextlib import AbstractContextManager
 
 from ..backbones.backbone import Backbone
 from ..pool.pool import AdapterPool
-from .base import Composition
+from .base import MergingMethod
 
 
-class Ensemble(Composition):
+class Ensemble(MergingMethod):
     """One forward an adapter: the ceiling of what a pool knows, and as many times the cost."""
 
     def networks(self, pool: AdapterPool) -> Iterator[AbstractContextManager[Backbone]]:

@@ -25,7 +25,7 @@ def worn_factors(
     """The backbone with module to (B, A), (out, r) and (r, in), added to its linear layers. Its weights stay alone.
 
     No (out, in) change is formed: a token costs r (in + out) more multiplications in each such layer. Weights that
-    cannot be changed (quantised, or shared with others) can wear an adapter only this way.
+    cannot be changed (quantized, or shared with others) can wear an adapter only this way.
 
     Args:
         gates: module to a [`Gate`]; without one all directions are open.

@@ -77,7 +77,7 @@ class NearestGroup(Selection):
 def separability(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Mean cosine similarity between images of one class, less that between images of different classes.
 
-    Fisher's criterion, within against between classes, in the geometry of cosine class centres. An image is as similar
+    Fisher's criterion, within against between classes, in the geometry of cosine prototypes. An image is as similar
     to itself as can be, which is all that is known of a class with one image: where no class has two, the mean within
     is 1, and the networks are compared by how far they keep the classes apart.
 

@@ -8,11 +8,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..errors import DataError
+from ..errors import AdapterError, DataError
 from ..fewshot.heads import FewShotHead
-from ..fewshot.prototypes import centre_logits
-from .support import support_set, without_failures
-from .task import FewShotTask, save_task
+from ..fewshot.prototypes import prototype_logits
+from ..runtime.outputs import check_file
+from .support import require_two_classes, support_set, without_failures
+from .task import FewShotTask, holds_task, save_task
 
 
 Self = TypeVar("Self", bound="FewShotClassifier")
@@ -21,10 +22,11 @@ Self = TypeVar("Self", bound="FewShotClassifier")
 class FewShotClassifier:
     """Learns one task from its support images and classifies by it.
 
-    `images` may be PIL images, arrays (H, W, 3), paths, file:// URLs, a `datasets.Dataset`, uint8 tensors
-    (N, 3, H, W), or floating-point ones, which are taken as normalised; one image alone is a list of one. An image
-    that cannot be read raises `DataError`, unless `failures` is given: a dictionary that takes its number and the
-    reason.
+    `images` may be PIL images, arrays (H, W, 3), tensors (N, 3, H, W), paths, file:// URLs, or a `datasets.Dataset`;
+    one image alone is a list of one. Numbers in arrays and tensors are pixels, uint8 or floats from 0 to 1 as ToTensor
+    gives them; values that are normalised already are refused, and go through `model.features` and `probabilities`.
+    An image that cannot be read raises `DataError`, unless `failures` is given: a dictionary that takes its number
+    and the reason.
 
     The task is replaced as a whole, so that a prediction in another thread sees the one or the other.
     """
@@ -45,8 +47,8 @@ class FewShotClassifier:
 
     @property
     def prototypes(self) -> torch.Tensor:
-        """Class centres of the fitted task: (classes, D)."""
-        return self.head.centres(self._fitted().statistics)
+        """Prototypes of the fitted task: (classes, D)."""
+        return self.head.prototypes(self._fitted().statistics)
 
     def fit(
         self: Self, images: Any, labels: Sequence[Any] | None = None, *, failures: dict[int, str] | None = None
@@ -63,8 +65,7 @@ class FewShotClassifier:
             DataError: no images, another number of labels, one class only, or a class whose images all failed.
         """
         images, names = support_set(images, labels)
-        if len(set(names)) < 2:
-            raise DataError("A support set needs at least two classes, or there is nothing to tell apart.")
+        require_two_classes(names)
         self._task = FewShotTask.fitted(*self._embedded(images, names, failures), self.head)
         return self
 
@@ -96,6 +97,16 @@ class FewShotClassifier:
         return self._probabilities(task, self._seen(images, failures, progress), failures)
 
     @torch.inference_mode()
+    def probabilities(self, features: torch.Tensor) -> torch.Tensor:
+        """Class probabilities of embeddings (N, D), as `embed` or `features` of the model gives them: (N, classes),
+        float32 on the CPU.
+
+        Raises:
+            AdapterError: they are not finite.
+        """
+        return finite(probabilities_of(self._fitted(), features, self.head))
+
+    @torch.inference_mode()
     def predict(
         self, images: Any, *, failures: dict[int, str] | None = None, reject_below: float | None = None
     ) -> list[Any]:
@@ -103,7 +114,7 @@ class FewShotClassifier:
 
         Args:
             failures: takes the images that cannot be read; their labels are None.
-            reject_below (`float`, *optional*): an image less similar than that to the nearest class centre (see
+            reject_below (`float`, *optional*): an image less similar than that to the nearest prototype (see
                 `similarity`) gets None: it may belong to none of the classes.
         """
         task, features = self._fitted(), self._seen(images, failures)
@@ -115,7 +126,7 @@ class FewShotClassifier:
 
     @torch.inference_mode()
     def similarity(self, images: Any, *, failures: dict[int, str] | None = None) -> torch.Tensor:
-        """Cosine of each image's embedding to that of the nearest class centre: (N,), float32 on the CPU.
+        """Cosine of each image's embedding to that of the nearest prototype: (N,), float32 on the CPU.
 
         It tells images of no class better than the probability does, which only says which class is nearer
         (docs/more.md). What is low depends on backbone and task: look at it for images of your own.
@@ -127,15 +138,15 @@ class FewShotClassifier:
         return _with_failures(self._similarity(task, self._seen(images, failures)), failures)
 
     def _similarity(self, task: FewShotTask, features: torch.Tensor) -> torch.Tensor:
-        centres = self.head.centres(task.statistics).to(features.device)
-        return centre_logits(features.float(), centres.float()).amax(1).cpu()
+        prototypes = self.head.prototypes(task.statistics).to(features.device)
+        return prototype_logits(features.float(), prototypes.float()).amax(1).cpu()
 
     def _probabilities(
         self, task: FewShotTask, features: torch.Tensor, failures: dict[int, str] | None = None
     ) -> torch.Tensor:
         if not len(features):  # all of them failed
             return torch.full((len(failures or ()), len(task.label_names)), torch.nan)
-        return _with_failures(probabilities_of(task, features, self.head), failures)
+        return _with_failures(finite(probabilities_of(task, features, self.head)), failures)
 
     def _seen(self, images: Any, failures: dict[int, str] | None, progress: bool = False) -> torch.Tensor:
         """Embeddings of the images that can be read."""
@@ -170,6 +181,16 @@ def probabilities_of(task: FewShotTask, features: torch.Tensor, head: FewShotHea
     return task.logits(features, head).float().softmax(-1).cpu()
 
 
+def finite(probabilities: torch.Tensor) -> torch.Tensor:
+    """The same. Raises `AdapterError` where they are not finite, since the first class would win."""
+    if not probabilities.isfinite().all():
+        raise AdapterError(
+            "Class probabilities are not finite. Look at the embeddings (absurdly large weights of the base model or "
+            "the adapter), and at the temperature and the parameters of the head."
+        )
+    return probabilities
+
+
 def best_labels(task: FewShotTask, probabilities: torch.Tensor, failures: dict[int, str] | None = None) -> list[Any]:
     """The label of the largest probability of each row, None for failures."""
     labels = [task.label_names[column] for column in probabilities.argmax(-1).tolist()]
@@ -198,8 +219,14 @@ class SharedTask(FewShotClassifier):
         return self.model.embed(images, batch_size, failures=failures, progress=progress)
 
     def save(self, path: str | Path) -> None:
-        """Write the task alone, one safetensors file, for `model.load_task`."""
-        save_task(Path(path), self._fitted())
+        """Write the task alone, one safetensors file, for `model.load_task`.
+
+        Raises:
+            StorageError: a file is there that is no task, or nothing can be written.
+        """
+        task = self._fitted()
+        check_file(path, holds_task, "a fitted task")
+        save_task(Path(path), task)
 
 
 @torch.inference_mode()
@@ -217,12 +244,13 @@ def mixed_probabilities(
         known.logits(part, task.head).float().softmax(-1)
         for task, known, part in zip(rows, fitted, parts, strict=True)
     ]
-    flat = torch.cat([score.flatten() for score in scores]).cpu()  # one copy from the device, not one for each task
-    found = [
+    # one copy from the device, not one for each task
+    flat = finite(torch.cat([score.flatten() for score in scores]).cpu())
+    probabilities = [
         row
         for score, part in zip(scores, flat.split([s.numel() for s in scores]), strict=True)
         for row in part.view_as(score)
     ]
     known = [task for task, size in zip(fitted, sizes, strict=True) for _ in range(size)]
     places = sorted(range(len(order)), key=order.__getitem__)
-    return [(known[place], found[place]) for place in places]
+    return [(known[place], probabilities[place]) for place in places]

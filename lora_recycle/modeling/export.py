@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib.util
+import io
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,10 +17,12 @@ from torch import nn
 from transformers import AutoModel
 
 from ..backbones.backbone import Backbone
+from ..backbones.base_models import LOADING
 from ..errors import AdapterError, ConfigError
 from ..fewshot.heads import FewShotHead
 from ..hub.embedded import backbone_name
-from ..runtime.files import atomic_write
+from ..runtime.files import atomic_write, replacing_files
+from ..runtime.outputs import OutputKind, check_output, claim_output, holds_json
 from ..version import __version__
 from .preprocessing import image_settings
 from .task import FewShotTask
@@ -69,8 +71,10 @@ def export(model: ExportableModel, folder: str | os.PathLike[str], format: str =
     Raises:
         ConfigError: an unknown format, a package that is missing for it, or a model that it has no place for.
         AdapterError: the adapter is no change of weights, or what was written does not answer as the model does.
+        StorageError: the folder holds something else than such an export, or cannot be written.
     """
     _check(model, format)
+    check_output(Path(folder), output_kind(format))
     plain = copy.deepcopy(model).to(device="cpu", dtype=torch.float32).merge()
     if format == "transformers":
         plain._task = None
@@ -78,14 +82,23 @@ def export(model: ExportableModel, folder: str | os.PathLike[str], format: str =
     described = {"format": format, **_described(plain, graph)}
     if format != "transformers":  # where a file of its own says it
         described["image"] = image_settings(model.backbone)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as name, torch.no_grad():
-        run = _WRITERS[format](graph, Path(name))
+    # no description lies beside a model of another export
+    with replacing_files(folder, removes=[DESCRIPTION_FILE]) as new, torch.no_grad():
+        run = _WRITERS[format](graph, new)
         described["checked"] = _compared(graph, run)
-        for written in Path(name).iterdir():
-            os.replace(written, folder / written.name)
-    atomic_write(folder / DESCRIPTION_FILE, json.dumps(described, indent=1).encode())
+        claim_output(folder, output_kind(format))
+    atomic_write(folder / DESCRIPTION_FILE, json.dumps(described, indent=1, allow_nan=False).encode())
     return described
+
+
+def output_kind(format: str) -> OutputKind:
+    """What an export in this format writes to a folder."""
+
+    def known(folder: Path) -> bool:
+        path = folder / DESCRIPTION_FILE
+        return holds_json(path, "format", "versions") and json.loads(path.read_bytes())["format"] == format
+
+    return OutputKind(f"an export ({format})", known)
 
 
 def _check(model: ExportableModel, format: str) -> None:
@@ -97,7 +110,7 @@ def _check(model: ExportableModel, format: str) -> None:
     if format != "transformers" and model.label_names and model.head.transductive:
         raise ConfigError(
             f"The head {model.head.name} classifies a set of images together, so an exported model would answer by "
-            "what else is in the batch. Load the model with another head, class_centres for instance, and fit it."
+            "what else is in the batch. Load the model with another head, prototypes for instance, and fit it."
         )
 
 
@@ -128,8 +141,9 @@ def _traced(graph: _Graph) -> torch.export.ExportedProgram:
 
 
 def _write_torch(graph: _Graph, folder: Path) -> Run:
-    path = folder / TORCH_FILE
-    torch.export.save(_traced(graph), path)
+    path, written = folder / TORCH_FILE, io.BytesIO()
+    torch.export.save(_traced(graph), written)  # to a file it would not say why that cannot be written
+    path.write_bytes(written.getbuffer())
     return torch.export.load(path).module()
 
 
@@ -153,11 +167,13 @@ def _write_transformers(graph: _Graph, folder: Path) -> Run:
         config.pooler_act, config.pooler_output_size = "linear", backbone.hidden_size
         width = backbone.hidden_size
         state |= {"pooler.dense.weight": torch.eye(width), "pooler.dense.bias": torch.zeros(width)}
-    network = AutoModel.from_config(config)
+    with LOADING:
+        network = AutoModel.from_config(config)
     network.load_state_dict(state)
     network.save_pretrained(folder)
     backbone.processor.save_pretrained(folder)
-    loaded = AutoModel.from_pretrained(folder)
+    with LOADING:
+        loaded = AutoModel.from_pretrained(folder)
     return lambda images: loaded(pixel_values=images).pooler_output
 
 
@@ -184,8 +200,8 @@ def _compared(graph: _Graph, run: Run) -> dict[str, Any]:
     gaps = {}
     for count in BATCH_SIZES:
         images = graph.images(count)
-        expected, found = graph(images), run(images)
-        gaps[count] = float((torch.linalg.norm(found - expected, dim=1) / torch.linalg.norm(expected, dim=1)).max())
+        expected, answers = graph(images), run(images)
+        gaps[count] = float((torch.linalg.norm(answers - expected, dim=1) / torch.linalg.norm(expected, dim=1)).max())
     worst = max(gaps.values())
     if not worst <= TOLERANCE:
         raise AdapterError(

@@ -71,9 +71,9 @@ def fit_head(
         optimizer.zero_grad()
         (cast(torch.Tensor, sum(losses)) / len(losses)).backward()
         optimizer.step()
-    found = {name: value.detach().exp().tolist() for name, value in learned.items()}
-    _wear(head, found)
-    model.settings["head_parameters"] = {**model.settings.get("head_parameters", {}), head.name: found}
+    parameters = {name: value.detach().exp().tolist() for name, value in learned.items()}
+    _wear(head, parameters)
+    model.settings["head_parameters"] = {**model.settings.get("head_parameters", {}), head.name: parameters}
     model.head = head
     return head
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,21 +17,20 @@ from transformers.utils import ModelOutput
 from ..adapters.load import load_adapter
 from ..adapters.peft_wrap import Layers, wrap
 from ..adapters.pull import pull_adapter
-from ..adapters.quantization import store_weights
-from ..backbones.backbone import Backbone
-from ..errors import AdapterError, ConfigError, DataError
+from ..adapters.sources import named_base
+from ..backbones.backbone import Backbone, check_embeddings
+from ..errors import ConfigError, DataError
 from ..fewshot.heads import make_head
-from ..hub.embedded import backbone_name, resolve_meta_lora
-from ..hub.repo_files import CARD_FILE, PICTURE_FILE, SIDECAR_FILE
-from ..runtime.files import atomic_write, replacing_files
-from ..version import __version__
+from ..hub.embedded import resolve_meta_lora
+from ..hub.repo_files import SIDECAR_FILE
 from .classifier import FewShotClassifier, SharedTask, mixed_probabilities
-from .merge_layers import merge_layers, worn_for_saving
+from .merge_layers import merge_layers
 from .preprocessing import as_batch, pixel_batches, to_pixel_values
 from .publishing import push_adapter_folder
-from .sidecar import TASK_FILE, read_picture, read_sidecar, task_file
-from .support import support_set
-from .task import FewShotTask, load_task, save_task
+from .serialization import write_meta_lora
+from .sidecar import read_picture, read_sidecar, task_file
+from .support import require_two_classes, support_set
+from .task import FewShotTask, load_task
 
 
 if TYPE_CHECKING:
@@ -51,7 +48,7 @@ class FewShotOutput(ModelOutput):
 
 
 class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
-    """A frozen ViT that wears a meta-LoRA and classifies by a few-shot head, class centres by default.
+    """A frozen ViT that wears a meta-LoRA and classifies by a few-shot head, prototypes by default.
 
     `fit`, `predict`, `predict_proba` and `add_classes` are those of [`FewShotClassifier`].
 
@@ -67,7 +64,7 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
     def __init__(self, backbone: Backbone, peft_model: PeftModel, settings: dict[str, Any] | None = None):
         super().__init__()
         self.backbone, self.peft_model, self.settings = backbone, peft_model, dict(settings or {})
-        self.head = make_head(self.settings.get("head", "class_centres"), self.settings)
+        self.head = make_head(self.settings.get("head", "prototypes"), self.settings)
         #: PNG of some of the surrogate images that it learned from, where they are at hand
         self.picture: bytes | None = None
         self._task: FewShotTask | None = None
@@ -108,11 +105,9 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
             make_head(head, {})  # an unknown name is told before anything is fetched
         hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         info = pull_adapter(resolve_meta_lora(repo_or_path), revision=revision, **hub)
-        if base_model is None and info.base_model is None:
-            raise AdapterError(f"{info.where}: adapter_config.json names no base model. Pass base_model=...")
         if base_model is None and base_revision is None:
             base_revision = info.base_revision
-        base = base_model or cast(str, info.base_model)
+        base = named_base(info) if base_model is None else base_model
         backbone = Backbone.from_pretrained(base, revision=base_revision, device=device, dtype=dtype, **hub)
         loaded = load_adapter(info, backbone.model)
         loaded.peft_config.base_model_name_or_path = str(base)
@@ -121,7 +116,8 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
         peft_model.to(device=backbone.device, dtype=backbone.dtype)
         settings = read_sidecar(info.path / SIDECAR_FILE, head)
         model = cls(backbone, peft_model, settings if head is None else {**settings, "head": head})
-        model._task = load_task(task_file(info, model.settings, hub), model.head, backbone.hidden_size)
+        path = task_file(info, model.settings, hub)
+        model._task = None if path is None else load_task(path, model.head, backbone.hidden_size)
         model.picture = read_picture(info)
         return model
 
@@ -146,6 +142,12 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
         """Normalised images (B, 3, H, W) to embeddings (B, D)."""
         return self.backbone.features(pixel_values.to(self.device))
 
+    def _embeddings(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`features`, checked to be finite."""
+        features = self.features(pixel_values)
+        check_embeddings(features, pixel_values, self.backbone.name)
+        return features
+
     def forward(
         self,
         support_pixel_values: torch.Tensor,
@@ -162,26 +164,22 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
             query_labels: int64 (Q,); with them the output has a loss.
 
         Raises:
-            DataError: labels that do not number 0 to ways - 1, one class only, or fewer labels than images.
+            AdapterError: the embeddings are not finite.
+            DataError: labels that do not number 0 to ways - 1, one class only, or fewer labels than images; or the
+                images hold NaN or infinity.
         """
         support_labels = _check_support(support_pixel_values, support_labels).to(self.device)
         ways = int(support_labels.max()) + 1
-        features = self.features(torch.cat([support_pixel_values, query_pixel_values]))
+        features = self._embeddings(torch.cat([support_pixel_values, query_pixel_values]))
         support, query = features.split([len(support_pixel_values), len(query_pixel_values)])
         statistics = self.head.statistics(support, support_labels, ways)
         logits = self.head.logits(query, self.head.prepare(statistics))
         loss = None if query_labels is None else F.cross_entropy(logits.float(), query_labels.to(self.device))
-        return FewShotOutput(loss=loss, logits=logits, prototypes=self.head.centres(statistics))
+        return FewShotOutput(loss=loss, logits=logits, prototypes=self.head.prototypes(statistics))
 
     def preprocess(self, images: Any) -> torch.Tensor:
-        """What the backbone takes: images in any form that `fit` takes to (N, 3, S, S).
-
-        Floating-point tensors of the right size are taken as normalised already.
-        """
-        images = as_batch(images)
-        if isinstance(images, torch.Tensor) and images.is_floating_point():
-            return images
-        return to_pixel_values(images, self.backbone)
+        """What `features` and `forward` take: images in any form that `fit` takes to normalised (N, 3, S, S)."""
+        return to_pixel_values(as_batch(images), self.backbone)
 
     @torch.inference_mode()
     def embed(
@@ -193,9 +191,12 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
 
         Args:
             failures: takes the number and the error of each image that cannot be read, which is left out.
+
+        Raises:
+            AdapterError: the embeddings are not finite.
         """
         batches = pixel_batches(as_batch(images), self.backbone, batch_size, failures, progress)
-        parts = [self.features(pixel_values) for pixel_values in batches]
+        parts = [self._embeddings(pixel_values) for pixel_values in batches]
         if not parts:  # all of them failed
             return torch.zeros(0, self.backbone.hidden_size, device=self.device)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -211,7 +212,7 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
     def tune(
         self, images: Any, labels: Sequence[Any] | None = None, config: TaskTuningConfig | None = None
     ) -> MetaLoRAForFewShotClassification:
-        """Learn a task as `fit` does, then tune the meta-LoRA on its support images; the class centres follow.
+        """Learn a task as `fit` does, then tune the meta-LoRA on its support images; the prototypes follow.
 
         By default an image that is alone in its class teaches nothing: with one image of each class this is `fit`.
         Else it takes a second or more where `fit` takes one forward pass; docs/tuning.md says what it gains. It begins
@@ -224,14 +225,13 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
             config ([`TaskTuningConfig`], *optional*): how; by default `modeling.tuning.default_config`.
 
         Raises:
-            ConfigError: the model is merged, or its head does not score by class centres.
+            ConfigError: the model is merged, or its head does not score by prototypes.
             DataError: as `fit`.
         """
         from .tuning import default_config, tuned_task
 
         images, names = support_set(images, labels)
-        if len(set(names)) < 2:
-            raise DataError("A support set needs at least two classes, or there is nothing to tell apart.")
+        require_two_classes(names)
         config = config or default_config(self.head)
         self._task = tuned_task(self.tuning_network(config), self.head, images, names, config)
         return self
@@ -240,7 +240,7 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
         """The model as a network whose adapter learns in the last layers, taken back to the adapter as it was loaded.
 
         Raises:
-            ConfigError: the adapter is folded into the weights, the head does not score by class centres, or it does
+            ConfigError: the adapter is folded into the weights, the head does not score by prototypes, or it does
                 so by another metric than `config`.
         """
         from .tuning import adapter_network, check_head
@@ -314,32 +314,9 @@ class MetaLoRAForFewShotClassification(FewShotClassifier, nn.Module):
 
         Raises:
             ConfigError: another number of bits.
+            StorageError: the folder holds something else than a meta-LoRA, or cannot be written.
         """
-        folder, task = Path(save_directory), self._task
-        config: Any = self.peft_model.peft_config["default"]  # of the class of its type
-        config.base_model_name_or_path = backbone_name(config.base_model_name_or_path)
-        config.target_modules = sorted(config.target_modules)  # PEFT writes a set in any order
-        with replacing_files(folder) as partial, worn_for_saving(self.peft_model, self._merged) as worn:
-            if (folder / CARD_FILE).is_file():
-                shutil.copyfile(folder / CARD_FILE, partial / CARD_FILE)  # PEFT only adds to a card that is there
-            # no embedding layers: PEFT would ask the Hub whether the base's vocabulary grew
-            worn.save_pretrained(str(partial), safe_serialization=True, save_embedding_layers=False)
-        store_weights(folder, bits)
-        settings = {
-            "head": self.head.name,
-            "metric": self.settings.get("metric", "cosine"),
-            "temperature": self.settings.get("temperature", 0.1),
-            "image_processor": self.backbone.processor_settings(),
-            "lora_recycle_version": __version__,
-            "num_classes": None if task is None else len(task.label_names),
-        }
-        atomic_write(folder / SIDECAR_FILE, json.dumps({**self.settings, **settings}, indent=1).encode())
-        if task is not None:
-            save_task(folder / TASK_FILE, task)
-        else:
-            (folder / TASK_FILE).unlink(missing_ok=True)
-        if self.picture is not None:
-            atomic_write(folder / PICTURE_FILE, self.picture)
+        write_meta_lora(self, save_directory, bits)
 
     def merge_and_save(self, save_directory: str | Path) -> None:
         """Write the network with the meta-LoRA in its weights as a plain transformers checkpoint, image processor
@@ -386,8 +363,7 @@ def _check_support(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     if len(labels) != len(images) or not len(labels):
         raise DataError(f"{len(images)} support images, but {len(labels)} labels.")
     present = labels.unique()
-    if len(present) < 2:
-        raise DataError("A support set needs at least two classes, or there is nothing to tell apart.")
+    require_two_classes(present.tolist())
     if not torch.equal(present.cpu(), torch.arange(len(present))):
         raise DataError(f"Support labels must number the classes 0 to {len(present) - 1}, got {present.tolist()}.")
     return labels.long()

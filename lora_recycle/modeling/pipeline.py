@@ -68,7 +68,7 @@ class FewShotImageClassificationPipeline(Pipeline):
         return {"pixel_values": self.model.preprocess(_fetched(image))}
 
     def _forward(self, inputs: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
-        return {"scores": self.model.predict_proba(inputs["pixel_values"])}
+        return {"scores": self.model.probabilities(self.model.features(inputs["pixel_values"]))}
 
     def postprocess(  # type: ignore[override]
         self, outputs: dict[str, Any], top_k: int | None = None

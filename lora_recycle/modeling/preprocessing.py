@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..backbones.backbone import Backbone
 from ..errors import ConfigError, DataError
-from ..images.decode import decoded
+from ..images.decode import decoded, to_uint8
 from ..images.sources import ImageSource, dataset_source, is_dataset
 
 
@@ -23,8 +23,6 @@ def as_batch(images: Any) -> Any:
     Raises:
         DataError: nothing that images can be taken from.
     """
-    if isinstance(images, torch.Tensor) and images.is_floating_point():
-        return images.unsqueeze(0) if images.ndim == 3 else images
     if isinstance(images, (Image.Image, str, Path, bytes)) or getattr(images, "ndim", 4) in (2, 3):
         return [images]
     if isinstance(images, (torch.Tensor, np.ndarray, ImageSource)):
@@ -33,9 +31,7 @@ def as_batch(images: Any) -> Any:
         return dataset_source(images, labelled=False)
     if not isinstance(images, Iterable):
         raise DataError(f"No images can be read from a {type(images).__name__}: pass PIL images, arrays or paths.")
-    images = images if isinstance(images, (list, tuple)) else list(images)  # a generator, as Path.glob gives
-    normalised = len(images) > 0 and all(isinstance(i, torch.Tensor) and i.is_floating_point() for i in images)
-    return torch.stack(tuple(images)) if normalised and len({i.shape for i in images}) == 1 else images
+    return images if isinstance(images, (list, tuple)) else list(images)  # a generator, as Path.glob gives
 
 
 def pixel_batches(
@@ -44,7 +40,7 @@ def pixel_batches(
     """Normalised images (B, 3, S, S) in batches of at most `batch_size`, on the backbone's device.
 
     Files are decoded by threads while the caller works on the batch before, and no more than two batches are in
-    memory. Floating-point tensors of the right size are taken as normalised already.
+    memory. Tensors and arrays are pixels, never normalised values: see [`images.decode.to_uint8`].
 
     Args:
         images: what [`as_batch`] gives.
@@ -55,20 +51,21 @@ def pixel_batches(
     """
     if not len(images):
         raise DataError("No images were given.")
-    if isinstance(images, torch.Tensor) and (images.is_floating_point() or _fits(images, backbone)):
+    pixels = _whole_batch(images, backbone)
+    if pixels is not None:
         # splitting took half the time of all that surrounds the forward of one image
-        for part in [images] if len(images) <= batch_size else images.split(batch_size):
-            yield part if part.is_floating_point() else _normalised(part, backbone)
+        for part in [pixels] if len(pixels) <= batch_size else pixels.split(batch_size):
+            yield _normalised(part, backbone)
         return
     rows: list[np.ndarray] = []
     bar = tqdm(_pixels(images, backbone), "images", len(images), unit="image", disable=not progress)
-    for number, found in enumerate(bar):
-        if not isinstance(found, DataError):
-            rows.append(found)
+    for number, row in enumerate(bar):
+        if not isinstance(row, DataError):
+            rows.append(row)
         elif failures is None:
-            raise found
+            raise row
         else:
-            failures[number] = str(found)
+            failures[number] = str(row)
         if len(rows) == batch_size:
             yield _stacked(rows, backbone)
             rows = []
@@ -77,7 +74,7 @@ def pixel_batches(
 
 
 def to_pixel_values(images: Sequence, backbone: Backbone) -> torch.Tensor:
-    """PIL images, arrays, file names, or uint8 (N, 3, H, W) to normalised float32 (N, 3, S, S) on the device.
+    """PIL images, arrays, file names, or tensors (N, 3, H, W) to normalised float32 (N, 3, S, S) on the device.
 
     The same as `backbone.processor(images)` up to rounding. Processors normalise image by image in numpy, which took
     longer than everything else here; one pass over the batch, where the model computes, does the same.
@@ -88,11 +85,16 @@ def to_pixel_values(images: Sequence, backbone: Backbone) -> torch.Tensor:
     return torch.cat(list(pixel_batches(images, backbone, max(1, len(images)))))
 
 
-def _fits(images: torch.Tensor, backbone: Backbone) -> bool:
-    """Whether a tensor only needs normalising."""
+def _whole_batch(images: Any, backbone: Backbone) -> torch.Tensor | None:
+    """A tensor that only needs normalising, as uint8; None where images must be looked at one by one."""
     size, processor = backbone.image_size, backbone.processor
-    ready = images.dtype == torch.uint8 and images.shape[1:] == (3, size, size)
-    return ready and _is_standard(processor) and _only_resizes(processor, size)
+    fits = isinstance(images, torch.Tensor) and images.shape[1:] == (3, size, size)
+    if not fits or not _is_standard(processor) or not _only_resizes(processor, size):
+        return None
+    try:
+        return to_uint8(images)
+    except DataError:
+        return None  # one by one it is seen which of them are no pixels
 
 
 def _pixels(images: Any, backbone: Backbone) -> Iterator[np.ndarray | DataError]:

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
-
+from ..adapters.files import check_task, checksums
 from ..adapters.pull import AdapterInfo, pull_adapter, read_tensors
 from ..adapters.quantization import check_bits, weights_bytes
 from ..errors import AdapterError, PushError
+from ..hub.card_files import read_card
 from ..hub.cards import is_repo_id, meta_lora_card
-from ..hub.repo_files import CARD_FILE, CODES_FILE, CONFIG_FILE, PICTURE_FILE, SIDECAR_FILE, WEIGHTS_FILE
+from ..hub.repo_files import (
+    CARD_FILE,
+    CODES_FILE,
+    CONFIG_FILE,
+    PICTURE_FILE,
+    SIDECAR_FILE,
+    TASK_FILE,
+    WEIGHTS_FILE,
+    optional_file,
+)
 from ..hub.upload import push_files, without_local_paths
-from ..runtime.files import atomic_write
-from .sidecar import TASK_FILE, read_picture, read_sidecar, task_file
+from ..runtime.files import creating_folder
+from ..runtime.outputs import check_output
+from .sidecar import read_picture, read_sidecar, task_file
 
 
 def push_adapter_folder(
@@ -40,9 +51,6 @@ def push_adapter_folder(
             f"{folder}: its base model is {info.base_model!r}, which nobody else can load. Publish the base model "
             f"and put its repo id into {CONFIG_FILE} as base_model_name_or_path."
         )
-    linked = [name for name in _names(info) if (info.path / name).is_symlink()]
-    if linked:  # a stranger's folder could lead to any file of this machine
-        raise PushError(f"{folder}: {linked[0]} is a link. Copy the folder with `cp -L` to publish it.")
     files = adapter_files(info, repo_id, bits)
     message = commit_message or f"Upload {'meta-LoRA' if SIDECAR_FILE in files else 'adapter'} with lora-recycle"
     replaces = [WEIGHTS_FILE, CODES_FILE, SIDECAR_FILE, TASK_FILE, PICTURE_FILE]
@@ -56,10 +64,12 @@ def adapter_files(info: AdapterInfo, name: str, bits: int | None = None) -> dict
         name: what the card calls it, a repo id or a folder's name.
 
     Raises:
-        AdapterError: the sidecar is damaged, or lacks what a card tells; or the weights changed since the pull.
+        AdapterError: the sidecar is damaged, or lacks what a card tells; the weights changed since the pull; or a file
+            is a link out of the folder, which could lead to any file of this machine.
         ConfigError: another number of bits.
     """
-    files: dict[str, Path | bytes] = {name: info.path / name for name in _names(info) if (info.path / name).is_file()}
+    found = {name: optional_file(info.path, name, info.where) for name in _names(info)}
+    files: dict[str, Path | bytes] = {name: path for name, path in found.items() if path is not None}
     if bits is not None:
         check_bits(bits)
         del files[info.file]
@@ -70,7 +80,9 @@ def adapter_files(info: AdapterInfo, name: str, bits: int | None = None) -> dict
     if settings and PICTURE_FILE in files and read_picture(info) is None:
         del files[PICTURE_FILE]  # no picture
     if settings:
-        files[SIDECAR_FILE] = json.dumps(settings, indent=1).encode()
+        check_task(info.path, info.where, settings)
+        settings["checksums"] = _checksums(info, files)
+        files[SIDECAR_FILE] = json.dumps(settings, indent=1, allow_nan=False).encode()
         files[CARD_FILE] = _card(info, name, settings, PICTURE_FILE in files)
     elif CARD_FILE in files:
         files[CARD_FILE] = _with_base(info)
@@ -81,15 +93,28 @@ def write_adapter(info: AdapterInfo, folder: str | Path, bits: int) -> None:
     """Write a pulled adapter, with all that belongs to it, with its weights in so many bits.
 
     Raises:
-        AdapterError: as of [`adapter_files`], or `folder` holds an adapter already.
+        AdapterError: as of [`adapter_files`].
         ConfigError: another number of bits.
+        StorageError: `folder` is not new or empty, or cannot be written.
     """
     folder = Path(folder)
-    if (folder / CONFIG_FILE).exists():
-        raise AdapterError(f"{folder}: holds an adapter already. Choose another folder.")
+    check_output(folder)
+    check_bits(bits)
     task_file(info, read_sidecar(info.path / SIDECAR_FILE), {})  # pulled with the rest only when it is asked for
-    for name, content in adapter_files(info, folder.name, bits).items():
-        atomic_write(folder / name, content if isinstance(content, bytes) else content.read_bytes())
+    files = adapter_files(info, folder.name, bits)
+    with creating_folder(folder) as new:
+        for name, content in files.items():
+            (new / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+
+
+def _checksums(info: AdapterInfo, files: dict[str, Path | bytes]) -> dict[str, str]:
+    """As [`hub.files.checksums`] of a folder with these files."""
+    found = checksums(info.path)
+    for name, content in files.items():
+        if isinstance(content, bytes) and name in (WEIGHTS_FILE, CODES_FILE):
+            found = {kept: digits for kept, digits in found.items() if kept not in (WEIGHTS_FILE, CODES_FILE)}
+            found[name] = hashlib.sha256(content).hexdigest()
+    return found
 
 
 def _names(info: AdapterInfo) -> list[str]:
@@ -107,11 +132,12 @@ def _card(info: AdapterInfo, repo_id: str, settings: dict[str, Any], picture: bo
 
 def _with_base(info: AdapterInfo) -> bytes:
     """The adapter's own card; where it names a folder as the base model, which the Hub refuses, the config's name."""
-    text = (info.path / CARD_FILE).read_text(encoding="utf-8")
-    card = ModelCard(text, ignore_metadata_errors=True)
-    named = card.data.get("base_model")
+    try:
+        card = read_card(info.path / CARD_FILE)
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{info.where}: {CARD_FILE}: {error}. Mend it, or take it out.") from error
+    named = card.metadata.get("base_model")
     if not isinstance(named, str) or is_repo_id(named) or info.base_model is None:
-        return text.encode()
-    card.data["base_model"] = info.base_model
-    text = str(card)
+        return (info.path / CARD_FILE).read_bytes()
+    text = str(dataclasses.replace(card, metadata=card.metadata | {"base_model": info.base_model}))
     return (text.replace(named, info.base_model) if "/" in named or "\\" in named else text).encode()  # PEFT's tags

@@ -8,15 +8,23 @@ from typing import Any
 
 from PIL import Image
 
+from ..adapters.files import check_task, read_sidecar_json
 from ..adapters.pull import AdapterInfo
 from ..errors import AdapterError, ConfigError
 from ..fewshot.heads import make_head
 from ..hub.download import fetch
-from ..hub.repo_files import MAX_PICTURE_BYTES, PICTURE_FILE, checked_file
-from ..runtime.untrusted import MAX_TENSOR_BYTES, parse_json, read_text
+from ..hub.repo_files import MAX_PICTURE_BYTES, PICTURE_FILE, TASK_FILE, optional_file
+from ..runtime.untrusted import MAX_TENSOR_BYTES
 
 
-TASK_FILE = "few_shot_task.safetensors"
+#: Of what is written. In 1, some heads and settings had other names.
+FORMAT_VERSION = 2
+_HEADS_OF_1 = {
+    "class_centres": "prototypes",
+    "cosine_centres": "cosine_prototypes",
+    "euclidean_centres": "euclidean_prototypes",
+}
+_SETTINGS_OF_1 = {"held_out": "validation_fraction", "judge_every": "eval_steps", "checkpoint_every": "save_steps"}
 # a head's parameters are a few numbers, neither so small nor so large that scores overflow
 _MAX_LIST = 100
 _LEAST, _MOST = 1e-6, 1e6
@@ -28,14 +36,10 @@ def read_sidecar(path: Path, head: str | None = None) -> dict[str, Any]:
     Args:
         head: the one that is wanted, whichever the sidecar names.
     """
-    if not path.is_file():
+    settings = read_sidecar_json(path.parent, str(path.parent))
+    if not settings:
         return {}
-    try:
-        settings = parse_json(read_text(path))
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{path}: the sidecar is damaged ({error}). Delete it to use the defaults.") from error
-    if not isinstance(settings, dict):
-        raise AdapterError(f"{path}: the sidecar must hold a JSON object.")
+    settings = _upgraded(settings, path)
     metric, temperature = settings.get("metric", "cosine"), settings.get("temperature", 0.1)
     if metric not in ("cosine", "euclidean"):
         raise AdapterError(f"{path}: unknown metric {_short(metric)}; this version knows cosine and euclidean.")
@@ -43,8 +47,24 @@ def read_sidecar(path: Path, head: str | None = None) -> dict[str, Any]:
         raise AdapterError(
             f"{path}: temperature must be a positive number, {_LEAST} to {_MOST}, got {_short(temperature)}."
         )
-    _check_head(head or settings.get("head", "class_centres"), settings, path)
+    _check_head(head or settings.get("head", "prototypes"), settings, path)
     return settings
+
+
+def _upgraded(settings: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The settings by today's names. Raises `AdapterError` where a later version wrote them."""
+    version = settings.get("format_version", 1)
+    if version == FORMAT_VERSION:
+        return settings
+    if version != 1:
+        raise AdapterError(
+            f"{path}: the sidecar has format {_short(version)}, this version of lora_recycle reads 1 and 2."
+        )
+    renamed = {"head": _HEADS_OF_1.get(str(settings.get("head")), settings.get("head"))} if "head" in settings else {}
+    for key, names in (("head_parameters", _HEADS_OF_1), ("distillation", _SETTINGS_OF_1)):
+        if isinstance(settings.get(key), dict):
+            renamed[key] = {names.get(name, name): value for name, value in settings[key].items()}
+    return settings | renamed
 
 
 def _check_head(name: str, settings: dict[str, Any], path: Path) -> None:
@@ -80,10 +100,8 @@ def read_picture(info: AdapterInfo) -> bytes | None:
 
     Its pixels are not decoded: it is only passed on. Raises `AdapterError` where it is a link out of the repo.
     """
-    if not (info.path / PICTURE_FILE).exists():
-        return None
-    path = checked_file(info.path, PICTURE_FILE, info.where)
-    if path.stat().st_size > MAX_PICTURE_BYTES:
+    path = optional_file(info.path, PICTURE_FILE, info.where)
+    if path is None or path.stat().st_size > MAX_PICTURE_BYTES:
         return None
     data = path.read_bytes()
     try:
@@ -94,16 +112,15 @@ def read_picture(info: AdapterInfo) -> bytes | None:
     return data
 
 
-def task_file(info: AdapterInfo, settings: dict[str, Any], hub: dict[str, Any]) -> Path:
-    """Where the fitted task lies if there is one; fetched from the Hub only where the sidecar announces it.
+def task_file(info: AdapterInfo, settings: dict[str, Any], hub: dict[str, Any]) -> Path | None:
+    """Where the fitted task lies, None where there is none; fetched from the Hub only where the sidecar announces it.
 
     Raises:
-        AdapterError: it is announced, but not to be had.
+        AdapterError: it is announced but missing, a link out of the repo, or not the one that was saved with the rest.
     """
-    path = info.path / TASK_FILE
-    if info.revision is None or not settings.get("num_classes") or path.is_file():
-        return path
-    path = fetch(info.name, {TASK_FILE: MAX_TENSOR_BYTES}, info.revision, **hub) / TASK_FILE
-    if not path.is_file():
-        raise AdapterError(f"{info.where}: its fitted task, {TASK_FILE}, is not to be had: the repo has no such file.")
-    return path
+    folder = info.path
+    if info.revision is not None and settings.get("num_classes") and not (folder / TASK_FILE).is_file():
+        folder = fetch(info.name, {TASK_FILE: MAX_TENSOR_BYTES}, info.revision, **hub)
+        if not (folder / TASK_FILE).is_file():
+            raise AdapterError(f"{info.where}: the repo has not the fitted task that it announces, {TASK_FILE}.")
+    return check_task(folder, info.where, settings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,12 @@ def support_set(images: Any, labels: Sequence[Any] | None) -> tuple[Any, list[An
     return batch, names
 
 
+def require_two_classes(labels: Sequence[Any]) -> None:
+    """Raise `DataError` where there is one class only."""
+    if len(set(labels)) < 2:
+        raise DataError("A support set needs at least two classes, or there is nothing to tell apart.")
+
+
 def _labelled_source(images: Any) -> ImageSource:
     if is_dataset(images):
         return dataset_source(images, labelled=True, order=LEARNING_FIRST)
@@ -50,13 +56,26 @@ def as_labels(labels: Sequence[Any]) -> list[Any]:
     """Labels as plain Python values, so that equal ones are equal and JSON can hold them.
 
     Raises:
-        DataError: something else than names and numbers.
+        DataError: something else than names and numbers, or two that would pass for one class.
     """
     plain = [label.item() if hasattr(label, "item") else label for label in labels]
     for label in plain:
         if not isinstance(label, (str, int, float)) or label != label:
             raise DataError(f"Labels must be names or numbers, got {label!r}.")
+    check_labels(plain)
     return plain
+
+
+def check_labels(labels: Iterable[Any]) -> None:
+    """Raise `DataError` where two labels would pass for one: `1` and `"1"` read the same, `1` and `True` are equal."""
+    kinds = {(type(label), label) for label in labels}
+    by_text: dict[str, tuple[type, Any]] = {}
+    by_value: dict[Any, tuple[type, Any]] = {}
+    for kind, label in kinds:
+        for known in (by_text.setdefault(str(label), (kind, label)), by_value.setdefault(label, (kind, label))):
+            if known != (kind, label):
+                one, other = sorted((repr(known[1]), repr(label)))
+                raise DataError(f"The labels {one} and {other} would pass for one class. Give all labels one type.")
 
 
 def without_failures(labels: list[Any], failures: dict[int, str]) -> list[Any]:

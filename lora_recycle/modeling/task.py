@@ -14,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from ..errors import AdapterError
 from ..fewshot.heads import HEADS, FewShotHead
 from ..hub.repo_files import MAX_CLASSES
-from ..runtime.files import atomic_save_tensors
+from ..runtime.files import atomic_save_tensors, read_header
 from ..runtime.untrusted import parse_json, read_safetensors_header
+from .support import check_labels
 
 
 #: Most scores (images x classes) that fitting a head to the embeddings of a file may take at a time: 256 MB.
@@ -42,6 +43,7 @@ class FewShotTask:
     ) -> FewShotTask:
         """Embeddings (N, D) and their N labels, added to those of an `earlier` task."""
         known = earlier.label_names if earlier else []
+        check_labels([*known, *labels])
         names = known + sorted(set(labels) - set(known), key=lambda label: (str(type(label)), label))
         column = {name: i for i, name in enumerate(names)}
         index = torch.tensor([column[label] for label in labels], device=features.device)
@@ -62,6 +64,14 @@ def save_task(path: Path, task: FewShotTask) -> None:
     atomic_save_tensors(path, tensors, json.dumps({"label_names": task.label_names}))
 
 
+def holds_task(path: Path) -> bool:
+    """Whether a file is one that `save_task` wrote."""
+    try:
+        return "label_names" in read_header(path)
+    except (OSError, ValueError):
+        return False
+
+
 def load_task(path: Path, head: FewShotHead, width: int) -> FewShotTask | None:
     """Read a task on embeddings of `width` numbers, of which nothing is trusted.
 
@@ -74,7 +84,7 @@ def load_task(path: Path, head: FewShotHead, width: int) -> FewShotTask | None:
     if not path.is_file():
         return None
     try:
-        shapes = read_safetensors_header(path)
+        shapes = read_safetensors_header(path).bounded_shapes()
         if _is_of_another_head(shapes, head):
             warnings.warn(
                 f"{path}: the fitted task holds {', '.join(sorted(shapes))}, but the head {head.name} needs "
@@ -105,6 +115,7 @@ def _check_names(names: Any) -> None:
     plain = isinstance(names, list) and all(isinstance(name, (str, int, float)) for name in names)
     if not plain or not 1 <= len(names) <= MAX_CLASSES or len(set(names)) < len(names):
         raise ValueError(f"no list of 1 to {MAX_CLASSES} different labels")
+    check_labels(names)
 
 
 def _check_shapes(shapes: dict[str, tuple[int, ...]], head: FewShotHead, classes: int, width: int) -> None:

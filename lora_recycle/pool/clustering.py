@@ -128,5 +128,5 @@ def average_linkage_groups(similarity: torch.Tensor, max_groups: int = 8) -> lis
     best = int(ratio.argmax())
     count = len(top) - best if ratio[best] > 1.5 else 1
     label = fcluster(tree, count, criterion="maxclust")
-    found = [[i for i, v in enumerate(label) if v == g] for g in sorted(set(label))]
-    return sorted(found, key=lambda group: (-len(group), group))
+    groups = [[i for i, v in enumerate(label) if v == g] for g in sorted(set(label))]
+    return sorted(groups, key=lambda group: (-len(group), group))

@@ -1,4 +1,4 @@
-"""Settings of `tune-pool`, apart from the work itself so that the command line's help needs no torch."""
+"""Settings of `train-adapters`, apart from the work itself so that the command line's help needs no torch."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from ..runtime.config import RecipeConfig, field, require_choices
 
 
 @dataclasses.dataclass
-class TuningConfig(RecipeConfig):
-    """How `tune-pool` tunes its adapters."""
+class AdapterTrainingConfig(RecipeConfig):
+    """How `train-adapters` trains its adapters."""
 
-    tasks: int = field(10, "adapters to make, each on its own draw of classes")
-    classes: int = field(10, "classes of each task")
-    images_per_class: int = field(200, "training images of each class, fewer where the set has fewer")
-    held_out: int = field(20, "images of each class kept back to measure the adapter, at most a fifth of the class")
-    epochs: int = field(4, "passes over the training images")
-    lr: float = field(2e-3, "peak step size of AdamW; warm-up of 5 % and cosine decay")
-    batch_size: int = field(16, "images of a step")
+    tasks: int = field(10, "adapters to train, each on its own sample of classes")
+    classes: int = field(10, "classes per task")
+    images_per_class: int = field(200, "training images per class; fewer if the data set has fewer")
+    validation_images: int = field(20, "validation images per class, at most a fifth of the class")
+    epochs: int = field(4, "epochs over the training images")
+    lr: float = field(2e-3, "peak learning rate of AdamW, with 5% warm-up and cosine decay")
+    batch_size: int = field(16, "images per step")
     peft_type: str = field("LORA", "adapter type", ("LORA", "DORA", "LOHA", "LOKR"))
     rank: int = field(8, "rank of the adapter")
-    targets: str = field("all", "which linear layers: all, or leaf names with commas, as in q_proj,v_proj")
-    keep_ratio: float = field(0.5, "share of the patches that each image shows before the last epoch (speed)")
-    flip: bool = field(True, "mirror half of the images; switch it off where left and right matter")
-    seed: int = field(0, "seed of the class draws, the order and the initial weights")
+    targets: str = field("all", "linear layers to adapt: all, or comma-separated leaf names, as in q_proj,v_proj")
+    keep_ratio: float = field(0.5, "fraction of each image's patches that is used before the last epoch, for speed")
+    flip: bool = field(True, "mirror half of the images; turn off where left and right matter")
+    seed: int = field(0, "seed of the sampled classes, the order and the initial weights")
 
     def check(self) -> None:
         require_choices(self)

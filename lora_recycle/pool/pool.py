@@ -146,7 +146,7 @@ class AdapterPool:
         """The backbone with one adapter, or the exact average of several (all by default), folded into its weights.
 
         The forward costs what the bare backbone costs. The original weights come back bit by bit. An adapter that
-        is no change of weights (`Adapter.layers`) is worn as PEFT's own layers instead, alone only.
+        is no change of weights (`Adapter.peft_layers`) is worn as PEFT's own layers instead, alone only.
 
         Raises:
             AdapterError: several adapters, of which one is no change of weights.
@@ -166,7 +166,7 @@ class AdapterPool:
             try:
                 for module in total.modules:
                     change(f"{module}.weight", total.delta(module))
-                for name, delta in total.others.items():
+                for name, delta in total.vector_deltas.items():
                     change(name, delta)
                 with wear_layers(self.backbone.model, layers):
                     yield self.backbone
@@ -258,19 +258,19 @@ def _randomize(adapter: Adapter, generator: torch.Generator) -> Adapter:
         new_a = torch.randn(rank, a.shape[1], generator=generator)
         scale = torch.linalg.norm(b @ a) / torch.linalg.norm(new_b @ new_a)
         factors[module] = (new_b * scale, new_a)
-    return dataclasses.replace(adapter, factors=factors, others={}, layers={})
+    return dataclasses.replace(adapter, factors=factors, vector_deltas={}, peft_layers={})
 
 
 def _only_changes(adapter: Adapter) -> tuple[ChangeSum, dict[str, nn.Module]]:
     total = ChangeSum()
     total.add(adapter)
-    return total, adapter.layers
+    return total, adapter.peft_layers
 
 
 def _sum_changes(adapters: Iterable[Adapter]) -> ChangeSum:
     total = ChangeSum()
     for adapter in adapters:
-        if adapter.layers:
+        if adapter.peft_layers:
             raise AdapterError(
                 f"{adapter.info.name}: adapters of type {adapter.info.peft_type} change no weights, so they have no "
                 "average. It can be inverted; leave it out (pool.subset) where an average is needed."

@@ -6,8 +6,6 @@ This is the answer to "where do I get the LoRAs?". Nothing later in the library 
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +14,41 @@ import torch
 import torch.nn.functional as F
 from peft.helpers import disable_input_dtype_casting
 from tqdm.auto import tqdm
-from transformers import AutoModelForImageClassification, PreTrainedModel
+from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, PreTrainedModel
 
 from ..backbones.backbone import Backbone, extract_features
+from ..backbones.base_models import BaseModel
 from ..backbones.token_selection import num_kept
-from ..errors import DataError
-from ..fewshot.prototypes import centre_logits, class_centres
-from ..hub.embedded import backbone_name, resolve_backbone
+from ..errors import AdapterError, DataError
+from ..fewshot.prototypes import class_prototypes, prototype_logits
+from ..hub.cards import adapter_card
+from ..hub.embedded import backbone_name
 from ..images.labelled import LabelledImages, load_labelled_images
-from ..runtime.launch import deal, mixed_precision, process_state
-from .config import TuningConfig
+from ..runtime.files import check_writable, creating_folder
+from ..runtime.launch import claim_indices, mixed_precision, process_state
+from ..runtime.outputs import check_output
+from .config import AdapterTrainingConfig
 
 
 #: Images, uint8 (N, 3, H, W), and their labels, int64 (N,).
 Task = tuple[torch.Tensor, torch.Tensor]
 
 
-def adapter_config(config: TuningConfig, model: PreTrainedModel) -> peft.PeftConfig:
+def load_classifier(base: BaseModel, label_names: list[str]) -> Any:
+    """The base model with a new head, in float32: float16 would not learn.
+
+    Raises:
+        AdapterError: it is not whole, or transformers has no classifier of its type.
+    """
+    config = base.whole_config(id2label=dict(enumerate(label_names)))
+    kind: Any = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(config), None)
+    if kind is None:
+        raise AdapterError(f"{base.name}: transformers has no image classifier of type {base.model_type}.")
+    # a type that has several lists the plain one first
+    return base.load(kind[0] if isinstance(kind, tuple) else kind, config, new=("classifier.",))
+
+
+def adapter_config(config: AdapterTrainingConfig, model: PreTrainedModel) -> peft.PeftConfig:
     """The PEFT configuration for one adapter with its head."""
     linear = {name.split(".")[-1] for name, m in model.base_model.named_modules() if isinstance(m, torch.nn.Linear)}
     targets = sorted(linear) if config.targets == "all" else [t.strip() for t in config.targets.split(",")]
@@ -58,14 +74,14 @@ def augment(pixels: torch.Tensor, flip: bool, generator: torch.Generator, reach:
 
 
 def split_task(
-    data: LabelledImages, classes: list[int], config: TuningConfig, generator: torch.Generator
+    data: LabelledImages, classes: list[int], config: AdapterTrainingConfig, generator: torch.Generator
 ) -> tuple[Task, Task]:
     """Training and held-out images of a task, labels renumbered: ((N, 3, H, W), (N,)) twice."""
     train, held = [], []
     by_class = data.by_class()
     for new, old in enumerate(classes):
         index = by_class[old][torch.randperm(len(by_class[old]), generator=generator)]
-        k = min(config.held_out, max(1, len(index) // 5))
+        k = min(config.validation_images, max(1, len(index) // 5))
         if len(index) <= k:
             raise DataError(f"{data.name}: class {data.label_names[old]!r} has {len(index)} image: two are needed.")
         held += [(i, new) for i in index[:k].tolist()]
@@ -75,19 +91,21 @@ def split_task(
 
 
 def start_head(view: Backbone, head: torch.nn.Linear, train: Task, held: Task) -> float:
-    """Set the head to the nearest centre of what it reads on the frozen backbone, so that tuning starts from that.
+    """Set the head to the nearest prototype of what it reads on the frozen backbone, so that tuning starts from that.
 
-    Returns the held-out accuracy of frozen class centres with cosine (per cent): what an adapter must beat.
+    Returns the held-out accuracy of frozen prototypes with cosine (per cent): what an adapter must beat.
     """
     (images, labels), (held_images, held_labels) = train, held
     features, read = _features_and_head_inputs(view, images)
-    centres = class_centres(read, labels, head.out_features)
-    logits = -0.5 * torch.cdist(read, centres).square()
+    prototypes = class_prototypes(read, labels, head.out_features)
+    logits = -0.5 * torch.cdist(read, prototypes).square()
     scale = 2.0 / logits.std(1).mean()  # soft enough to learn from
     with torch.no_grad():
-        head.weight.copy_(scale * (centres - centres.mean(0)))
-        head.bias.copy_(scale * 0.5 * (centres.mean(0).square().sum() - centres.square().sum(1)))
-    scores = centre_logits(extract_features(view, held_images), class_centres(features, labels, head.out_features))
+        head.weight.copy_(scale * (prototypes - prototypes.mean(0)))
+        head.bias.copy_(scale * 0.5 * (prototypes.mean(0).square().sum() - prototypes.square().sum(1)))
+    scores = prototype_logits(
+        extract_features(view, held_images), class_prototypes(features, labels, head.out_features)
+    )
     return (scores.argmax(1) == held_labels).float().mean().item() * 100
 
 
@@ -98,34 +116,34 @@ def _features_and_head_inputs(view: Backbone, images: torch.Tensor) -> tuple[tor
         features = extract_features(view, images)
         return features, features
     hidden = (view(view.normalize(part))[0] for part in images.split(128))
-    pairs = [(view.pool(tokens).float().cpu(), view.pool_for_head(tokens).float().cpu()) for tokens in hidden]
+    pairs = [(view.pool_features(tokens).float().cpu(), view.pool_for_head(tokens).float().cpu()) for tokens in hidden]
     features, read = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     return features, read
 
 
-def tune_adapter(
+def train_adapter(
     data: LabelledImages,
     classes: list[int],
     output: Path,
-    config: TuningConfig,
+    config: AdapterTrainingConfig,
     base_model: str,
     seed: int,
     device: torch.device | str | None = None,
 ) -> dict[str, float]:
     """Tune one adapter with its head on `classes` of `data` and save it with PEFT into `output`.
 
-    Returns its held-out accuracy and that of frozen class centres, in per cent. The folder appears when it is whole.
+    Returns its held-out accuracy and that of frozen prototypes, in per cent. The folder appears when it is whole.
+
+    Raises:
+        StorageError: `output` is there and not empty, or cannot be written.
     """
+    check_output(output)
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     names = [data.label_names[c] for c in classes]
-    model = AutoModelForImageClassification.from_pretrained(
-        resolve_backbone(base_model),
-        dtype=torch.float32,  # whatever the file holds: float16 would not learn
-        num_labels=len(classes),
-        id2label=dict(enumerate(names)),
-    )
-    view = Backbone(model.base_model, Backbone.from_pretrained(base_model).processor, base_model).to(device)
+    base = BaseModel.pull(base_model)
+    model = load_classifier(base, names)
+    view = Backbone(model.base_model, base.image_processor(), base_model).to(device)
     train, held = split_task(data, classes, config, generator)
     frozen = start_head(view, model.classifier, train, held)
     wrapped = peft.get_peft_model(model, adapter_config(config, model)).to(view.device)
@@ -138,13 +156,21 @@ def tune_adapter(
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.half()
-    partial = output.with_name(f".{output.name}.{os.getpid()}")
-    wrapped.save_pretrained(str(partial), save_embedding_layers=False)
-    results = {"accuracy": round(accuracy, 2), "frozen_class_centres": round(frozen, 2)}
-    (partial / "README.md").write_text(_card(output.name.lstrip("."), base_model, data.name, names, results, config))
-    if output.exists():
-        shutil.rmtree(output)
-    partial.rename(output)
+    results = {"accuracy": round(accuracy, 2), "frozen_prototypes": round(frozen, 2)}
+    with creating_folder(output) as new:
+        wrapped.save_pretrained(str(new), save_embedding_layers=False)
+        card = adapter_card(
+            output.name.lstrip("."),
+            base_model,
+            data.name,
+            names,
+            peft_type=config.peft_type,
+            rank=config.rank,
+            targets=config.targets,
+            accuracy=results["accuracy"],
+            frozen_accuracy=results["frozen_prototypes"],
+        )
+        (new / "README.md").write_text(card, encoding="utf-8")
     return results
 
 
@@ -160,7 +186,7 @@ def _fit(
     view: Backbone,
     images: torch.Tensor,
     labels: torch.Tensor,
-    config: TuningConfig,
+    config: AdapterTrainingConfig,
     generator: torch.Generator,
 ) -> None:
     parameters = [p for p in wrapped.parameters() if p.requires_grad]
@@ -196,48 +222,21 @@ def _accuracy(wrapped: peft.PeftModel, view: Backbone, images: torch.Tensor, lab
     return (logits.argmax(1) == labels).float().mean().item() * 100
 
 
-def _card(
-    name: str,
-    base_model: str,
-    data_name: str,
-    labels: list[str],
-    results: dict[str, float],
-    config: TuningConfig,
-) -> str:
-    """A model card as people write them; `id2label` in its header is where the class names survive."""
-    import yaml
-
-    header = {
-        "library_name": "peft",
-        "base_model": base_model,
-        "pipeline_tag": "image-classification",
-        "tags": ["lora", "image-classification"],
-        "id2label": dict(enumerate(labels)),
-    }
-    lines = [
-        "---",
-        yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip(),
-        "---",
-        f"# {name}",
-        f"{config.peft_type} adapter (rank {config.rank}, layers: {config.targets}) of `{base_model}` with a head for "
-        f"{len(labels)} classes, tuned on images of `{data_name}`.",
-        f"Accuracy on held-out images of these classes: {results['accuracy']:.1f} % "
-        f"(class centres on the frozen backbone: {results['frozen_class_centres']:.1f} %).",
-    ]
-    return "\n\n".join(["\n".join(lines[:3]), *lines[3:]]) + "\n"
-
-
-def tune_pool(
+def train_adapters(
     data_path: str | Path,
     output_dir: str | Path,
-    config: TuningConfig,
+    config: AdapterTrainingConfig,
     base_model: str = "demo",
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> list[dict]:
     """Tune `config.tasks` adapters on random draws of classes. Finished adapters are kept when it is run again.
 
-    Several processes (`accelerate launch`) share the tasks. Raises `DataError` where the data has too few classes.
+    Several processes (`accelerate launch`) share the tasks.
+
+    Raises:
+        DataError: the data has too few classes.
+        StorageError: the folder of an adapter holds something else, or nothing can be written there.
     """
     state, output_dir = process_state(), Path(output_dir)
     backbone = Backbone.from_pretrained(base_model)
@@ -246,19 +245,23 @@ def tune_pool(
     if len(available) < config.classes:
         raise DataError(f"{data.name} has {len(available)} classes, fewer than the {config.classes} of a task.")
     base_name = backbone_name(base_model)
+    targets = [output_dir / f"{data.name.replace('/', '-')}-{task:03d}" for task in range(config.tasks)]
+    for target in targets:  # before any is tuned
+        if not (target / "adapter_config.json").exists():
+            check_output(target)
+    check_writable(output_dir)
     results = []
     disable = not (progress and state.is_main_process)
-    for task in tqdm(deal(config.tasks), desc="tune-pool", total=config.tasks, disable=disable):
-        target = output_dir / f"{data.name.replace('/', '-')}-{task:03d}"
+    for task in tqdm(claim_indices(config.tasks), desc="train-adapters", total=config.tasks, disable=disable):
+        target = targets[task]
         if (target / "adapter_config.json").exists():
             continue
         draw = torch.Generator().manual_seed(config.seed * 100_003 + task)
         classes = [available[i] for i in torch.randperm(len(available), generator=draw)[: config.classes].tolist()]
-        target.parent.mkdir(parents=True, exist_ok=True)
         results.append(
             {
                 "adapter": str(target),
-                **tune_adapter(data, classes, target, config, base_name, config.seed * 100_003 + task, device),
+                **train_adapter(data, classes, target, config, base_name, config.seed * 100_003 + task, device),
             }
         )
     return results

@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from html import escape
 
 import torch
+from markupsafe import Markup
 from PIL import Image
+
+from .html_page import render
 
 
 _DIMMED = 0.2  # brightness of the patches that were pruned or not looked at
@@ -16,7 +18,7 @@ _DIMMED = 0.2  # brightness of the patches that were pruned or not looked at
 
 def gallery(
     images: torch.Tensor, captions: Sequence[str], kept: torch.Tensor | None, patch_size: int | None, note: str
-) -> str:
+) -> Markup:
     """A grid of images with their captions, each beside its kept patches where known.
 
     Args:
@@ -26,12 +28,12 @@ def gallery(
     """
     figures = []
     for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        shown = f'<img src="{data_uri(image)}" alt="surrogate image of {escape(caption)}">'
+        masked = None
         if kept is not None and patch_size is not None:
-            shown += f'<img src="{data_uri(show_kept(image, kept[number], patch_size))}" alt="its kept patches">'
-        figures.append(f"<figure><div>{shown}</div><figcaption>{escape(caption)}</figcaption></figure>")
+            masked = data_uri(show_kept(image, kept[number], patch_size))
+        figures.append({"image": data_uri(image), "caption": caption, "kept": masked})
     note += "" if kept is None else " Right: patches kept."
-    return f'<p>{escape(note)} {len(images)} images.</p>\n<div class="images">\n{"".join(figures)}\n</div>'
+    return render("gallery.html", note=note, figures=figures)
 
 
 def show_kept(image: torch.Tensor, kept: torch.Tensor, patch_size: int) -> torch.Tensor:

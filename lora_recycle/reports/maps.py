@@ -33,11 +33,11 @@ def turned(points: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 
 def share_nearest_to_own(features: torch.Tensor, labels: Sequence[str]) -> float | None:
-    """Share of the images that are nearest (cosine) to the centre of their own class, each left out of its centre.
+    """Share of the images nearest (cosine) to the prototype of their own class, which is made without them.
 
     Args:
         features: (N, D).
-        labels: N class names. Classes of one image are centres, but their images are not counted.
+        labels: N class names. Classes of one image have prototypes, but their images are not counted.
 
     Returns:
         None where fewer than two classes, or no class of two images, leave nothing to measure.
@@ -59,7 +59,7 @@ def share_nearest_to_own(features: torch.Tensor, labels: Sequence[str]) -> float
 def share_same_neighbour(features: torch.Tensor, teacher: torch.Tensor) -> float:
     """Share of the images whose nearest other image (cosine) is the same for both: (N, D), (N, D'), N at least 2."""
     nearest = []
-    for found in (features, teacher):
-        unit = F.normalize(found.float().cpu(), dim=-1)
+    for space in (features, teacher):
+        unit = F.normalize(space.float().cpu(), dim=-1)
         nearest.append((unit @ unit.T).fill_diagonal_(-2.0).argmax(1))
     return (nearest[0] == nearest[1]).float().mean().item()

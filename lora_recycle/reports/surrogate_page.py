@@ -5,20 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
+from markupsafe import Markup
 
 from ..backbones.backbone import Backbone, extract_features
+from ..backbones.base_models import CONFIG_FILES, BaseModel
 from ..errors import DataError
-from ..hub.embedded import resolve_backbone
 from ..images.labelled import LabelledImages
 from ..surrogate.dataset import SurrogateDataset
 from .charts import charts, scatter
 from .gallery import gallery
-from .html_page import table, write_page
+from .html_page import paragraph, preformatted, table, write_page
 from .maps import principal_map, share_nearest_to_own, share_same_neighbour, turned
 
 
@@ -100,7 +99,7 @@ def write_surrogate_page(
         ("Images", gallery(sample.pixels, captions, kept, patch_size, note)),
         ("Map of the embeddings", "" if images is None else _maps(images, views) + _agreement(surrogate, views)),
         ("Adapters", table(caption, ("adapter", "images", "accuracy", "confidence"), scores)),
-        ("Settings", f"<pre>{escape(settings)}</pre>"),
+        ("Settings", preformatted(settings)),
     ]
     return write_page(path, f"{len(surrogate)} surrogate images of {surrogate.num_shards} adapters", sections)
 
@@ -113,15 +112,12 @@ def read_patch_size(surrogate: SurrogateDataset) -> int | None:
     """
     base = surrogate.manifest.get("backbone", {})
     try:
-        path = resolve_backbone(base["name"])
-        config = AutoConfig.from_pretrained(path, revision=base.get("revision"), trust_remote_code=False)
-    except (KeyError, OSError, ValueError):
+        return BaseModel.pull(base["name"], base.get("revision"), CONFIG_FILES).tower_config().patch_size
+    except (KeyError, ValueError):
         return None
-    size = getattr(getattr(config, "vision_config", config), "patch_size", None)  # CLIP's tower is a part of it
-    return size[0] if isinstance(size, (list, tuple)) else size
 
 
-def _maps(images: MapImages, views: Sequence[tuple[str, Backbone]]) -> str:
+def _maps(images: MapImages, views: Sequence[tuple[str, Backbone]]) -> Markup:
     """One map for each view, and a table of how well classes stand apart in each."""
     figures, rows, first = [], [], None
     for name, backbone in views:
@@ -131,15 +127,17 @@ def _maps(images: MapImages, views: Sequence[tuple[str, Backbone]]) -> str:
         heading = f"{name}: two axes show {shown:.0%} of the variance"
         figures.append(scatter(heading, turned(points, first), images.labels, images.kinds))
         rows.append((name, *(_share(features, images, kind) for kind in dict.fromkeys(images.kinds))))
-    note = (
-        "<p>Principal components of the embeddings. A line leads from each image to the middle of its class; "
-        "names show under the pointer.</p>\n"
+    note = paragraph(
+        "Principal components of the embeddings. A line leads from each image to the middle of its class; names show "
+        "under the pointer."
     )
-    caption = "Per cent of images nearest to the centre of their own class among those of its kind, in all dimensions."
+    caption = (
+        "Per cent of images nearest to the prototype of their own class among those of its kind, in all dimensions."
+    )
     return note + charts(figures) + table(caption, ("", *dict.fromkeys(images.kinds)), rows)
 
 
-def _agreement(surrogate: SurrogateDataset, views: Sequence[tuple[str, Backbone]]) -> str:
+def _agreement(surrogate: SurrogateDataset, views: Sequence[tuple[str, Backbone]]) -> Markup:
     """How often each view finds the same image nearest as the adapter that the images are of."""
     parts: dict[str, list[float]] = {name: [] for name, _ in views}
     for number in _spread(surrogate.num_shards, MAP_CLASSES):
@@ -151,7 +149,7 @@ def _agreement(surrogate: SurrogateDataset, views: Sequence[tuple[str, Backbone]
                 parts[name].append(share_same_neighbour(features, shard.teacher_features[rows]))
     shown = [(name, f"{100 * sum(shares) / len(shares):.1f}") for name, shares in parts.items() if shares]
     caption = "Per cent of images whose nearest other image of their adapter is the same as for that adapter."
-    return table(caption, ("", "agreement"), shown) if shown else ""
+    return table(caption, ("", "agreement"), shown) if shown else Markup()
 
 
 def _share(features: torch.Tensor, images: MapImages, kind: str) -> str:

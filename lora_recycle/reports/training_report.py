@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from markupsafe import Markup
 
 from ..errors import DataError
 from ..hub.cards import usage_lines
 from .charts import bars, charts, curve
 from .gallery import gallery
-from .html_page import table, write_page
+from .html_page import paragraph, preformatted, table, write_page
 
 
 if TYPE_CHECKING:
-    from ..distillation.trainer import MetaLoraTrainer
+    from ..distillation.trainer import MetaLoRATrainer
 
 
 IMAGES_SHOWN = 48
@@ -60,7 +60,7 @@ def write_report(
         config (`Mapping`): settings to print.
         usage (`str`): the Python lines that use the result.
         rows (`Sequence[Mapping]`, *optional*): rows of `evaluation.results.summarise`.
-        judged (`Mapping`, *optional*): `judged` of the sidecar, `Judgements.to_dict`.
+        judged (`Mapping`, *optional*): `judged` of the sidecar, `CheckpointSelection.to_dict`.
 
     Raises:
         DataError: images, labels and masks do not match.
@@ -72,15 +72,15 @@ def write_report(
         ("Accuracy on real images", _accuracy(rows)),
         ("Training curves", charts(figures)),
         ("Surrogate images", gallery(surrogate_images, surrogate_labels, kept_tokens, patch_size, note)),
-        ("Use it", f"<pre><code>{escape(usage)}</code></pre>"),
-        ("Settings", f"<pre>{escape(json.dumps(config, indent=2, default=str))}</pre>"),
+        ("Use it", Markup("<pre><code>{}</code></pre>").format(usage)),
+        ("Settings", preformatted(json.dumps(config, indent=2, default=str))),
     ]
     return write_page(path, title, sections)
 
 
 def write_training_report(
     path: str | Path,
-    trainer: MetaLoraTrainer,
+    trainer: MetaLoRATrainer,
     settings: Mapping[str, Any],
     meta_lora: str | Path,
     *,
@@ -115,7 +115,7 @@ def write_training_report(
     )
 
 
-def _judged_curve(judged: Mapping[str, Any]) -> str:
+def _judged_curve(judged: Mapping[str, Any]) -> Markup:
     """The figures of the student over the steps; that of the pool's average, which is none of them, in the caption."""
     name = f"error on the classes of {judged['who']}, per cent"
     figures, steps, kept = judged["figures"], judged["steps"], judged["best_step"]
@@ -134,15 +134,16 @@ def _check(images: torch.Tensor, labels: Sequence[str], kept: torch.Tensor | Non
         raise DataError(f"{len(images)} surrogate images, {len(labels)} labels and {masks} masks do not match.")
 
 
-def _accuracy(rows: Sequence[Mapping[str, Any]]) -> str:
+def _accuracy(rows: Sequence[Mapping[str, Any]]) -> Markup:
     if not rows:
-        return ""
+        return Markup()
     groups: dict[tuple, list[Mapping[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["data"], row["ways"], row["shots"]), []).append(row)
     methods = [name for name in _METHODS if any(row["method"] == name for row in rows)]
-    told = "; ".join(f"<em>{name}</em>: {_METHODS[name]}" for name in methods)
-    note = f"<p>Hatched: the meta-LoRA. Lines on the bars: 95% intervals. Dashed: chance.</p>\n<p>{told}.</p>\n"
+    known = Markup("; ").join(Markup("<em>{}</em>: {}").format(name, _METHODS[name]) for name in methods)
+    note = paragraph("Hatched: the meta-LoRA. Lines on the bars: 95% intervals. Dashed: chance.")
+    note += Markup("<p>{}.</p>\n").format(known)
     caption, header = "Per cent, with 95% intervals; differences are paired.", list(_COLUMNS)
     lines = [_accuracy_row(row) for row in rows]
     if len({row["episodes"] for row in rows}) == 1:  # a column that says nothing takes width, which phones lack

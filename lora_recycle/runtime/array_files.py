@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 
 from ..errors import DataError
 from .files import replacing
+from .untrusted import SafetensorsHeader
 
 
 _NUMPY_TYPES = {"U8": np.uint8, "I16": np.int16, "I64": np.int64, "F16": np.float16, "F32": np.float32}
@@ -40,21 +40,21 @@ class RowFile:
 
     def read(self, rows: torch.Tensor) -> torch.Tensor:
         """int64 (B,) row numbers to (B, ...), in this order."""
-        found = np.empty((len(rows), *self.shape[1:]), self.dtype)
-        places = found.reshape(len(rows), self._row_size)
+        values = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        places = values.reshape(len(rows), self._row_size)
         with self.path.open("rb", buffering=0) as file:
             for place, row in zip(places, rows.tolist(), strict=True):
                 file.seek(self.offset + row * place.nbytes)
                 self._fill(file, place)
-        return torch.from_numpy(found)
+        return torch.from_numpy(values)
 
     def read_range(self, start: int, stop: int) -> torch.Tensor:
         """Rows `start` to `stop`, the last one not included."""
-        found = np.empty((min(stop, len(self)) - start, *self.shape[1:]), self.dtype)
+        values = np.empty((min(stop, len(self)) - start, *self.shape[1:]), self.dtype)
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.offset + start * self._row_size * self.dtype.itemsize)
-            self._fill(file, found)
-        return torch.from_numpy(found)
+            self._fill(file, values)
+        return torch.from_numpy(values)
 
     def _fill(self, file: io.FileIO, place: np.ndarray) -> None:
         rest = place.reshape(-1).view(np.uint8).data
@@ -65,17 +65,12 @@ class RowFile:
             rest = rest[count:]
 
 
-def safetensors_rows(path: Path, names: Iterable[str]) -> dict[str, RowFile]:
+def safetensors_rows(path: Path, header: SafetensorsHeader) -> dict[str, RowFile]:
     """Tensors of a safetensors file, which the caller has opened with `safetensors` and so checked, by name."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    found = {}
-    for name in names:
-        entry = header[name]
-        dtype = np.dtype(_NUMPY_TYPES.get(entry["dtype"], np.void))
-        found[name] = RowFile(path, dtype, tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
-    return found
+    return {
+        name: RowFile(path, np.dtype(_NUMPY_TYPES.get(entry.dtype, np.void)), entry.shape, header.size + entry.begin)
+        for name, entry in header.tensors.items()
+    }
 
 
 def write_rows(path: Path, dtype: np.dtype | type, shape: tuple[int, ...], blocks: Iterable[torch.Tensor]) -> RowFile:
@@ -95,10 +90,10 @@ def open_rows(path: Path) -> RowFile:
         with path.open("rb") as file:
             np.lib.format.read_magic(file)
             shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            found = RowFile(path, dtype, shape, file.tell())
+            rows = RowFile(path, dtype, shape, file.tell())
         size = math.prod(shape) * dtype.itemsize
-        if path.stat().st_size != found.offset + size:
-            raise ValueError(f"{path.stat().st_size} bytes, expected {found.offset + size}")
+        if path.stat().st_size != rows.offset + size:
+            raise ValueError(f"{path.stat().st_size} bytes, expected {rows.offset + size}")
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: damaged ({error}). Delete it; it is made again.") from error
-    return found
+    return rows

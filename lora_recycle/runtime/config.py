@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import yaml
 
@@ -24,6 +25,9 @@ class RecipeConfig:
     A subclass lists its fields with `field(default, "help text")` and checks ranges in `check`.
     """
 
+    #: Settings that earlier versions wrote and this one has not, with the values that changed nothing; None: any.
+    retired: ClassVar[Mapping[str, tuple | None]] = {}
+
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for f in dataclasses.fields(self):
@@ -39,7 +43,16 @@ class RecipeConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "the recipe") -> Self:
+        """From a recipe or a file of an earlier version.
+
+        Raises:
+            ConfigError: an unknown key, a setting that was removed, or a value out of range.
+        """
         names = [f.name for f in dataclasses.fields(cls)]
+        for name, neutral in cls.retired.items():
+            if neutral is not None and values.get(name, neutral[0]) not in neutral:
+                raise ConfigError(f"{where}: {name} was removed, as it made results worse. Leave it out.")
+        values = {key: value for key, value in values.items() if key not in cls.retired}
         unknown = sorted(set(values) - set(names), key=str)
         if unknown:
             raise ConfigError(
@@ -73,12 +86,12 @@ def require_choices(config: RecipeConfig) -> None:
 
 def differences(there: dict[str, Any], here: dict[str, Any]) -> str:
     """What two recipes disagree about, the first few keys: "lr: 0.1 there, 0.2 here"."""
-    found = [
+    changes = [
         f"{key}: {there.get(key)!r} there, {here.get(key)!r} here"
         for key in dict.fromkeys([*there, *here])
         if there.get(key) != here.get(key)
     ]
-    return "; ".join(found[:4]) + (f"; and {len(found) - 4} more" if len(found) > 4 else "")
+    return "; ".join(changes[:4]) + (f"; and {len(changes) - 4} more" if len(changes) > 4 else "")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, their checksums, and errors that say why nothing can be written."""
+"""Files and folders that are either whole or absent, their checksums, and errors that say why one is not written."""
 
 from __future__ import annotations
 
@@ -8,24 +8,32 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import filelock
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..errors import StorageError
+from .untrusted import parse_json, read_safetensors_header
 
 
-#: Why a file cannot be written that is no fault of the program: space, rights, limits.
-_REFUSALS = ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EEXIST")
-_REFUSED = {getattr(errno, name) for name in _REFUSALS if hasattr(errno, name)}
-#: A folder of what is being written; the numbers are the writer's process and thread.
-_PARTIAL = re.compile(r"\..+\.\d+\.partial")
+#: Why a file cannot be written that is no fault of the program: space, rights, limits, what lies there already.
+_REFUSALS = ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EEXIST", "ENOTEMPTY")
+#: The same of a folder that is a mount of its own, which cannot be replaced.
+_MOUNTED = ("EBUSY", "EXDEV")
+_REFUSED = {getattr(errno, name) for name in (*_REFUSALS, *_MOUNTED) if hasattr(errno, name)}
+#: Names that begin so are this library's alone.
+OWN_PREFIX = ".lora-recycle"
+#: A folder of what is being written, and the lock in it that its writer holds.
+_PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{16}\.partial")
+_PARTIAL_LOCK = f"{OWN_PREFIX}.lock"
+_ATTEMPTS = 3
 
 
 @contextlib.contextmanager
@@ -37,40 +45,116 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         StorageError: the disk is full or read-only, or the folder may not be written to.
     """
-    with _partial_folder(path) as partial:
+    with refusals_explained(path), _partial_folder(path) as partial:
         yield partial / path.name
         _finish(partial / path.name)
         os.replace(partial / path.name, path)
 
 
 @contextlib.contextmanager
-def replacing_files(folder: Path) -> Iterator[Path]:
-    """A folder to write to, whose files then take their places in `folder`, each whole or absent. As `replacing`."""
-    with _partial_folder(folder / "files") as partial:
-        yield partial
-        written = sorted(partial.iterdir())
+def replacing_files(folder: Path, order: Callable[[str], Any] = str, removes: Sequence[str] = ()) -> Iterator[Path]:
+    """A folder to write to, whose files then take their places in `folder`, each whole or absent. As `replacing`.
+
+    Args:
+        order: sorts the names of what was written; a run that is killed leaves the later ones as they were.
+        removes: names that are deleted in `folder`, where they are not written anew, before a file takes its place.
+    """
+    with refusals_explained(folder), _partial_folder(folder / "files") as partial:
+        (partial / "new").mkdir()
+        yield partial / "new"
+        written = sorted((partial / "new").iterdir(), key=lambda path: order(path.name))
         for path in written:
             _finish(path)
+        for name in removes:
+            if not (partial / "new" / name).exists():
+                (folder / name).unlink(missing_ok=True)
         for path in written:
             os.replace(path, folder / path.name)
 
 
 @contextlib.contextmanager
+def creating_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write to, which becomes `folder` in one step. As `replacing`.
+
+    Raises:
+        StorageError: also where `folder` is there and not empty.
+    """
+    folder = Path(os.path.realpath(folder))  # an empty folder may be reached by a link
+    remove_abandoned(folder.parent, folder.name)
+    with refusals_explained(folder), _partial_folder(folder) as partial:
+        new = partial / folder.name
+        new.mkdir()
+        yield new
+        for path in new.rglob("*"):
+            if path.is_file():
+                _finish(path)
+        with contextlib.suppress(FileNotFoundError):
+            folder.rmdir()  # only an empty one goes
+        new.rename(folder)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise `StorageError` where no file can be written in `folder`, which is made where it is not there yet."""
+    with replacing_files(folder):
+        pass
+
+
+@contextlib.contextmanager
 def _partial_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path`, gone at the end: safetensors writes to a name of its own first, which belongs there."""
-    with refusals_explained(path):
-        partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
-        partial.mkdir(parents=True, exist_ok=True)
-        try:
-            yield partial
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    """A folder beside `path`, gone at the end: safetensors writes to a name of its own first, which belongs there.
+
+    Its lock is held meanwhile, and given back by the system when the process dies: see `remove_abandoned`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial, lock = _locked_folder(path)
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        lock.release(force=True)
 
 
-def remove_partials(folder: Path) -> None:
-    """Delete what writers that were killed left in `folder` and below. Only for who alone may write there."""
-    for path in [path for path in folder.rglob(".*.partial") if _PARTIAL.fullmatch(path.name)]:
-        shutil.rmtree(path, ignore_errors=True)
+def _locked_folder(path: Path) -> tuple[Path, filelock.BaseFileLock]:
+    """A new folder beside `path`, and its lock, held wherever the file system has locks."""
+    for _ in range(_ATTEMPTS):
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+        partial.mkdir()
+        lock = filelock.FileLock(partial / _PARTIAL_LOCK)
+        # who cleans up meanwhile may take it for abandoned before it is locked
+        with contextlib.suppress(filelock.Timeout, FileNotFoundError, NotImplementedError):
+            lock.acquire(timeout=0)
+        if lock.is_locked and (partial / _PARTIAL_LOCK).exists():
+            break
+    partial.mkdir(exist_ok=True)
+    return partial, lock
+
+
+def is_partial(name: str) -> bool:
+    """Whether a folder of this name is one of what is being written."""
+    return _PARTIAL.fullmatch(name) is not None
+
+
+def remove_abandoned(folder: Path, name: str | None = None) -> None:
+    """Delete what writers that were killed left: of `name` in `folder`, or of anything in it and below.
+
+    A folder is left alone whose writer lives, on whichever machine, and one without the lock that says it is ours.
+    """
+    for partial in folder.rglob(".*.partial") if name is None else folder.glob(".*.partial"):
+        found = _PARTIAL.fullmatch(partial.name)
+        if found and name in (None, found[1]) and partial.is_dir() and not partial.is_symlink():
+            _remove_if_abandoned(partial)
+
+
+def _remove_if_abandoned(partial: Path) -> None:
+    if not (partial / _PARTIAL_LOCK).is_file():
+        with contextlib.suppress(OSError):
+            partial.rmdir()  # only an empty one goes: its writer was killed at once
+        return
+    lock = filelock.FileLock(partial / _PARTIAL_LOCK)
+    with contextlib.suppress(filelock.Timeout, OSError, NotImplementedError):
+        lock.acquire(timeout=0)
+        shutil.rmtree(partial, ignore_errors=True)
+        lock.release(force=True)
 
 
 @contextlib.contextmanager
@@ -90,8 +174,8 @@ def refusals_explained(path: Path) -> Iterator[None]:
 
 def _error_number(error: Exception) -> int | None:
     """safetensors gives the system's number in words only."""
-    found = re.search(r"os error (\d+)", str(error))
-    return getattr(error, "errno", None) or (int(found[1]) if found else None)
+    match = re.search(r"os error (\d+)", str(error))
+    return getattr(error, "errno", None) or (int(match[1]) if match else None)
 
 
 def _finish(path: Path) -> None:
@@ -125,26 +209,24 @@ def save_sealed(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, 
 
 def load_sealed(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors and header of what `save_sealed` wrote. Raises `ValueError` where a single bit has changed."""
-    header = read_header(path)
-    seal = header.pop("seal", None)
     try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {})["header"])
         tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(str(error)) from error
-    if seal != _seal(tensors, header):
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"no header: {error}") from error
+    if not isinstance(header, dict) or header.pop("seal", None) != _seal(tensors, header):
         raise ValueError("its checksum is wrong")
     return tensors, header
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """The JSON header of a safetensors file of ours. Raises `ValueError` where there is none."""
-    try:
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {})["header"])
-    except (SafetensorError, KeyError) as error:
-        raise ValueError(f"no header: {error}") from error
+    """The JSON header of a safetensors file that anyone may have written. Raises `ValueError` where there is none."""
+    metadata = read_safetensors_header(path).metadata
+    text = metadata.get("header") if isinstance(metadata, dict) else None
+    header = parse_json(text) if isinstance(text, str) else None
     if not isinstance(header, dict):
-        raise ValueError("its header must be a JSON object")
+        raise ValueError("it has no header that is a JSON object")
     return header
 
 
@@ -167,8 +249,8 @@ def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def _seal(tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> str:
-    told = json.dumps(header, sort_keys=True)
-    return hashlib.sha256((told + tensors_sha256(tensors)).encode()).hexdigest()
+    text = json.dumps(header, sort_keys=True)
+    return hashlib.sha256((text + tensors_sha256(tensors)).encode()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""What each process of a launch is doing, told to the others, so that a silent one is noticed and named."""
+"""What each process of a launch is doing, reported to the others, so that a silent one is noticed and named."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import ProcessError
 from .launch import collective_timeout, first_line, lost_the_others, process_state, shared_store
+from .terminal import single_line
 
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Heartbeat:
     """Each process says how far it is; a thread passes that on, and the main process tells who is silent.
 
         with Heartbeat("invert") as heart:
-            for i in deal(10):
+            for i in claim_indices(10):
                 beat(f"adapter {i}")
             heart.wait_for_all()
 
@@ -78,7 +79,7 @@ class Heartbeat:
             self._limit, now = collective_timeout(), time.monotonic()
             self._store, self._stop = shared_store("heartbeat"), threading.Event()
             self._seen = [_Seen(beat_at=now, alive_at=now) for _ in range(self._size)]
-            self._told: dict[int, int] = {}
+            self._reported: dict[int, int] = {}
             self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
             self._thread.start()
         _active.append(self)
@@ -129,22 +130,22 @@ class Heartbeat:
 
     def silent(self, limit: float) -> dict[int, str]:
         """Processes without progress for more than `limit` seconds, and what is known of each."""
-        found, now = {}, time.monotonic()
+        complaints, now = {}, time.monotonic()
         for rank, seen in enumerate(self._seen):
             if seen.left:
                 continue
             if now - seen.alive_at > limit:
-                found[rank] = f"process {rank}{seen.who} has not answered for {now - seen.alive_at:.0f} s"
+                complaints[rank] = f"process {rank}{seen.who} has not answered for {now - seen.alive_at:.0f} s"
             elif now - seen.beat_at > limit and seen.doing != _WAITING:
-                found[rank] = f"process {rank}{seen.who} has made no progress for {now - seen.beat_at:.0f} s"
-            if rank in found:
-                found[rank] += f"; it was last at: {seen.doing}"
-        return found
+                complaints[rank] = f"process {rank}{seen.who} has made no progress for {now - seen.beat_at:.0f} s"
+            if rank in complaints:
+                complaints[rank] += f"; it was last at: {seen.doing}"
+        return complaints
 
     def _run(self) -> None:
         try:
             while not self._stop.is_set():
-                self._tell()
+                self._notify()
                 self._look()
                 if self._rank == 0:
                     self._warn()
@@ -154,17 +155,17 @@ class Heartbeat:
 
     def _leave(self) -> None:
         try:
-            self._tell(left=True)
+            self._notify(left=True)
         except RuntimeError as gone:  # they are done, or failed, which the next collective says
             if not lost_the_others(gone):
                 raise
 
-    def _tell(self, left: bool = False) -> None:
+    def _notify(self, left: bool = False) -> None:
         self._alive += 1
         assert self._store is not None  # as long as the thread runs
         who = f" (pid {os.getpid()} on {socket.gethostname()})"
-        told = {"alive": self._alive, "beats": self._beats, "doing": self._doing, "left": left, "who": who}
-        self._store.set(f"rank/{self._rank}", json.dumps(told))
+        report = {"alive": self._alive, "beats": self._beats, "doing": self._doing, "left": left, "who": who}
+        self._store.set(f"rank/{self._rank}", json.dumps(report))
 
     def _look(self) -> None:
         assert self._store is not None
@@ -172,19 +173,16 @@ class Heartbeat:
             key = f"rank/{rank}"
             if not self._store.check([key]):
                 continue
-            told, now = json.loads(self._store.get(key)), time.monotonic()
-            if told["alive"] != seen.alive:
-                seen.alive, seen.alive_at = told["alive"], now
-                seen.left, seen.who = told["left"], told["who"]
-            if told["beats"] != seen.beats:
-                seen.beats, seen.beat_at, seen.doing = told["beats"], now, told["doing"]
+            report, now = json.loads(self._store.get(key)), time.monotonic()
+            if report["alive"] != seen.alive:
+                seen.alive, seen.alive_at = report["alive"], now
+                seen.left, seen.who = report["left"], report["who"]
+            if report["beats"] != seen.beats:
+                seen.beats, seen.beat_at, seen.doing = report["beats"], now, report["doing"]
 
     def _warn(self) -> None:
         for rank, text in self.silent(self._limit / 10).items():
-            if self._told.get(rank) != self._seen[rank].beats:
-                self._told[rank] = self._seen[rank].beats
-                print(
-                    f"lora-recycle: {self.stage}: {text}. The others wait for it, at most {self._limit:.0f} s.",
-                    file=sys.stderr,
-                    flush=True,
-                )
+            if self._reported.get(rank) != self._seen[rank].beats:
+                self._reported[rank] = self._seen[rank].beats
+                notice = f"lora-recycle: {self.stage}: {text}. The others wait for it, at most {self._limit:.0f} s."
+                print(single_line(notice), file=sys.stderr, flush=True)

@@ -121,6 +121,8 @@ def _leads_to_itself(name: str) -> bool:
 
 
 def _check_launch(seen: int) -> None:
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        raise ConfigError("Each process holds the whole backbone, which FSDP would share out. Leave out --use_fsdp.")
     world = os.environ.get("WORLD_SIZE")
     if world is not None:
         if int(world) != seen:
@@ -163,7 +165,7 @@ def shared_store(name: str) -> torch.distributed.Store:
     return torch.distributed.PrefixStore(f"lora_recycle/{name}/{next(_calls)}", default)
 
 
-def deal(count: int) -> Iterator[int]:
+def claim_indices(count: int) -> Iterator[int]:
     """Numbers from 0 to `count` - 1, each to one process: to the one that asks first, so that a slow one holds nobody
     up. All processes must call this, in the same order."""
     if process_state().num_processes == 1:

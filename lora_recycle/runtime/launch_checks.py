@@ -15,12 +15,12 @@ from accelerate.utils import broadcast_object_list, gather_object
 from ..errors import ConfigError, StorageError
 from ..version import __version__
 from .config import differences
-from .files import atomic_write, replacing_files
+from .files import OWN_PREFIX, atomic_write, check_writable
 from .heartbeat import Heartbeat
 from .launch import collective_timeout, process_state
 
 
-MARK_FILE = ".launch"
+MARK_FILE = f"{OWN_PREFIX}.launch"
 #: Seconds that a file of another machine may take to be seen: network file systems remember what was not there.
 _SEEN_WITHIN = 60.0
 
@@ -37,11 +37,11 @@ def check_same(**parts: Any) -> None:
     with Heartbeat("begin"):
         everyone = gather_object([(_this_process(), json.loads(json.dumps(mine)))])
     first, expected = everyone[0]
-    for other, found in everyone:
-        if differing := [name for name in expected | found if expected.get(name) != found.get(name)]:
-            told = ", ".join(f"{name}{_both(expected.get(name), found.get(name))}" for name in differing)
+    for other, actual in everyone:
+        if differing := [name for name in expected | actual if expected.get(name) != actual.get(name)]:
+            reason = ", ".join(f"{name}{_both(expected.get(name), actual.get(name))}" for name in differing)
             raise ConfigError(
-                f"{first} and {other} of this launch do not do the same: they differ in {told}. Start the same "
+                f"{first} and {other} of this launch do not do the same: they differ in {reason}. Start the same "
                 "command on all machines, with the same files and packages."
             )
 
@@ -60,7 +60,7 @@ def check_shared(folder: Path) -> None:
         if state.is_main_process:
             atomic_write(folder / MARK_FILE, mark.encode())
         mark, leader = broadcast_object_list([mark, f"{_this_process()} in {folder.absolute()}"])
-        wrong = [told for told in gather_object([_find(folder, mark, leader)]) if told]
+        wrong = [reason for reason in gather_object([_find(folder, mark, leader)]) if reason]
         if state.is_main_process:
             (folder / MARK_FILE).unlink(missing_ok=True)
     if wrong:
@@ -78,10 +78,10 @@ def _find(folder: Path, mark: str, leader: str) -> str:
             )
         time.sleep(0.1)
     try:
-        with replacing_files(folder):
-            return ""
+        check_writable(folder)
     except StorageError as error:
         return f"{_this_process()}: {error}"
+    return ""
 
 
 def _holds(path: Path, mark: str) -> bool:

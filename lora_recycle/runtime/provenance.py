@@ -29,8 +29,13 @@ PACKAGES = (
 
 def versions() -> dict[str, str]:
     """Versions of this library, of Python and of `PACKAGES`."""
-    found = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {"lora_recycle": __version__, "python": platform.python_version(), **found, "torch": str(torch.__version__)}
+    packages = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {
+        "lora_recycle": __version__,
+        "python": platform.python_version(),
+        **packages,
+        "torch": str(torch.__version__),
+    }
 
 
 def hardware(device: torch.device, num_processes: int = 1, mixed_precision: str = "no") -> dict[str, Any]:
@@ -50,7 +55,7 @@ def hardware(device: torch.device, num_processes: int = 1, mixed_precision: str 
 
 def _processor() -> str:
     """The CPU's model; Linux tells it in a file alone."""
-    told = Path("/proc/cpuinfo")
-    lines = told.read_text(errors="replace").splitlines() if told.is_file() else []
+    cpu_info = Path("/proc/cpuinfo")
+    lines = cpu_info.read_text(errors="replace").splitlines() if cpu_info.is_file() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.processor() or platform.machine()

@@ -13,26 +13,37 @@ from pathlib import Path
 import filelock
 
 from ..errors import StorageError
-from .files import atomic_write, refusals_explained, remove_partials, replacing_files
+from .files import (
+    OWN_PREFIX,
+    atomic_write,
+    check_writable,
+    refusals_explained,
+    remove_abandoned,
+)
 from .launch_checks import check_shared
+from .outputs import OutputKind, check_output, claim_output
 
 
-LOCK_FILE, OWNER_FILE = ".lock", ".owner.json"
+LOCK_FILE, OWNER_FILE = f"{OWN_PREFIX}.lock", f"{OWN_PREFIX}.owner.json"
 logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def only_run_in(folder: str | Path | None, needed: bool = True) -> Iterator[None]:
+def only_run_in(folder: str | Path | None, kind: OutputKind | None = None, *, needed: bool = True) -> Iterator[None]:
     """Hold `folder`, made where it is not there, against other runs.
 
     Of the processes of a launch one holds it (`needed`), and all make sure that it is the same folder for all of them.
 
     The system holds the lock for as long as this process lives, so one that was killed leaves none behind, whatever
-    the clock says and whoever got its process number. `.owner.json` says who holds it. What a killed run had begun to
-    write is deleted.
+    the clock says and whoever got its process number. A file beside it says who holds it. What a killed run had begun
+    to write is deleted.
+
+    Args:
+        kind: what the run writes there. With it `folder` must be new, empty or of this kind, and is marked so.
 
     Raises:
-        StorageError: another run holds it, nothing can be written there, or it is not shared by all processes.
+        StorageError: another run holds it, it holds something else, nothing can be written there, or it is not shared
+            by all processes.
     """
     if folder is None:
         yield
@@ -42,10 +53,12 @@ def only_run_in(folder: str | Path | None, needed: bool = True) -> Iterator[None
         check_shared(folder)
         yield
         return
+    if kind is not None:
+        check_output(folder, kind)
     lock = filelock.FileLock(folder / LOCK_FILE)
     with refusals_explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        _check_writable(folder)
+        check_writable(folder)  # first: a lock that cannot be made would pass for one that is held
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:
@@ -55,7 +68,9 @@ def only_run_in(folder: str | Path | None, needed: bool = True) -> Iterator[None
     try:
         if (folder / OWNER_FILE).is_file():
             logger.warning("%s: an earlier run%s was killed; its lock is taken over.", folder, _owner(folder))
-        remove_partials(folder)
+        if kind is not None:
+            claim_output(folder, kind)
+        remove_abandoned(folder)
         atomic_write(folder / OWNER_FILE, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
         check_shared(folder)
         yield
@@ -63,12 +78,6 @@ def only_run_in(folder: str | Path | None, needed: bool = True) -> Iterator[None
         with contextlib.suppress(OSError):
             (folder / OWNER_FILE).unlink()
         lock.release()
-
-
-def _check_writable(folder: Path) -> None:
-    """Before the lock is asked for: a lock that cannot be made would pass for one that is held."""
-    with replacing_files(folder):
-        pass
 
 
 def _owner(folder: Path) -> str:

@@ -1,17 +1,23 @@
-"""Bytes that anyone may have written, read with limits: JSON, safetensors headers and the settings of an adapter.
+"""Bytes that anyone may have written, read with limits: JSON, safetensors headers, front matter of cards, settings.
 
-Every function raises `ValueError` with the reason; the callers say in which repo and file. Nothing here allocates more
-than the header or the text itself.
+Every function raises `ValueError` with the reason; the callers say in which repo and file. What is read is bounded
+before it is parsed (bytes, number of values) and before it is used (depth, names, shapes), so that a small file costs
+neither minutes nor gigabytes.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import os
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import yaml
 
 
 MAX_TEXT_BYTES = 10 * 1024**2
@@ -19,6 +25,12 @@ MAX_TENSOR_BYTES = 2 * 1024**3
 MAX_FILE_BYTES = 8 * 1024**3
 # upper bound: every dtype is counted as float32, which is what loading makes of it
 _BYTES_PER_NUMBER = 4
+#: Of JSON and YAML: values in all, and how deep lists and objects lie in each other.
+MAX_VALUES, MAX_DEPTH = 500_000, 50
+#: Of a safetensors file: tensors, characters of a name, and parts of a name between dots.
+MAX_TENSORS, MAX_NAME, MAX_NAME_PARTS = 10_000, 500, 40
+#: Of a card: its text, its front matter (PyYAML takes 20 s for a megabyte), and values there.
+MAX_CARD_BYTES, MAX_FRONT_MATTER, MAX_CARD_VALUES, MAX_CARD_DEPTH = 1024**2, 128 * 1024, 20_000, 20
 
 #: Upper bound of ranks, numbers of blocks and the like, which PEFT turns into memory and loops.
 MAX_SIZE_SETTING = 4096
@@ -29,6 +41,35 @@ _FREE_SETTINGS = re.compile(r"seed|key|alpha|lambda|step|warmup|interval|t?init$
 _CODE_KEYS = ("auto_map", "trust_remote_code", "custom_pipeline", "custom_pipelines", "_class_name")
 # AdaLoRA may leave a layer without any rank
 _MAY_BE_EMPTY = re.compile(r".*\.lora_[AEB]")
+_COMMIT = re.compile("[0-9a-f]{40}")
+
+
+def path_inside(folder: Path, name: str) -> Path | None:
+    """The path of a file of a folder that anyone may have written; None where there is nothing of this name.
+
+    A link may lead to another file of the folder or, from a snapshot of the Hub's cache, to the cache's own blobs. A
+    git clone keeps links, and one that leads elsewhere would pass on a file of this machine as if it were the repo's.
+
+    Raises:
+        ValueError: it is no regular file, or a link that leaves the folder.
+    """
+    path = folder / name
+    if not os.path.lexists(path):
+        return None
+    target = path.resolve()
+    if not any(target.is_relative_to(root) for root in _link_roots(folder)):
+        raise ValueError(f"{name} is a link that leaves the folder, to {target}")
+    if not target.is_file():
+        raise ValueError(f"{name} is not a regular file")
+    return path
+
+
+def _link_roots(folder: Path) -> list[Path]:
+    """Where a file of `folder` may really lie: in it or, for `<cache>/<repo>/snapshots/<commit>`, among blobs."""
+    folder = folder.resolve()
+    repo = folder.parent.parent
+    cached = folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name) and "--" in repo.name
+    return [folder, repo / "blobs", repo.parent / "blobs"] if cached else [folder]  # the last: shared by several repos
 
 
 def read_text(path: Path, most: int = MAX_TEXT_BYTES) -> str:
@@ -36,55 +77,164 @@ def read_text(path: Path, most: int = MAX_TEXT_BYTES) -> str:
     size = path.stat().st_size
     if size > most:
         raise ValueError(f"{size} bytes, more than {most}")
-    return path.read_text(encoding="utf-8")
+    with path.open("rb") as file:
+        data = file.read(size + 1)
+    if len(data) > size:
+        raise ValueError("it grows while it is read")
+    return data.decode("utf-8")
 
 
 def parse_json(text: str | bytes) -> Any:
-    """JSON as the standard has it: no key twice, no NaN or infinity, no nesting that exhausts the stack."""
+    """JSON as the standard has it, of bounded size and depth: no key twice, no NaN or infinity."""
+    if (text.count(b",") if isinstance(text, bytes) else text.count(",")) >= MAX_VALUES:
+        raise ValueError(f"it holds more than {MAX_VALUES} values")
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    _check_depth(value)
+    return value
 
 
-def read_safetensors_header(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of each tensor, from the header alone: names once, sizes positive and bounded, all inside the file."""
-    header = _safetensors_json(path)
-    shapes = {
-        key: checked_shape(key, entry.get("shape") if isinstance(entry, dict) else None)
-        for key, entry in header.items()
-        if key != "__metadata__"
-    }
-    if not shapes:
-        raise ValueError("it holds no tensors")
-    check_total(shapes.values())
-    return shapes
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        nested = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list))]
+        if not nested:
+            return
+        level = [inner for one in nested for inner in one]
+    raise ValueError("nested too deeply")
 
 
-def safetensors_metadata(path: Path) -> Any:
-    """What the header holds beside the tensors, None where that is nothing."""
-    return _safetensors_json(path).get("__metadata__")
+def parse_front_matter(text: str) -> dict[str, Any]:
+    """What lies between the two `---` of a card: a mapping of plain YAML, of bounded size and depth."""
+    if len(text.encode()) > MAX_FRONT_MATTER:
+        raise ValueError(f"its front matter has {len(text.encode())} bytes, more than {MAX_FRONT_MATTER}")
+    try:
+        found = yaml.load(text, _PlainLoader)  # noqa: S506 - a safe loader
+    except (yaml.YAMLError, OverflowError, RecursionError) as error:
+        raise ValueError(f"its front matter is no plain YAML: {' '.join(str(error).split())[:300]}") from error
+    if not isinstance(found, dict | None):
+        raise ValueError(f"its front matter must be a mapping, got a {type(found).__name__}")
+    return found or {}
 
 
-def check_total(shapes: Iterable[tuple[int, ...]]) -> None:
-    """Refuse tensors that would be too large together."""
-    total = sum(count(shape) for shape in shapes) * _BYTES_PER_NUMBER
-    if total > MAX_FILE_BYTES:
-        raise ValueError(f"its tensors would take {total} bytes as float32, more than {MAX_FILE_BYTES}")
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without anchors, aliases, merge keys and tags, which can make a few lines endless, and of bounded size."""
+
+    values = depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or event.anchor or getattr(event, "tag", None):
+            raise yaml.YAMLError(f"anchors, aliases and tags are not read (line {event.start_mark.line + 2})")
+        self.values, self.depth = self.values + 1, self.depth + 1
+        if self.values > MAX_CARD_VALUES or self.depth > MAX_CARD_DEPTH:
+            raise yaml.YAMLError(f"more than {MAX_CARD_VALUES} values, or deeper than {MAX_CARD_DEPTH}")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def flatten_mapping(self, node: Any) -> None:
+        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+            raise yaml.YAMLError("merge keys (<<) are not read")
+        super().flatten_mapping(node)
 
 
-def _safetensors_json(path: Path) -> dict[str, Any]:
-    size = path.stat().st_size
+@dataclass(frozen=True)
+class TensorEntry:
+    """What a header says of one tensor; its bytes lie from `begin` to `end` after the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class SafetensorsHeader:
+    """The header of a safetensors file, of which nothing is read beyond it.
+
+    Args:
+        tensors (`dict[str, TensorEntry]`): by name, in the header's order.
+        metadata: what it holds beside the tensors, None where that is nothing.
+        size (`int`): bytes of the file before the tensors' own.
+    """
+
+    tensors: dict[str, TensorEntry]
+    metadata: Any
+    size: int
+
+    def bounded_shapes(self, most: int = MAX_FILE_BYTES) -> dict[str, tuple[int, ...]]:
+        """Shape of each tensor.
+
+        Raises:
+            ValueError: there is none, or they would take more than `most` bytes as float32.
+        """
+        if not self.tensors:
+            raise ValueError("it holds no tensors")
+        shapes = {name: checked_shape(name, list(entry.shape)) for name, entry in self.tensors.items()}
+        check_total(shapes.values(), most)
+        return shapes
+
+
+def read_safetensors_header(path: Path) -> SafetensorsHeader:
+    """The header of a file: names once, few and short, sizes whole numbers, and all of it within bounds."""
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise ValueError(f"truncated, a header of {length} bytes in a file of {size}")
-        if length > MAX_TEXT_BYTES:
-            raise ValueError(f"its header has {length} bytes, more than {MAX_TEXT_BYTES}")
-        header = parse_json(file.read(length))
+        return _read_header(file, path.stat().st_size)
+
+
+def parse_safetensors_header(data: bytes) -> SafetensorsHeader:
+    """The same of a file's bytes."""
+    return _read_header(io.BytesIO(data), len(data))
+
+
+def _read_header(file: BinaryIO, size: int) -> SafetensorsHeader:
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > size - 8:
+        raise ValueError(f"truncated, a header of {length} bytes in a file of {size}")
+    if length > MAX_TEXT_BYTES:
+        raise ValueError(f"its header has {length} bytes, more than {MAX_TEXT_BYTES}")
+    header = parse_json(file.read(length))
     if not isinstance(header, dict):
         raise ValueError(f"its header must be a JSON object, got a {type(header).__name__}")
-    return header
+    metadata = header.pop("__metadata__", None)
+    check_names(header)
+    return SafetensorsHeader({name: _entry(name, told) for name, told in header.items()}, metadata, 8 + length)
+
+
+def _entry(name: str, told: Any) -> TensorEntry:
+    told = told if isinstance(told, dict) else {}
+    shape, offsets = told.get("shape"), told.get("data_offsets")
+    if not _whole_numbers(shape):
+        raise ValueError(f"{name} has no shape of whole numbers")
+    if not _whole_numbers(offsets) or len(offsets) != 2 or not isinstance(told.get("dtype"), str):
+        raise ValueError(f"{name} has no dtype and data_offsets")
+    return TensorEntry(told["dtype"], tuple(shape), *offsets)
+
+
+def _whole_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int for size in value)
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Refuse tensors that are too many, or whose names are no paths of modules."""
+    names = list(names)
+    if len(names) > MAX_TENSORS:
+        raise ValueError(f"it holds {len(names)} tensors, more than {MAX_TENSORS}")
+    for name in names:
+        if len(name) > MAX_NAME or name.count(".") >= MAX_NAME_PARTS:
+            raise ValueError(
+                f"a tensor's name has {len(name)} characters and {name.count('.') + 1} parts, more than {MAX_NAME} "
+                f"or {MAX_NAME_PARTS}: {name[:80]}..."
+            )
+
+
+def check_total(shapes: Iterable[tuple[int, ...]], most: int = MAX_FILE_BYTES) -> None:
+    """Refuse tensors that would be too large together."""
+    total = sum(count(shape) for shape in shapes) * _BYTES_PER_NUMBER
+    if total > most:
+        raise ValueError(f"its tensors would take {total} bytes as float32, more than {most}")
 
 
 def count(shape: tuple[int, ...]) -> int:
@@ -142,7 +292,7 @@ def _finite(text: str) -> float:
 
 def checked_shape(key: str, shape: Any) -> tuple[int, ...]:
     """The shape that a header gives a tensor, where it is one of a size that may be."""
-    if not isinstance(shape, list) or not all(type(size) is int for size in shape):
+    if not _whole_numbers(shape):
         raise ValueError(f"{key[:200]} has no shape of whole numbers")
     shape, least = tuple(shape), 0 if _MAY_BE_EMPTY.fullmatch(key) else 1
     if len(shape) > 8 or any(size < least for size in shape):

@@ -28,7 +28,8 @@ from ..hub.picture_grid import picture_grid
 from ..hub.repo_files import PICTURE_FILE
 from ..hub.upload import push_files, without_local_paths
 from ..runtime.files import atomic_write, file_sha256, read_header, save_sealed
-from ..runtime.untrusted import MAX_FILE_BYTES, MAX_TEXT_BYTES, parse_json, read_text
+from ..runtime.outputs import OutputKind, holds_json
+from ..runtime.untrusted import MAX_FILE_BYTES, MAX_TEXT_BYTES, parse_json, path_inside, read_text
 from .shards import TENSORS, ShardRows, check_manifest, open_shard
 
 
@@ -38,10 +39,12 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-MAX_MANIFEST_BYTES = 64 * 1024**2
+MAX_MANIFEST_BYTES = 16 * 1024**2
 #: All that is downloaded of a data set's repo, and the most bytes that each file may have.
 REPO_FILES = {MANIFEST: MAX_MANIFEST_BYTES, "shards/*.safetensors": MAX_FILE_BYTES, "README.md": MAX_TEXT_BYTES}
 IMAGES_ON_CARD = 24
+#: What `invert` writes to a folder.
+OUTPUT = OutputKind("surrogate data", lambda folder: holds_json(folder / MANIFEST, "format_version", "shards"))
 
 
 @dataclasses.dataclass
@@ -153,7 +156,8 @@ class SurrogateDataset:
             except AdapterError as error:
                 raise DataError(str(error)) from error
         try:
-            manifest = parse_json(read_text(folder / MANIFEST, MAX_MANIFEST_BYTES))
+            path = path_inside(folder, MANIFEST) or folder / MANIFEST
+            manifest = parse_json(read_text(path, MAX_MANIFEST_BYTES))
             if manifest["format_version"] > FORMAT_VERSION:
                 raise DataError(f"{folder}: written by a newer version of lora_recycle. Upgrade it.")
             check_manifest(manifest)
@@ -182,6 +186,12 @@ class SurrogateDataset:
     def _path(self, index: int, verify: bool) -> Path:
         entry = self.manifest["shards"][index]
         path = self.folder / entry["file"]
+        try:
+            path_inside(self.folder, entry["file"])
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"{self.folder}: {error}. Put the file itself in its place, or run invert again."
+            ) from error
         if verify and (not path.is_file() or file_sha256(path) != entry["sha256"]):
             raise DataError(f"{path}: missing, or not the file that {MANIFEST} describes. Run invert again.")
         return path
@@ -231,7 +241,7 @@ class SurrogateDataset:
         if not is_repo_id((self.manifest.get("backbone") or {}).get("name")):
             manifest["backbone"] = {}  # a folder of this machine
         files: dict[str, Path | bytes] = {e["file"]: self.folder / e["file"] for e in self.manifest["shards"]}
-        files[MANIFEST] = json.dumps(manifest, indent=1).encode()
+        files[MANIFEST] = json.dumps(manifest, indent=1, allow_nan=False).encode()
         files[PICTURE_FILE] = self.picture()
         files["README.md"] = surrogate_card(repo_id, manifest, picture=True).encode()
         with tempfile.TemporaryDirectory() as folder:
@@ -290,5 +300,5 @@ def write_manifest(folder: Path, header: dict[str, Any], files: list[Path]) -> S
             }
         )
     manifest = {"format_version": FORMAT_VERSION, **header, "shards": entries}
-    atomic_write(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+    atomic_write(folder / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False).encode())
     return SurrogateDataset(folder, manifest)

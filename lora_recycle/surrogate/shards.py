@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import DataError
 from ..runtime.array_files import RowFile, safetensors_rows
-from ..runtime.untrusted import parse_json
+from ..runtime.untrusted import parse_json, read_safetensors_header
 
 
 #: type and number of dimensions of each tensor of a shard; `kept_tokens` only where tokens were pruned
@@ -46,14 +46,15 @@ class ShardRows:
 def open_shard(path: Path) -> ShardRows:
     """Open one shard and look through it once. Raises `DataError` where it is missing, damaged or of another form."""
     try:
-        with safe_open(path, "pt") as file:  # checks that all tensors lie in the file and none over another
-            metadata, names = file.metadata() or {}, set(file.keys())
-        missing = sorted(set(TENSORS) - {_OPTIONAL} - names)
+        header = read_safetensors_header(path)
+        with safe_open(path, "pt"):  # checks that all tensors lie in the file and none over another
+            metadata = header.metadata or {}
+        missing = sorted(set(TENSORS) - {_OPTIONAL} - header.tensors.keys())
         if missing or "header" not in metadata:
             raise DataError(f"{path}: not a surrogate shard, {(missing or ['its header'])[0]} is missing.")
-        shard = ShardRows(
-            read_shard_header(metadata["header"]), safetensors_rows(path, [name for name in TENSORS if name in names])
-        )
+        rows = safetensors_rows(path, header)
+        kept = {name: rows[name] for name in TENSORS if name in rows}
+        shard = ShardRows(read_shard_header(metadata["header"]), kept)
         _check(shard)
     except (OSError, SafetensorError, ValueError) as error:
         raise DataError(f"{path}: the shard is missing or damaged ({error}). Run invert again.") from error
@@ -126,10 +127,10 @@ def check_manifest(manifest: Any) -> None:
         raise ValueError("failed must list adapters by name, sha256 and reason")
 
 
-def _adapter(told: Any) -> dict[str, Any]:
-    if not isinstance(told, dict) or not all(isinstance(told.get(key), str) for key in ("name", "sha256")):
+def _adapter(entry: Any) -> dict[str, Any]:
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("name", "sha256")):
         raise ValueError("it names no adapter with its checksum")
-    labels = told.get("labels")
+    labels = entry.get("labels")
     if labels is not None and not (isinstance(labels, list) and all(isinstance(name, str) for name in labels)):
         raise ValueError("labels of an adapter must be names")
-    return told
+    return entry

@@ -34,7 +34,7 @@ from lora_recycle.adapters.pull import pull_adapter
 from lora_recycle.backbones.backbone import Backbone
 from lora_recycle.errors import AdapterError
 from lora_recycle.inversion.config import InversionConfig
-from lora_recycle.inversion.inverter import LoraInverter
+from lora_recycle.inversion.inverter import LoRAInverter
 from lora_recycle.pool.pool import AdapterPool
 
 
@@ -171,7 +171,7 @@ def test_an_adapter_of_another_family_than_vit_is_inverted_with_pruning(tmp_path
     write_adapter(tmp_path, name)
     pool = AdapterPool.from_pretrained(tmp_path, backbone=Backbone(base_of(name)[1], tiny_processor(), name))
     priors = {"tv": 0.1, "patch_entropy": 0.1}
-    shard = LoraInverter(
+    shard = LoRAInverter(
         pool, InversionConfig(iterations=3, images_per_class=2, keep_ratio=0.5, priors=priors)
     ).invert(0)
     assert shard.teacher_logits.isfinite().all() and shard.kept_tokens.shape == (6, 8)

@@ -27,7 +27,7 @@ from lora_recycle.adapters.load import load_adapter
 from lora_recycle.adapters.pull import pull_adapter
 from lora_recycle.adapters.weight_deltas import to_adapter
 from lora_recycle.backbones.backbone import Backbone
-from lora_recycle.errors import LoraRecycleError
+from lora_recycle.errors import LoRARecycleError
 
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
@@ -194,12 +194,12 @@ def attempt(folder: Path, files: dict[str, bytes], backbone: Backbone, merge: bo
         if file in files:
             (folder / file).write_bytes(files[file])
     for read in (read_config, read_header):
-        with contextlib.suppress(LoraRecycleError):
+        with contextlib.suppress(LoRARecycleError):
             read(folder, "fuzz")
     try:
         loaded = load_adapter(pull_adapter(folder), backbone.model)
         adapter = to_adapter(loaded, backbone) if merge else None
-    except LoraRecycleError as error:
+    except LoRARecycleError as error:
         assert folder.name in str(error), f"the error does not say where: {error}"
         return str(error)
     assert not merge or all(torch.isfinite(t).all() for pair in adapter.factors.values() for t in pair)

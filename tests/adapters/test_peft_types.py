@@ -17,7 +17,7 @@ from lora_recycle.adapters.pull import pull_adapter
 from lora_recycle.backbones.backbone import Backbone
 from lora_recycle.errors import AdapterError
 from lora_recycle.inversion.config import InversionConfig
-from lora_recycle.inversion.inverter import LoraInverter
+from lora_recycle.inversion.inverter import LoRAInverter
 from lora_recycle.pool.pool import AdapterPool
 
 
@@ -102,8 +102,8 @@ def test_an_adapter_of_every_type_answers_as_in_peft_and_is_inverted(tmp_path, k
         bare = head(pool.backbone.pool_for_head(pool.backbone(images)[0]))
     assert (expected - bare).abs().max() > 0.01  # the adapter does something
     torch.testing.assert_close(logits(pool, images), expected, rtol=1e-5, atol=1e-5)
-    assert bool(pool[0].layers) == (kind in NO_WEIGHT_CHANGE)
-    shard = LoraInverter(pool, InversionConfig(iterations=2, images_per_class=1, keep_ratio=0.5, jitter=0)).invert(0)
+    assert bool(pool[0].peft_layers) == (kind in NO_WEIGHT_CHANGE)
+    shard = LoRAInverter(pool, InversionConfig(iterations=2, images_per_class=1, keep_ratio=0.5, jitter=0)).invert(0)
     torch.testing.assert_close(logits(pool, pool.backbone.normalize(shard.pixels)), shard.teacher_logits)
     assert same_weights(pool.backbone.model, before)
 
@@ -174,8 +174,8 @@ def test_a_monteclora_is_inverted_and_its_noise_left_out(tmp_path):
     options = {"target_modules": ATTENTION, "modules_to_save": ["classifier"], "r": 4}
     wearing, twin, images = trained(LoraConfig(**options, monteclora_config=MontecloraConfig(buffer_size=2)))
     pool = pool_of(tmp_path, wearing, twin)
-    assert "lora_monteclora_sampler" in str(read_header(tmp_path, "it").keys()) and not pool[0].layers
-    shard = LoraInverter(pool, InversionConfig(iterations=2, images_per_class=1)).invert(0)
+    assert "lora_monteclora_sampler" in str(read_header(tmp_path, "it").keys()) and not pool[0].peft_layers
+    shard = LoRAInverter(pool, InversionConfig(iterations=2, images_per_class=1)).invert(0)
     torch.testing.assert_close(logits(pool, pool.backbone.normalize(shard.pixels)), shard.teacher_logits)
     edit_config(tmp_path, monteclora_config=None)
     with pytest.raises(AdapterError, match="holds unexpected .*lora_monteclora_sampler"):
@@ -217,7 +217,7 @@ def test_an_adapter_without_weight_changes_teaches_but_has_no_average(tmp_path):
             average()
     assert pool.subset([1]).average()
     assert pool.similarity()[0, 1] == 0
-    assert all(layer.base_layer is None for layer in pool[0].layers.values())
+    assert all(layer.base_layer is None for layer in pool[0].peft_layers.values())
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tracemalloc
 
 import pytest
@@ -13,8 +14,10 @@ from safetensors.torch import save_file
 
 from lora_recycle.adapters.load import load_adapter
 from lora_recycle.adapters.pull import pull_adapter
+from lora_recycle.adapters.usability import check_usable
 from lora_recycle.backbones.backbone import Backbone
 from lora_recycle.errors import AdapterError
+from lora_recycle.modeling.meta_lora import MetaLoRAForFewShotClassification
 from lora_recycle.pool.pool import AdapterPool
 from lora_recycle.runtime.untrusted import check_pattern
 
@@ -144,7 +147,7 @@ def test_code_of_the_base_model_is_never_run_nor_asked_for(tmp_path, monkeypatch
     settings = json.loads((base / name).read_text()) | {"model_type": "evil", "image_processor_type": "Evil"}
     settings["auto_map"] = dict.fromkeys(("AutoConfig", "AutoModel", "AutoImageProcessor"), "evil.Evil")
     (base / name).write_text(json.dumps(settings))
-    with pytest.raises(AdapterError, match="base: the backbone cannot be loaded .*custom code"):
+    with pytest.raises(AdapterError, match=r"base: .*it names custom code \(auto_map\), which is never run"):
         Backbone.from_pretrained(base)
     assert not (tmp_path / "hacked").exists()
 
@@ -177,7 +180,7 @@ def test_links_out_of_the_repo(stranger, name, target):
     (stranger[0].parent / "secret").write_text("{}")
     (stranger[0] / name).unlink(missing_ok=True)
     (stranger[0] / name).symlink_to(target)
-    refused(stranger[0], name, "link that leaves the adapter's folder")
+    refused(stranger[0], name, "link that leaves the folder")
 
 
 def test_links_inside_a_cached_repo_do_not_reach_another(stranger, tmp_path):
@@ -215,8 +218,14 @@ def test_a_repo_does_not_choose_a_folder_of_this_machine_as_base(stranger, tmp_p
     stranger[0].rename(snapshot)
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("a" * 40)
-    with pytest.raises(AdapterError, match=r"a/b@a{40}: adapter_config.json names the local path"):
-        AdapterPool.from_pretrained(["a/b"], cache_dir=tmp_path / "cache", local_files_only=True)
+    cached = {"cache_dir": tmp_path / "cache", "local_files_only": True}
+    message = rf"a/b@a{{40}}: adapter_config.json names the local path {re.escape(repr(base))} as its base model"
+    with pytest.raises(AdapterError, match=message):
+        AdapterPool.from_pretrained(["a/b"], **cached)
+    with pytest.raises(AdapterError, match=message):
+        MetaLoRAForFewShotClassification.from_pretrained("a/b", **cached)
+    (usable,) = check_usable([pull_adapter("a/b", **cached)])
+    assert not usable.usable and re.search(message, usable.reason)
 
 
 @pytest.mark.parametrize(

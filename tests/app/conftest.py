@@ -55,3 +55,18 @@ def served():
     page = launch("demo", browser=False)
     yield SimpleNamespace(url=page.local_url, page=page)
     page.close()
+
+
+@pytest.fixture(scope="module")
+def visitor(served):
+    from helpers_page import Visitor  # httpx comes with Gradio
+
+    return Visitor(served)
+
+
+@pytest.fixture(scope="module")
+def dropped(visitor, pictures):
+    """Uploads of two pictures of each colour, in the form of an event."""
+    from helpers_page import META, image
+
+    return {name: [image(visitor.upload(path), meta=META) for path in paths[:2]] for name, paths in pictures.items()}

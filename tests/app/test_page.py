@@ -11,15 +11,16 @@ TIMEOUT = 60_000  # milliseconds; a patient number for a busy machine, never rea
 
 @pytest.fixture(scope="module")
 def visit(browser, served):
-    """The page, open, and the addresses that it asked for so far."""
-    asked = []
+    """The page, open, the addresses that it asked for so far, and those that it was refused."""
+    asked, refused = [], []
     context = browser.new_context(viewport={"width": 1000, "height": 900}, color_scheme="light")
     context.set_default_timeout(TIMEOUT)
     context.on("request", lambda request: asked.append(request.url))
+    context.on("response", lambda response: refused.append(response.url) if response.status >= 400 else None)
     tab = context.new_page()
     tab.goto(served.url)
     tab.get_by_role("button", name="Classify").wait_for()
-    yield tab, asked
+    yield tab, asked, refused
     context.close()
 
 
@@ -38,7 +39,7 @@ def answers(tab, first: str) -> list[str]:
 
 
 def test_from_dropped_files_to_a_saved_task(visit, pictures, tmp_path):
-    tab, _ = visit
+    tab, *_ = visit
     tab.get_by_role("button", name="Classify").click()
     tab.get_by_text("Add new images to classify first").wait_for()
     drop(tab, "Images of class 1", pictures["red"][1:])
@@ -66,7 +67,7 @@ def test_from_dropped_files_to_a_saved_task(visit, pictures, tmp_path):
 def test_another_meta_lora_is_chosen_or_refused(visit):
     from playwright.sync_api import TimeoutError as Late
 
-    tab, _ = visit
+    tab, *_ = visit
     tab.get_by_role("button", name="Another meta-LoRA").click()
     asked = tab.get_by_label("Repo id, or a folder")
     toast = tab.get_by_test_id("toast-body").filter(has_text="/nowhere/at all")
@@ -85,7 +86,7 @@ def test_another_meta_lora_is_chosen_or_refused(visit):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone_shows_it_all_in_light_and_dark(visit, scheme):
-    tab, _ = visit
+    tab, *_ = visit
     tab.set_viewport_size({"width": 375, "height": 700})
     tab.emulate_media(color_scheme=scheme)
     tab.wait_for_function(f"document.body.classList.contains('dark') === {str(scheme == 'dark').lower()}")
@@ -102,7 +103,7 @@ def test_a_phone_shows_it_all_in_light_and_dark(visit, scheme):
 
 
 def test_the_keyboard_reaches_everything_in_reading_order(visit):
-    tab, _ = visit
+    tab, *_ = visit
     tab.reload()
     tab.get_by_role("button", name="Images of class 1: choose or drop files").wait_for()
     tab.locator("h1").click()
@@ -122,7 +123,12 @@ def test_the_keyboard_reaches_everything_in_reading_order(visit):
 
 
 def test_nothing_was_asked_of_any_other_machine(visit):
-    _, asked = visit
+    _, asked, _ = visit
     assert any("/gradio_api/upload" in address for address in asked)  # so that it was recorded at all
     hosts = {urlsplit(address).hostname for address in asked if not address.startswith(("data:", "blob:"))}
     assert hosts == {"127.0.0.1"}
+
+
+def test_nothing_that_the_page_needs_is_refused(visit):
+    *_, refused = visit
+    assert refused == []

@@ -81,7 +81,7 @@ def test_features_and_logits_are_those_of_transformers(family):
     view = Backbone(base, tiny_processor(), family)
     hidden, kept = view(x)
     assert kept is None and view.num_prefix_tokens == prefix and hidden.shape == (3, prefix + 16, 32)
-    torch.testing.assert_close(view.pool(hidden), features, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(view.pool_features(hidden), features, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(view.features(x), features, rtol=1e-4, atol=1e-5)
     assert view.pool_for_head(hidden).shape[1] == view.head_size == model.classifier.in_features
     torch.testing.assert_close(model.classifier(view.pool_for_head(hidden)), logits, rtol=1e-4, atol=1e-5)
@@ -130,7 +130,7 @@ def test_what_is_left_runs_on_as_those_tokens_alone(family):
         torch.cat([t[:prefix], t[prefix:][k]]) for t, k in zip(_out(first(view.embed(x), None)), kept, strict=True)
     ]
     torch.testing.assert_close(hidden, _out(second(torch.stack(rows), None)), rtol=1e-4, atol=1e-5)
-    assert (view.features(x) - view.pool(hidden)).abs().max() > 1e-4
+    assert (view.features(x) - view.pool_features(hidden)).abs().max() > 1e-4
     everything = torch.arange(16).expand(2, -1)
     torch.testing.assert_close(view.features(x, everything), view.features(x), rtol=1e-4, atol=1e-5)
 
@@ -144,7 +144,7 @@ def test_gradients_reach_exactly_the_patches_that_are_left(family):
     hidden, kept = view(x, prune={0: 0.25})
     handle.remove()
     outputs[0].retain_grad()
-    view.pool(hidden).square().sum().backward()
+    view.pool_features(hidden).square().sum().backward()
     left = torch.zeros(2, 16, dtype=torch.bool).scatter(1, kept, True)
     assert torch.equal((outputs[0].grad[:, prefix:] != 0).any(-1), left)  # after the pruning layer: those alone
     assert (patches_of(x.grad) > 0).all()  # before it: all, the dropped ones were keys and values there
@@ -177,7 +177,7 @@ def test_progressive_pruning_drops_layer_by_layer(family):
     assert torch.equal(kept, chosen)
     torch.testing.assert_close(hidden, _out(view.layers[2](tokens, None)), rtol=1e-4, atol=1e-5)
 
-    reached = torch.autograd.grad(view.pool(hidden).square().sum(), [x, *outputs[:2]])
+    reached = torch.autograd.grad(view.pool_features(hidden).square().sum(), [x, *outputs[:2]])
     assert (patches_of(reached[0]) > 0).all()
     for grad, k in zip(reached[1:], (8, 4), strict=True):
         assert ((grad[:, prefix:] != 0).any(-1).sum(1) == k).all()
@@ -256,7 +256,7 @@ def test_the_last_layer_for_cls_alone_has_the_same_gradients():
     for family in ("vit", "registers", "clip"):  # the three ways in which layers are built
         view = Backbone(build(family)[1], tiny_processor(), family)
         x = torch.randn(2, 3, 32, 32, requires_grad=True)
-        (whole,) = torch.autograd.grad(view.pool(view(x)[0]).square().sum(), x)
+        (whole,) = torch.autograd.grad(view.pool_features(view(x)[0]).square().sum(), x)
         (cls_only,) = torch.autograd.grad(view.features(x).square().sum(), x)
         torch.testing.assert_close(cls_only, whole, rtol=1e-4, atol=1e-5)
 

@@ -34,7 +34,7 @@ def work(tmp_path_factory):
     ViTModel(config, add_pooling_layer=False).save_pretrained(folder / "base")
     ViTImageProcessorPil(size={"height": 32, "width": 32}, resample=3).save_pretrained(folder / "base")
     tune = [
-        "tune-pool",
+        "train-adapters",
         str(folder / "photos"),
         "--output",
         str(folder / "pool"),

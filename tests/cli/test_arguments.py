@@ -9,7 +9,7 @@ from lora_recycle.cli.arguments import SECTIONS, add_config_arguments, build_con
 from lora_recycle.distillation.config import DistillationConfig
 from lora_recycle.errors import ConfigError
 from lora_recycle.inversion.config import InversionConfig
-from lora_recycle.pool.config import TuningConfig
+from lora_recycle.pool.config import AdapterTrainingConfig
 from lora_recycle.runtime.config import RecipeConfig, field
 
 
@@ -45,7 +45,7 @@ def recipe(tmp_path, text):
     return str(path)
 
 
-@pytest.mark.parametrize("config_class", [Toy, TuningConfig, InversionConfig, DistillationConfig])
+@pytest.mark.parametrize("config_class", [Toy, AdapterTrainingConfig, InversionConfig, DistillationConfig])
 def test_without_flags_the_config_is_the_default_and_the_help_lists_every_field(config_class):
     assert build(config_class=config_class) == config_class()
     text = parser_for(config_class).format_help()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lora_recycle import MetaLoRAForFewShotClassification
+from lora_recycle.runtime.outputs import MARKER
 
 
 def test_export_of_a_task_prints_its_files(work, tmp_path, run):
@@ -14,7 +15,7 @@ def test_export_of_a_task_prints_its_files(work, tmp_path, run):
     assert [line.split()[0] for line in out.splitlines()[1:]] == [
         str(tmp_path / name) for name in ("export.json", "model.pt2")
     ]
-    assert "6 probabilities" in err and "checked at batches of 1, 2, 7" in err
+    assert "6 probabilities" in err and "verified with batches of 1, 2, 7" in err
     assert json.loads((tmp_path / "export.json").read_text())["label_names"] == [f"class {c}" for c in range(6)]
     model = MetaLoRAForFewShotClassification.from_pretrained(work / "meta")
     pictures = sorted((work / "photos").rglob("*.png"))
@@ -25,10 +26,10 @@ def test_export_of_a_task_prints_its_files(work, tmp_path, run):
 
 def test_export_of_a_network_has_no_place_for_a_task(work, tmp_path, run, fails):
     command = ["export", work / "meta", "--output", tmp_path / "vit", "--format", "transformers"]
-    assert "holds the network alone" in fails(*command, "--task", work / "photos")
+    assert "holds only the network" in fails(*command, "--task", work / "photos")
     code, out, err = run(*command)
     names = {"config.json", "export.json", "model.safetensors", "preprocessor_config.json"}
-    assert code == 0 and {path.name for path in (tmp_path / "vit").iterdir()} == names
+    assert code == 0 and {path.name for path in (tmp_path / "vit").iterdir()} == {*names, MARKER} and MARKER not in out
     assert all(name in out for name in names) and "16 embeddings" in err
 
 

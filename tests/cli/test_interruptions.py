@@ -10,7 +10,7 @@ import pytest
 from lora_recycle.cli import main as command_line
 from lora_recycle.distillation import trainer as trainer_module
 from lora_recycle.distillation.schedule import learning_rate
-from lora_recycle.inversion.inverter import LoraInverter
+from lora_recycle.inversion.inverter import LoRAInverter
 from lora_recycle.runtime.signals import Interruption, Terminated, terminable
 
 
@@ -32,7 +32,7 @@ def content(folder):
 
 def way_on(err):
     """The command that the message ends with, without the program."""
-    command = shlex.split(err.strip().splitlines()[-1].partition("To go on: ")[2])
+    command = shlex.split(err.strip().splitlines()[-1].partition("To continue: ")[2])
     assert command[0] == "lora-recycle" and command[-1] == "--resume"
     return command[1:]
 
@@ -54,7 +54,7 @@ def test_training_that_is_stopped_saves_its_step_and_goes_on(work, tmp_path, run
     handlers = [signal.getsignal(n) for n in ENDS]
     code, out, err = run(*command, tmp_path / "a b")
     assert code == ENDS[number][0] and out == "" and "Traceback" not in err
-    assert err.strip().startswith(f"lora-recycle: {ENDS[number][1]}; what was finished is kept. To go on: ")
+    assert err.strip().startswith(f"lora-recycle: {ENDS[number][1]}; finished work is kept. To continue: ")
     assert [p.name for p in (tmp_path / "a b" / "work").glob("checkpoint-*")] == ["checkpoint-00000003.safetensors"]
     assert [signal.getsignal(n) for n in ENDS] == handlers
     assert run(*way_on(err))[0] == 0 and seen == [0, 1, 2, 3, 4]
@@ -64,7 +64,7 @@ def test_training_that_is_stopped_saves_its_step_and_goes_on(work, tmp_path, run
 @pytest.mark.parametrize("number", ENDS)
 def test_inversion_that_is_stopped_keeps_its_shards_and_goes_on(work, tmp_path, run, monkeypatch, number):
     options = ["--images-per-class", 2, "--iterations", 2, "--keep-ratio", 0.5, "--quiet", "--output", tmp_path / "s"]
-    invert, made = LoraInverter.invert, []
+    invert, made = LoRAInverter.invert, []
 
     def hooked(self, index):
         made.append(index)
@@ -72,7 +72,7 @@ def test_inversion_that_is_stopped_keeps_its_shards_and_goes_on(work, tmp_path, 
             signal.raise_signal(number)
         return invert(self, index)
 
-    monkeypatch.setattr(LoraInverter, "invert", hooked)
+    monkeypatch.setattr(LoRAInverter, "invert", hooked)
     code, out, err = run("invert", work / "pool", *options)
     assert code == ENDS[number][0] and out == "" and "Traceback" not in err
     assert len(list((tmp_path / "s" / "shards").iterdir())) == 1 and not (tmp_path / "s" / "manifest.json").exists()
@@ -88,7 +88,7 @@ def test_verbs_without_resume_and_launches_are_told_what_fits(monkeypatch, capsy
     monkeypatch.setattr(command_line.inspect, "run", interrupted)
     monkeypatch.setattr(command_line.invert, "run", interrupted)
     assert command_line.main(["inspect", "x"]) == 143
-    assert capsys.readouterr().err.strip() == "lora-recycle: terminated; what was finished is kept."
+    assert capsys.readouterr().err.strip() == "lora-recycle: terminated; finished work is kept."
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert command_line.main(["invert", "x", "--output", "o", "--no-resume"]) == 143
     assert "Launch the same command again, with --resume" in capsys.readouterr().err

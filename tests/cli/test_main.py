@@ -65,7 +65,7 @@ def test_wrong_usage_names_what_was_meant_and_the_help(arguments, said, capsys):
     with pytest.raises(SystemExit):
         main(arguments)
     first, second = capsys.readouterr().err.splitlines()
-    assert said in first and second.startswith("`lora-recycle") and second.endswith("--help` says what there is.")
+    assert said in first and second.startswith("See `lora-recycle") and second.endswith("--help`.")
 
 
 def test_bad_recipes_are_named(work, tmp_path, fails):
@@ -100,7 +100,7 @@ def test_a_truncated_adapter_is_named(work, tmp_path, fails):
 def test_too_few_classes_or_a_broken_image_are_named(evaluate_arguments, work, tmp_path, fails):
     assert "7 classes" in fails(*evaluate_arguments, "--ways", 7)
     assert "6 classes, fewer than the 10" in fails(
-        "tune-pool", work / "photos", "--output", tmp_path / "p", "--base-model", work / "base"
+        "train-adapters", work / "photos", "--output", tmp_path / "p", "--base-model", work / "base"
     )
     (tmp_path / "one" / "cat").mkdir(parents=True)
     shutil.copy(work / "photos" / "class 0" / "0.png", tmp_path / "one" / "cat")
@@ -116,7 +116,7 @@ def test_a_pool_of_another_base_is_refused(evaluate_arguments, work, tmp_path, f
     shutil.copytree(work / "pool" / "photos-000", tmp_path / "pool" / "a")
     path = tmp_path / "pool" / "a" / "adapter_config.json"
     path.write_text(path.read_text().replace(str(work / "base"), str(tmp_path / "other")))
-    assert "pass --base-model" in fails(*evaluate_arguments, "--pool", tmp_path / "pool")
+    assert "Pass --base-model" in fails(*evaluate_arguments, "--pool", tmp_path / "pool")
 
 
 def test_system_errors_interrupts_and_debug(monkeypatch, fails):
@@ -162,7 +162,9 @@ def test_quiet_leaves_nothing_but_results(work, evaluate_arguments, tmp_path, ru
         for quiet in ([], ["--quiet"]):
             code, out, err = run(verb, *arguments, *quiet)
             assert code == 0 and out and out == answers.setdefault(verb, out)
-            told = verb == "invert" and "not sure of the images" in err  # one iteration is too few, and that is said
+            told = (
+                verb == "invert" and "give their own images a low probability" in err
+            )  # one iteration is too few, and that is said
             assert (told or err == "") if quiet else err.splitlines()[-1].startswith("Next: lora-recycle ")
 
 

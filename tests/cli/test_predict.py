@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 
 CLASSES, IMAGES = 6, 8
@@ -55,6 +56,17 @@ def test_names_with_commas_and_quotes_survive_csv(work, tmp_path, run):
     assert header[3:] == ['p(a "big", dog)', "p(cat, small)"] and row[0] == str(query)
 
 
+@pytest.mark.parametrize("value", [1e38, float("nan")])
+def test_weights_that_give_no_numbers_are_an_error_and_no_answer(work, tmp_path, fails, value):
+    """It was NaN probabilities, the first label, exit code 0 and JSON that no parser takes."""
+    base = shutil.copytree(work / "base", tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    tensors["layernorm.weight"].fill_(value)
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    said = fails(*command(work, work / "photos" / "class 0", "--base-model", base, "--json", "--quiet"))
+    assert "embeddings are not finite. Look at the weights of the base model" in said
+
+
 def test_a_broken_photo_stops_the_run_by_its_name(work, mixed, fails):
     assert "broken.jpg: not a readable image" in fails(*command(work, mixed, "--quiet"))
 
@@ -85,9 +97,9 @@ def test_broken_examples_are_skipped_too(work, mixed, tmp_path, run, fails):
 
 def test_the_shipped_model_where_none_is_named(work, mixed, run, fails):
     code, out, err = run("predict", "--support", work / "photos", mixed / "0.png", mixed / "1.png")
-    assert code == 0 and len(out.splitlines()) == 3 and "No MODEL was given: this is the shipped one, demo" in err
+    assert code == 0 and len(out.splitlines()) == 3 and "No MODEL given: using demo, the shipped meta-LoRA" in err
     assert "class 2" in out
-    assert "0.png is no meta-LoRA" in fails("predict", mixed / "0.png", mixed / "1.png")
+    assert "0.png is not a meta-LoRA" in fails("predict", mixed / "0.png", mixed / "1.png")
 
 
 def test_hundreds_of_photos_with_a_bar_on_stderr(work, tmp_path, run):

@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 import torch
+from helpers_old_names import as_format_1
+from helpers_tiny import repair_checksums
 from safetensors.torch import load_file, save_file
 
 from lora_recycle.distillation.reproduction import reproduce
@@ -46,6 +48,18 @@ def test_what_is_made_again_is_the_same(work, tmp_path, run, from_surrogate):
     assert (tmp_path / "surrogate").exists() != from_surrogate
 
 
+def test_a_sidecar_with_the_names_of_the_first_format_is_made_again(work, tmp_path, run):
+    shutil.copytree(work / "meta", tmp_path / "meta")
+    path = tmp_path / "meta" / "meta_lora_config.json"
+    path.write_text(json.dumps(as_format_1(json.loads(path.read_text()))))
+    assert "held_out" in path.read_text() and "class_centres" in path.read_text()
+    command = ["reproduce", tmp_path / "meta", work / "pool", "--surrogate", work / "surrogate", "--quiet"]
+    assert run(*command, "--output", tmp_path / "again")[:2] == (
+        0,
+        f"{tmp_path / 'again' / 'meta_lora'}: byte-identical\n",
+    )
+
+
 def test_what_is_not_the_same_is_told_with_the_versions(work, tmp_path, run):
     shutil.copytree(work / "meta", tmp_path / "meta")
     tensors = load_file(tmp_path / "meta" / WEIGHTS)
@@ -57,9 +71,10 @@ def test_what_is_not_the_same_is_told_with_the_versions(work, tmp_path, run):
     sidecar["hardware"]["name"] = "another"
     sidecar["sources"][1]["surrogate_sha256"] = "0" * 64
     path.write_text(json.dumps(sidecar))
+    repair_checksums(tmp_path / "meta")
     command = ["reproduce", tmp_path / "meta", work / "pool", "--surrogate", work / "surrogate", "--quiet"]
     code, out, err = run(*command, "--output", tmp_path / "again")
-    assert code == 1 and "not byte-identical; the largest difference of a weight is 0.25" in out
+    assert code == 1 and "not byte-identical; weights differ by up to 0.25" in out
     lines = [line.split() for line in err.splitlines()]
     assert lines[0] == ["surrogate", "data:", "2", "of", "3", "shards", "byte-identical"]
     assert [line[:3] for line in lines[2:]] == [["versions:", "torch", "1.0"], ["hardware:", "name", "another"]]

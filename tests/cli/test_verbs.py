@@ -11,6 +11,8 @@ from safetensors import safe_open
 from transformers import ViTModel
 
 from lora_recycle import MetaLoRAForFewShotClassification
+from lora_recycle.demo.run import OUTPUT
+from lora_recycle.runtime.outputs import claim_output
 from lora_recycle.runtime.provenance import PACKAGES
 
 
@@ -20,19 +22,27 @@ CLASSES, IMAGES = 6, 8
 def test_tune_pool_keeps_what_is_there_and_prints_accuracies(work, tmp_path, run):
     shutil.copytree(work / "pool", tmp_path / "pool")
     shutil.rmtree(tmp_path / "pool" / "photos-001")
-    command = ["tune-pool", work / "photos", "--output", tmp_path / "pool", "--base-model", work / "base", "--quiet"]
+    command = [
+        "train-adapters",
+        work / "photos",
+        "--output",
+        tmp_path / "pool",
+        "--base-model",
+        work / "base",
+        "--quiet",
+    ]
     code, out, err = run(*command, "--classes", 4, "--epochs", 1, "--tasks", 3, "--rank", 2)
     header, row = out.splitlines()
-    assert code == 0 and "held-out accuracy" in header and "frozen class centres" in header
+    assert code == 0 and "validation accuracy" in header and "frozen prototypes" in header
     assert row.split()[0].endswith("photos-001")
-    assert "2 adapters were there already" in err
+    assert "2 adapters existed already" in err
 
 
 def test_inspect_prints_a_table_and_json(work, run):
     code, out, err = run("inspect", work / "pool")
     lines = out.splitlines()
     assert code == 0 and len(lines) == 4 and "Next:" in err
-    header = "name base revision type rank targets classes labels transformers converted size commit"
+    header = "name base revision type rank targets classes labels transformers converted size usable commit"
     assert lines[0].split() == header.split()
     assert "LOHA" in lines[3] and "class" in lines[1]
     code, out, _ = run("inspect", work / "pool" / "photos-000", work / "surrogate", "--json")
@@ -69,8 +79,8 @@ def test_inspect_shows_surrogate_images_and_a_map(work, tmp_path, run, fails):
     page = (folder / "images.html").read_text()
     assert code == 0 and "Frozen backbone" in page and "With the meta-LoRA" in page and "agreement" in page
     assert page.count('<path class="mark"') == 2 * 24 and page.count('<path class="mark second"') == 2 * 6 * 8
-    assert "no surrogate data here" in fails("inspect", work / "pool", "--images")
-    assert "go with --images" in fails("inspect", folder, "--data", work / "photos")
+    assert "has no surrogate data, which --images needs" in fails("inspect", work / "pool", "--images")
+    assert "need --images" in fails("inspect", folder, "--data", work / "photos")
 
 
 def test_distill_writes_a_report_of_its_curves(work):
@@ -148,7 +158,7 @@ def test_evaluate_without_a_pool_leaves_its_methods_out(evaluate_arguments, work
 
 
 def test_evaluate_judges_other_heads_too(evaluate_arguments, run):
-    code, out, _ = run(*evaluate_arguments, "--no-pool", "--max-per-class", 4, "--head", "lda", "transductive_em")
+    code, out, _ = run(*evaluate_arguments, "--no-pool", "--max-per-class", 4, "--heads", "lda", "transductive_em")
     assert code == 0 and out.count(" + lda ") == out.count(" + transductive_em ") == 2
 
 
@@ -156,7 +166,7 @@ def test_predict_by_another_head(work, run, fails):
     command = ["predict", work / "meta", "--support", work / "photos", work / "photos" / "class 0", "--json"]
     found = [json.loads(run(*command, *head)[1]) for head in ([], ["--head", "lda"])]
     assert found[0][0]["probabilities"] != found[1][0]["probabilities"]
-    assert "There are class_centres, " in fails(*command, "--head", "svm")
+    assert "There are prototypes, " in fails(*command, "--head", "svm")
 
 
 def test_evaluate_judges_the_methods_asked_for(evaluate_arguments, work, run, fails):
@@ -215,7 +225,8 @@ def test_demo_writes_table_results_and_report_and_resumes(work, tmp_path, run):
 def test_demo_leaves_checkpoints_alone_that_are_not_its_own(work, tmp_path, fails):
     recipe, output = tmp_path / "recipe.yaml", tmp_path / "demo"
     recipe.write_text(RECIPE.replace("STEPS", "2"))
-    shutil.copytree(work / "meta" / "work", output / "meta_lora" / "work")
+    claim_output(output, OUTPUT)
+    shutil.copytree(work / "meta", output / "meta_lora")
     line = fails("demo", "--pool", work / "pool", "--recipe", recipe, "--output", output, "--quiet")
     assert "checkpoint of another recipe" in line
     assert (output / "meta_lora" / "work" / "checkpoint-00000003.safetensors").exists()

@@ -11,13 +11,14 @@ from lora_recycle import (
     AdapterPool,
     DistillationConfig,
     InversionConfig,
-    LoraInverter,
+    LoRAInverter,
     MetaLoRAForFewShotClassification,
-    MetaLoraTrainer,
+    MetaLoRATrainer,
 )
 from lora_recycle.adapters.pull import find_adapters, pull_adapter
 from lora_recycle.demo import backbone_path, meta_lora_path, pool_path
 from lora_recycle.demo.run import load_digits_images
+from lora_recycle.evaluation.config import EvaluationConfig
 from lora_recycle.evaluation.evaluate import evaluate
 from lora_recycle.hub.embedded import ASSETS, BACKBONE_NAME
 
@@ -67,9 +68,9 @@ def test_normalisation_is_the_image_processors(pool, digits):
 def test_inversion_reaches_the_classes_and_distillation_learns(pool, tmp_path):
     pool = pool.subset([0, 3])
     config = InversionConfig(images_per_class=2, max_classes=5, iterations=15)
-    surrogate = LoraInverter(pool, config).run(tmp_path / "surrogate", progress=False)
+    surrogate = LoRAInverter(pool, config).run(tmp_path / "surrogate", progress=False)
     assert all(entry["accuracy"] >= 0.7 for entry in surrogate.manifest["shards"])
-    trainer = MetaLoraTrainer(pool, surrogate, DistillationConfig(steps=8, rank=8, relational_batch=20, groups="one"))
+    trainer = MetaLoRATrainer(pool, surrogate, DistillationConfig(steps=8, rank=8, relational_batch=20, groups="one"))
     trainer.train(tmp_path / "work", progress=False)
     relational = trainer.history["relational"]
     assert sum(relational[-2:]) < sum(relational[:2])
@@ -92,7 +93,7 @@ def test_the_embedded_meta_lora_is_a_plain_peft_adapter(digits):
 
 def test_the_embedded_meta_lora_beats_the_frozen_backbone_on_digits(digits):
     model = MetaLoRAForFewShotClassification.from_pretrained("demo")
-    rows = evaluate(digits, model, episodes=200, shots=(1, 5)).rows
+    rows = evaluate(digits, model, EvaluationConfig(episodes=200)).rows
     for row in rows:
         if row["method"] == "meta-lora":
             assert row["delta_vs_frozen"] > row["delta_ci95"]

@@ -6,8 +6,8 @@ from peft import PeftModel
 from transformers import AutoModel
 
 from lora_recycle.distillation.config import PEFT_TYPES, PRINCIPAL_STARTS, STARTS_FROM_AVERAGE, DistillationConfig
-from lora_recycle.distillation.saving import save_meta_lora, wrap_student
-from lora_recycle.distillation.trainer import MetaLoraTrainer
+from lora_recycle.distillation.saving import save_meta_lora
+from lora_recycle.distillation.trainer import MetaLoRATrainer
 from lora_recycle.errors import ConfigError
 from lora_recycle.modeling.meta_lora import MetaLoRAForFewShotClassification
 
@@ -18,9 +18,9 @@ WAYS = [{"peft_type": kind, "init": "zero"} for kind in PEFT_TYPES] + [{"init": 
 
 def trainer_of(tiny_pool, surrogate, **settings):
     config = DistillationConfig(
-        **{"steps": 2, "rank": 4, "relational_batch": 16, "lr": 1e-2, "held_out": 0.0, **settings}
+        **{"steps": 2, "rank": 4, "relational_batch": 16, "lr": 1e-2, "validation_fraction": 0.0, **settings}
     )
-    return MetaLoraTrainer(tiny_pool, surrogate, config)
+    return MetaLoRATrainer(tiny_pool, surrogate, config)
 
 
 @pytest.mark.parametrize("settings", WAYS, ids=lambda way: "-".join(way.values()))
@@ -37,7 +37,7 @@ def test_it_starts_at_nothing_learns_and_is_a_plain_adapter(
         learned = student(PIXELS)
     assert (learned - frozen).abs().max() > 1e-3
     assert all(torch.equal(p, bare[name]) for name, p in tiny_pool.backbone.model.named_parameters())
-    save_meta_lora(wrap_student(trainer), tmp_path / "meta")
+    save_meta_lora(trainer.to_model(), tmp_path / "meta")
     loaded = MetaLoRAForFewShotClassification.from_pretrained(tmp_path / "meta")
     base = AutoModel.from_pretrained(tiny_backbone_path, add_pooling_layer=False)
     worn = PeftModel.from_pretrained(base, tmp_path / "meta").eval()
@@ -83,7 +83,7 @@ def test_what_does_not_go_together_is_refused(tiny_pool):
     for kind in set(PEFT_TYPES) - set(STARTS_FROM_AVERAGE):
         with pytest.raises(ConfigError, match=f"{kind} cannot start from an average"):
             DistillationConfig(peft_type=kind)
-    with pytest.raises(ConfigError, match="pissa is for peft_type LORA, got DORA"):
+    with pytest.raises(ConfigError, match="pissa needs peft_type LORA, got DORA"):
         DistillationConfig(peft_type="DORA", init="pissa")
     with pytest.raises(ConfigError, match="corda"):
         trainer_of(tiny_pool, None, steps=0, init="corda")

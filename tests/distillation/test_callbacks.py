@@ -4,7 +4,7 @@ import pytest
 
 from lora_recycle.distillation.callbacks import Trackers, TrainerCallback
 from lora_recycle.distillation.config import DistillationConfig
-from lora_recycle.distillation.trainer import MetaLoraTrainer
+from lora_recycle.distillation.trainer import MetaLoRATrainer
 from lora_recycle.errors import ConfigError
 
 
@@ -37,7 +37,7 @@ class Notes(TrainerCallback):
 
 def test_callbacks_see_every_step_in_order(tiny_pool, tiny_surrogate, capsys):
     notes = Notes()
-    trainer = MetaLoraTrainer(tiny_pool, tiny_surrogate, recipe(), callbacks=[notes])
+    trainer = MetaLoRATrainer(tiny_pool, tiny_surrogate, recipe(), callbacks=[notes])
     trainer.train()
     assert notes.events[0] == ("begin", 0) and notes.events[-1] == ("end",)
     assert notes.of("step") == notes.of("log") == list(range(25))
@@ -49,26 +49,26 @@ def test_callbacks_see_every_step_in_order(tiny_pool, tiny_surrogate, capsys):
 
 
 def test_a_callback_stops_early_and_what_there_is_is_saved(tiny_pool, tiny_surrogate, tmp_path):
-    config = recipe(checkpoint_every=100)
-    first = MetaLoraTrainer(tiny_pool, tiny_surrogate, config, callbacks=[Notes(stop_at=12)])
+    config = recipe(save_steps=100)
+    first = MetaLoRATrainer(tiny_pool, tiny_surrogate, config, callbacks=[Notes(stop_at=12)])
     first.train(tmp_path, progress=False)
     assert len(first.history["relational"]) == 20  # losses are read every ten steps
     notes = Notes()
-    MetaLoraTrainer(tiny_pool, tiny_surrogate, config, callbacks=[notes]).train(tmp_path, progress=False)
+    MetaLoRATrainer(tiny_pool, tiny_surrogate, config, callbacks=[notes]).train(tmp_path, progress=False)
     assert notes.events[0] == ("begin", 20) and notes.of("step") == list(range(20, 25))
 
 
 def test_the_end_is_told_after_a_failure_too(tiny_pool, tiny_surrogate):
     notes = Notes(fail_at=3)
     with pytest.raises(RuntimeError, match="planted"):
-        MetaLoraTrainer(tiny_pool, tiny_surrogate, recipe(), callbacks=[notes]).train(progress=False)
+        MetaLoRATrainer(tiny_pool, tiny_surrogate, recipe(), callbacks=[notes]).train(progress=False)
     assert notes.events[-1] == ("end",) and notes.of("log") == [0, 1, 2, 3]
 
 
 def test_tensorboard_gets_the_numbers_of_every_step(tiny_pool, tiny_surrogate, tmp_path):
     loader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     trackers = Trackers(["tensorboard"], tmp_path)
-    trainer = MetaLoraTrainer(tiny_pool, tiny_surrogate, recipe(steps=12), callbacks=[trackers])
+    trainer = MetaLoRATrainer(tiny_pool, tiny_surrogate, recipe(steps=12), callbacks=[trackers])
     trainer.train(progress=False)
     events = loader.EventAccumulator(str(tmp_path / "lora_recycle"))
     events.Reload()

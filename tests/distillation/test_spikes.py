@@ -9,7 +9,7 @@ from helpers_tiny import same_weights
 from lora_recycle.distillation.config import DistillationConfig
 from lora_recycle.distillation.parallel import gather_features, own_rows
 from lora_recycle.distillation.spikes import SpikeGuard, longest_tail
-from lora_recycle.distillation.trainer import MetaLoraTrainer
+from lora_recycle.distillation.trainer import MetaLoRATrainer
 from lora_recycle.errors import ConfigError, DataError
 
 
@@ -21,7 +21,7 @@ def weights(trainer):
     return [p.detach().clone() for p in trainer.student.trainable()]
 
 
-class Disturbed(MetaLoraTrainer):
+class Disturbed(MetaLoRATrainer):
     """Its losses are multiplied by `factors[step]`."""
 
     factors: dict[int, float] = {}
@@ -87,7 +87,7 @@ def test_a_spike_moves_nothing_and_is_counted(tiny_pool, tiny_surrogate, factor)
 
 
 def test_a_gradient_that_is_not_finite_moves_nothing(tiny_pool, tiny_surrogate):
-    trainer = MetaLoraTrainer(tiny_pool, tiny_surrogate, recipe(max_grad_norm=1.0))
+    trainer = MetaLoRATrainer(tiny_pool, tiny_surrogate, recipe(max_grad_norm=1.0))
     trainer.prepare(progress=False)
     before = weights(trainer)
     handle = trainer.student.trainable()[-1].register_hook(lambda grad: grad * torch.inf)
@@ -98,7 +98,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing(tiny_pool, tiny_surrogate):
 
 
 def test_five_spikes_in_a_row_stop_and_the_last_good_checkpoint_stays(tiny_pool, tiny_surrogate, tmp_path):
-    config = recipe(checkpoint_every=6, steps=20)
+    config = recipe(save_steps=6, steps=20)
     trainer = disturbed(tiny_pool, tiny_surrogate, config, dict.fromkeys(range(11, 20), float("nan")))
     with pytest.raises(DataError, match=r"The loss is nan at step 15: lower `lr` .* The last 5 steps were left out"):
         trainer.train(tmp_path, progress=False)
@@ -107,8 +107,8 @@ def test_five_spikes_in_a_row_stop_and_the_last_good_checkpoint_stays(tiny_pool,
 
 
 def test_accumulated_batches_step_once_by_their_mean(tiny_pool, tiny_surrogate):
-    once = MetaLoraTrainer(tiny_pool, tiny_surrogate, recipe(steps=2))
-    twice = MetaLoraTrainer(tiny_pool, tiny_surrogate, recipe(steps=1, gradient_accumulation_steps=2))
+    once = MetaLoRATrainer(tiny_pool, tiny_surrogate, recipe(steps=2))
+    twice = MetaLoRATrainer(tiny_pool, tiny_surrogate, recipe(steps=1, gradient_accumulation_steps=2))
     for trainer in (once, twice):
         trainer.prepare(progress=False)
     expected = [once._losses(once.make_batch(number))["relational"] for number in range(2)]
@@ -125,7 +125,7 @@ def test_accumulated_batches_step_once_by_their_mean(tiny_pool, tiny_surrogate):
 def test_gradients_are_clipped_to_the_norm(tiny_pool, tiny_surrogate):
     norms = {}
     for limit in (0.0, 1e-3):
-        trainer = MetaLoraTrainer(tiny_pool, tiny_surrogate, recipe(steps=1, max_grad_norm=limit))
+        trainer = MetaLoRATrainer(tiny_pool, tiny_surrogate, recipe(steps=1, max_grad_norm=limit))
         trainer.prepare(progress=False)
         trainer.step(0)
         after = torch.nn.utils.get_total_norm([p.grad for p in trainer.student.trainable()]).item()
@@ -164,21 +164,21 @@ def test_gathered_features_are_those_of_all_and_carry_only_their_own_gradient(pr
 def test_adapters_below_the_confidence_are_left_out(tiny_pool, tiny_surrogate):
     scores = [entry["confidence"] for entry in tiny_surrogate.manifest["shards"]]
     threshold = (sorted(scores)[0] + sorted(scores)[1]) / 2
-    trainer = MetaLoraTrainer(tiny_pool, tiny_surrogate, recipe(steps=1, min_confidence=threshold))
+    trainer = MetaLoRATrainer(tiny_pool, tiny_surrogate, recipe(steps=1, min_confidence=threshold))
     ((name, reason),) = trainer.excluded
     left = scores.index(min(scores))
     assert name == tiny_pool.infos[left].where and f"confidence of {scores[left]:.2f} only, below" in reason
     assert [i.name for i in trainer.pool.infos] == [f"adapter-{i}" for i in range(4) if i != left]
-    alone = MetaLoraTrainer(tiny_pool.subset([i for i in range(4) if i != left]), tiny_surrogate, recipe(steps=1))
+    alone = MetaLoRATrainer(tiny_pool.subset([i for i in range(4) if i != left]), tiny_surrogate, recipe(steps=1))
     assert same_weights(trainer.student, alone.student.state_dict())  # not in the average either
     with pytest.raises(DataError, match="none of the 4 adapters is fit to be learnt from"):
-        MetaLoraTrainer(tiny_pool, tiny_surrogate, recipe(min_confidence=0.99))
+        MetaLoRATrainer(tiny_pool, tiny_surrogate, recipe(min_confidence=0.99))
 
 
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"spike_factor": 0.5}, "spike_factor must be 0 or more than 1, got 0.5"),
+        ({"spike_factor": 0.5}, "spike_factor must be 0 or greater than 1, got 0.5"),
         ({"min_confidence": 1.0}, r"min_confidence must be in \[0, 1\), got 1.0"),
         ({"max_grad_norm": -1.0}, "max_grad_norm must not be negative, got -1.0"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1, got 0"),

@@ -10,19 +10,22 @@ import torch
 import torch.nn.functional as F
 from helpers_tiny import copied_state, random_pixels, same_weights
 
+from lora_recycle.distillation import preparation
 from lora_recycle.distillation import teachers as teachers_module
 from lora_recycle.distillation import trainer as trainer_module
 from lora_recycle.distillation.batches import Batch, Prefetcher
+from lora_recycle.distillation.checkpoints import OUTPUT
 from lora_recycle.distillation.config import DistillationConfig
 from lora_recycle.distillation.episodes import SurrogateEpisode
 from lora_recycle.distillation.losses import episode_loss
 from lora_recycle.distillation.schedule import learning_rate
 from lora_recycle.distillation.surrogate_images import match_shards
 from lora_recycle.distillation.teachers import choose_teachers, teach
-from lora_recycle.distillation.trainer import MetaLoraTrainer
+from lora_recycle.distillation.trainer import MetaLoRATrainer
 from lora_recycle.errors import ConfigError, DataError
 from lora_recycle.fewshot.relations import principal_directions
 from lora_recycle.pool.pool import AdapterPool
+from lora_recycle.runtime.outputs import claim_output
 
 
 def recipe(**changes):
@@ -34,7 +37,7 @@ ALL_LOSSES = {"kl_weight": 1.0, "interpolation_weight": 1.0}
 
 
 def train(pool, surrogate, config, folder=None):
-    trainer = MetaLoraTrainer(pool, surrogate, config)
+    trainer = MetaLoRATrainer(pool, surrogate, config)
     return trainer.train(folder, progress=False), trainer
 
 
@@ -89,7 +92,7 @@ def test_a_smaller_rank_starts_at_the_cut_average_whatever_its_scale(tiny_pool, 
 
 def test_ranks_that_the_average_leaves_free_can_learn(tiny_pool, tiny_surrogate):
     pool = tiny_pool.subset([1])  # rank 4 on q and v only
-    student, _ = train(pool, tiny_surrogate, recipe(rank=8, steps=2, held_out=0.0))
+    student, _ = train(pool, tiny_surrogate, recipe(rank=8, steps=2, validation_fraction=0.0))
     module = student.backbone.model.get_submodule("layers.1.attention.q_proj")
     assert (module.lora_B["default"].weight[:, 4:].abs().sum(0) > 0).all()
     untouched = student.backbone.model.get_submodule("layers.0.mlp.fc1")
@@ -138,7 +141,7 @@ def test_teachers_are_left_as_they_were(tiny_pool, tiny_surrogate):
 
 @pytest.mark.parametrize("killed_at", [3, 4, 5])
 def test_a_killed_run_goes_on_as_if_nothing_was(tiny_pool, tiny_surrogate, tmp_path, monkeypatch, killing, killed_at):
-    config = recipe(checkpoint_every=2, **ALL_LOSSES)
+    config = recipe(save_steps=2, **ALL_LOSSES)
     undisturbed, whole = train(tiny_pool, tiny_surrogate, config, tmp_path / "whole")
 
     with killing(killed_at):
@@ -169,13 +172,15 @@ def test_a_checkpoint_of_another_recipe_or_pool_is_refused(tiny_pool, tiny_surro
         with pytest.raises(ConfigError, match=rf"of another recipe, pool or surrogate data \({told}\).*--no-resume"):
             train(pool, tiny_surrogate, config, tmp_path)
     assert checkpoints(tmp_path) == before and len(before) == 1
-    trainer = MetaLoraTrainer(tiny_pool, tiny_surrogate, recipe(lr=0.5))
+    trainer = MetaLoRATrainer(tiny_pool, tiny_surrogate, recipe(lr=0.5))
     trainer.train(tmp_path, progress=False, resume=False)
     assert checkpoints(tmp_path).keys() == before.keys() and checkpoints(tmp_path) != before
 
 
 def test_where_all_checkpoints_are_damaged_none_is_taken(tiny_pool, tiny_surrogate, tmp_path):
+    claim_output(tmp_path, OUTPUT)
     (tmp_path / "checkpoint-00000002.safetensors").write_bytes(b"\x10\x00")
+    (tmp_path / "training_log.json").write_text("{}")
     with pytest.raises(DataError, match="the checkpoint is damaged .*, and no other is left. .*--no-resume"):
         train(tiny_pool, tiny_surrogate, recipe(), tmp_path)
 
@@ -201,7 +206,7 @@ def test_cyclic_schedule():
 def test_only_kept_tokens_are_forwarded(tiny_pool, tiny_surrogate):
     seen = {}
     for use_masks in (True, False):
-        trainer = MetaLoraTrainer(tiny_pool, tiny_surrogate, recipe(steps=1, use_masks=use_masks))
+        trainer = MetaLoRATrainer(tiny_pool, tiny_surrogate, recipe(steps=1, use_masks=use_masks))
         lengths = seen.setdefault(use_masks, set())
         layer = trainer.student.backbone.layers[0]
         layer.register_forward_pre_hook(lambda _, inputs, lengths=lengths: lengths.add(inputs[0].shape[1]))
@@ -216,7 +221,7 @@ def joined(surrogate, name):
 @torch.no_grad()
 @pytest.mark.parametrize("use_masks", [True, False])
 def test_a_batch_holds_each_image_once_with_its_own_tokens_and_teachers(tiny_pool, tiny_surrogate, use_masks):
-    trainer = MetaLoraTrainer(tiny_pool, tiny_surrogate, recipe(groups="one", use_masks=use_masks, **ALL_LOSSES))
+    trainer = MetaLoRATrainer(tiny_pool, tiny_surrogate, recipe(groups="one", use_masks=use_masks, **ALL_LOSSES))
     trainer.prepare(progress=False)
     batch, generator = trainer.make_batch(3), torch.Generator().manual_seed(3)
     groups = trainer.make_batch.groups
@@ -286,7 +291,7 @@ def test_at_most_so_many_teachers_spread_over_the_group():
 
 
 def test_a_bound_on_teachers_bounds_what_is_asked(tiny_pool, tiny_surrogate, tmp_path):
-    trainer = MetaLoraTrainer(tiny_pool, tiny_surrogate, recipe(groups="one", max_teachers=2, held_out=0.0))
+    trainer = MetaLoRATrainer(tiny_pool, tiny_surrogate, recipe(groups="one", max_teachers=2, validation_fraction=0.0))
     trainer.prepare(tmp_path, progress=False)
     (group,) = trainer.make_batch.groups
     assert group.teachers == [0, 3] and len(group.images) == 96 and group.features.shape == (96, 64)
@@ -330,9 +335,9 @@ def test_an_error_while_reading_ahead_reaches_the_caller():
 
 
 def test_single_steps_are_the_steps_of_a_run(tiny_pool, tiny_surrogate):
-    config = recipe(steps=3, share=1.0, held_out=0.0, **ALL_LOSSES)
+    config = recipe(steps=3, share=1.0, validation_fraction=0.0, **ALL_LOSSES)
     whole, run = train(tiny_pool, tiny_surrogate, config)
-    trainer = MetaLoraTrainer(tiny_pool, tiny_surrogate, config)
+    trainer = MetaLoRATrainer(tiny_pool, tiny_surrogate, config)
     assert trainer.host_share == 0
     trainer.prepare(progress=False)
     values = [{name: loss.item() for name, loss in trainer.step(i).items()} for i in range(3)]
@@ -346,17 +351,17 @@ def test_single_steps_are_the_steps_of_a_run(tiny_pool, tiny_surrogate):
 def test_tokens_kept_on_disk_train_as_tokens_computed_anew(
     tiny_pool, tiny_surrogate, tmp_path, use_masks, monkeypatch
 ):
-    config = recipe(first_layer=1, use_masks=use_masks, judge_every=3, groups="one", **ALL_LOSSES)
+    config = recipe(first_layer=1, use_masks=use_masks, eval_steps=3, groups="one", **ALL_LOSSES)
     _, stored = train(tiny_pool, tiny_surrogate, config, tmp_path)
     (path,) = (tmp_path / "stored").glob("tokens-*.npy")
     assert np.load(path).shape == (96, 9 if use_masks else 17, 32)
-    monkeypatch.setattr(trainer_module, "tokens_entering", lambda *_: None)
+    monkeypatch.setattr(preparation, "tokens_entering", lambda *_: None)
     _, computed = train(tiny_pool, tiny_surrogate, config)
     for name, values in computed.history.items():
         assert stored.history[name] == pytest.approx(values, rel=5e-3)
-    assert stored.judged.steps == [0, 3, 6]
-    assert stored.judged.figures == pytest.approx(computed.judged.figures, abs=1)  # per cent of 60 episodes
-    student, _ = train(tiny_pool, tiny_surrogate, dataclasses.replace(config, held_out=0.0))
+    assert stored.selection.steps == [0, 3, 6]
+    assert stored.selection.figures == pytest.approx(computed.selection.figures, abs=1)  # per cent of 60 episodes
+    student, _ = train(tiny_pool, tiny_surrogate, dataclasses.replace(config, validation_fraction=0.0))
     start, _ = train(tiny_pool, None, recipe(steps=0))
     before, after = (dict(s.backbone.layers.named_parameters()) for s in (start, student))
     changed = {name.split(".")[0] for name in after if not torch.equal(before[name], after[name])}
@@ -365,7 +370,7 @@ def test_tokens_kept_on_disk_train_as_tokens_computed_anew(
 
 def test_a_first_layer_that_is_not_there(tiny_pool):
     with pytest.raises(ConfigError, match=r"first_layer must be in \[0, 2\), got 2"):
-        MetaLoraTrainer(tiny_pool, None, recipe(steps=0, first_layer=2))
+        MetaLoRATrainer(tiny_pool, None, recipe(steps=0, first_layer=2))
 
 
 def test_surrogates_of_another_pool_are_refused(tiny_pool, tiny_surrogate):
@@ -377,7 +382,7 @@ def test_surrogates_of_another_pool_are_refused(tiny_pool, tiny_surrogate):
 
 def test_training_needs_data(tiny_pool):
     with pytest.raises(ConfigError, match="needs surrogate data"):
-        MetaLoraTrainer(tiny_pool, None, recipe())
+        MetaLoRATrainer(tiny_pool, None, recipe())
 
 
 def test_episodes_wider_than_the_data(tiny_pool, tiny_surrogate):

@@ -5,7 +5,8 @@ import torch
 from helpers_tiny import copied_state, random_pixels, same_weights
 
 from lora_recycle.errors import ConfigError
-from lora_recycle.evaluation.evaluate import ALL_METHODS, CENTRES, evaluate
+from lora_recycle.evaluation.config import FROZEN_METHODS, EvaluationConfig, all_methods
+from lora_recycle.evaluation.evaluate import evaluate
 from lora_recycle.evaluation.selection import selected_accuracy
 from lora_recycle.fewshot.accuracy import prototype_accuracy
 from lora_recycle.fewshot.episodes import sample_episodes
@@ -29,35 +30,31 @@ def result(data, tiny_pool):
     before = copied_state(tiny_pool.backbone)
     found = evaluate(
         data,
+        config=EvaluationConfig(methods=("all",), ways=WAYS, shots=(SHOTS,), queries=QUERIES, episodes=EPISODES),
         pool=tiny_pool,
-        methods=ALL_METHODS,
-        ways=WAYS,
-        shots=(SHOTS,),
-        queries=QUERIES,
-        episodes=EPISODES,
     )
     assert same_weights(tiny_pool.backbone, before)
     return found
 
 
 def test_a_row_for_each_method(result):
-    assert [row["method"] for row in result.rows] == [*CENTRES, *tuning_free_methods()]
+    assert [row["method"] for row in result.rows] == [*FROZEN_METHODS, *tuning_free_methods()]
 
 
 @pytest.mark.parametrize("method", tuning_free_methods())
 def test_many_tasks_at_once_are_one_task_at_a_time(data, tiny_pool, result, method):
     drawn = sample_episodes(data.labels, WAYS, SHOTS, QUERIES, EPISODES, 0)
-    composition, labels = tuning_free_methods(0)[method], torch.arange(WAYS).repeat_interleave(SHOTS)
+    merging, labels = tuning_free_methods(0)[method], torch.arange(WAYS).repeat_interleave(SHOTS)
     for i, episode in enumerate(drawn.episodes[:2]):
         support, queries = data.pixels[episode.support.flatten()], data.pixels[episode.query]
-        guesses = composition.classify(tiny_pool, support, labels, queries).argmax(1)
+        guesses = merging.classify(tiny_pool, support, labels, queries).argmax(1)
         accuracy = 100 * (guesses == episode.query_labels).float().mean()
         torch.testing.assert_close(result.accuracies[SHOTS, method][i], accuracy)
 
 
 def test_the_methods_are_not_the_same_network(result):
-    different = {tuple(result.accuracies[SHOTS, method].tolist()) for method in ALL_METHODS}
-    assert len(different) > len(ALL_METHODS) / 2
+    different = {tuple(result.accuracies[SHOTS, method].tolist()) for method in all_methods()}
+    assert len(different) > len(all_methods()) / 2
     assert all(35 < row["accuracy"] < 100 for row in result.rows)  # chance is 33
 
 
@@ -82,6 +79,6 @@ def test_each_episode_is_judged_on_the_network_that_it_chooses():
 
 def test_methods_that_cannot_be_had(data, tiny_pool):
     with pytest.raises(ConfigError, match="no method 'tie'; there are frozen, frozen-centred, .*arrow"):
-        evaluate(data, pool=tiny_pool, methods=["tie"])
+        evaluate(data, config=EvaluationConfig(methods=("tie",)), pool=tiny_pool)
     with pytest.raises(ConfigError, match="ties needs a pool"):
-        evaluate(data, backbone=tiny_pool.backbone, methods=["frozen-centred", "ties"])
+        evaluate(data, config=EvaluationConfig(methods=("frozen-centred", "ties")), backbone=tiny_pool.backbone)

@@ -8,8 +8,9 @@ from helpers_tiny import copied_state, random_pixels, same_weights
 
 from lora_recycle.backbones.backbone import extract_features
 from lora_recycle.distillation.config import DistillationConfig
-from lora_recycle.distillation.trainer import MetaLoraTrainer
+from lora_recycle.distillation.trainer import MetaLoRATrainer
 from lora_recycle.errors import ConfigError, DataError
+from lora_recycle.evaluation.config import EvaluationConfig
 from lora_recycle.evaluation.evaluate import evaluate
 from lora_recycle.fewshot.accuracy import ensemble_accuracy, head_accuracy, prototype_accuracy
 from lora_recycle.fewshot.episodes import sample_episodes
@@ -32,7 +33,7 @@ def data(toy_data):
 @pytest.fixture(scope="module")
 def model(tiny_pool, tmp_path_factory):
     config = DistillationConfig(steps=0, rank=32, init="average")
-    student = MetaLoraTrainer(tiny_pool, None, config).train(progress=False)
+    student = MetaLoRATrainer(tiny_pool, None, config).train(progress=False)
     folder = tmp_path_factory.mktemp("meta")
     student.to_model().save_pretrained(folder)
     return MetaLoRAForFewShotClassification.from_pretrained(folder)
@@ -40,7 +41,7 @@ def model(tiny_pool, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def result(data, model, tiny_pool):
-    return evaluate(data, model, pool=tiny_pool, **SMALL)
+    return evaluate(data, model, EvaluationConfig(**SMALL), pool=tiny_pool)
 
 
 def test_a_row_for_each_method_and_shot(result):
@@ -54,8 +55,8 @@ def test_a_row_for_each_method_and_shot(result):
 
 def test_same_seed_same_numbers(data, model, tiny_pool, result):
     before = copied_state(tiny_pool.backbone)
-    assert evaluate(data, model, pool=tiny_pool, **SMALL).rows == result.rows
-    assert evaluate(data, model, pool=tiny_pool, seed=1, **SMALL).rows != result.rows
+    assert evaluate(data, model, EvaluationConfig(**SMALL), pool=tiny_pool).rows == result.rows
+    assert evaluate(data, model, EvaluationConfig(**SMALL, seed=1), pool=tiny_pool).rows != result.rows
     assert same_weights(tiny_pool.backbone, before)
 
 
@@ -85,22 +86,22 @@ def test_frozen_and_ensemble_by_hand(data, tiny_pool, result):
 
 
 def test_without_a_pool_the_base_is_loaded_again(data, model, result):
-    alone = evaluate(data, model, **SMALL)
+    alone = evaluate(data, model, EvaluationConfig(**SMALL))
     assert [r["method"] for r in alone.rows] == ["frozen", "frozen-centred", "meta-lora"] * 2
     assert alone.rows[:3] == [r for r in result.rows[:6] if r["method"] in ("frozen", "frozen-centred", "meta-lora")]
 
 
 def test_without_a_model_the_pool_alone(data, tiny_pool, result):
-    alone = evaluate(data, pool=tiny_pool, **SMALL)
+    alone = evaluate(data, config=EvaluationConfig(**SMALL), pool=tiny_pool)
     assert alone.rows == [r for r in result.rows if r["method"] != "meta-lora"]
 
 
 def test_the_batch_size_changes_nothing(data, model, result):
-    assert evaluate(data, model, batch_size=7, **SMALL).rows[0] == result.rows[0]
+    assert evaluate(data, model, EvaluationConfig(**SMALL, batch_size=7)).rows[0] == result.rows[0]
 
 
 def test_heads_are_judged_on_both_backbones(data, model, result):
-    judged = evaluate(data, model, heads=["lda", "transductive_em"], **SMALL)
+    judged = evaluate(data, model, EvaluationConfig(**SMALL, heads=("lda", "transductive_em")))
     methods = [row["method"] for row in judged.rows[:7]]
     assert methods[2:5] == ["frozen + lda", "frozen + transductive_em", "meta-lora"]
     assert methods[5:] == ["meta-lora + lda", "meta-lora + transductive_em"]
@@ -110,9 +111,9 @@ def test_heads_are_judged_on_both_backbones(data, model, result):
     expected = head_accuracy(features, drawn, make_head("lda", {}))
     assert torch.equal(judged.accuracies[2, "meta-lora + lda"], expected)
     with pytest.raises(ConfigError, match="Unknown head 'svm'"):
-        evaluate(data, model, heads=["svm"], **SMALL)
+        evaluate(data, model, EvaluationConfig(**SMALL, heads=("svm",)))
 
 
 def test_too_many_ways(data, model):
     with pytest.raises(DataError, match="8"):
-        evaluate(data, model, ways=9, episodes=2)
+        evaluate(data, model, EvaluationConfig(ways=9, episodes=2))

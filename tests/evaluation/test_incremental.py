@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lora_recycle.distillation.config import DistillationConfig
-from lora_recycle.distillation.trainer import MetaLoraTrainer
+from lora_recycle.distillation.trainer import MetaLoRATrainer
 from lora_recycle.errors import ConfigError, DataError
 from lora_recycle.evaluation.incremental import draw_sessions, session_accuracies
 from lora_recycle.fewshot.heads import make_head
@@ -46,15 +46,15 @@ def test_accuracies_by_hand():
     features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
     sessions = draw_sessions(labels, [[0, 1], [2]], shots=1, queries=1)
-    found = session_accuracies(features, sessions, make_head("cosine_centres", {}))
+    found = session_accuracies(features, sessions, make_head("cosine_prototypes", {}))
     assert found["all"].tolist() == pytest.approx([100, 200 / 3])
     assert found["base"].tolist() == [100, 100]
     assert found["new"][0].isnan() and found["new"][1] == 0
 
 
-@pytest.mark.parametrize("head", ["class_centres", "lda"])
+@pytest.mark.parametrize("head", ["prototypes", "lda"])
 def test_sessions_are_what_add_classes_does(head, tiny_pool, toy_data):
-    student = MetaLoraTrainer(tiny_pool, None, DistillationConfig(steps=0, rank=4)).train(progress=False)
+    student = MetaLoRATrainer(tiny_pool, None, DistillationConfig(steps=0, rank=4)).train(progress=False)
     model = student.to_model({"head": head})
     order = [[6, 2, 3], [7, 0], [1, 5]]
     sessions = draw_sessions(toy_data.labels, order, shots=2, queries=5, base_shots=4)

@@ -15,7 +15,7 @@ from lora_recycle.evaluation.results import confidence
 from lora_recycle.hub.embedded import pool_path
 
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples" / "studies"
 
 
 @pytest.fixture

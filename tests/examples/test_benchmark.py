@@ -1,4 +1,4 @@
-"""`examples/benchmark.py` on a network of a few narrow layers: what it writes, and that ratios come from its rows."""
+"""`studies/benchmark.py` on a network of a few narrow layers: what it writes, and that ratios come from its rows."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 
-EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples" / "studies"
 ROUNDS = 2
 
 

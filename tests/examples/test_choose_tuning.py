@@ -10,7 +10,7 @@ import torch
 from helpers_tiny import random_pixels
 
 from lora_recycle import MetaLoRAForFewShotClassification, TaskTuningConfig
-from lora_recycle.evaluation.tuned import MetaLoraTuning
+from lora_recycle.evaluation.tuned import MetaLoRATuning
 from lora_recycle.fewshot.episodes import sample_episodes
 from lora_recycle.finetuning import tuning_methods
 from lora_recycle.images.labelled import LabelledImages
@@ -18,7 +18,7 @@ from lora_recycle.images.labelled import LabelledImages
 
 @pytest.fixture
 def choosing(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(Path(__file__).parents[2] / "examples"), *sys.path])
+    monkeypatch.setattr(sys, "path", [str(Path(__file__).parents[2] / "examples" / "studies"), *sys.path])
     return importlib.import_module("choose_tuning")
 
 
@@ -34,7 +34,7 @@ def test_every_variant_of_every_method_can_be_made(choosing, model):
         assert made["a third of the step size"]["lr"] == made["default"]["lr"] / 3
     default = choosing.make_method("tune", model, "default").config
     assert default.leave_one_out and default.last_layers == 1
-    assert not choosing.make_method("tune", model, "free class centres").config.leave_one_out
+    assert not choosing.make_method("tune", model, "free prototypes").config.leave_one_out
 
 
 def test_a_cell_is_kept_while_its_settings_hold(choosing, model, tmp_path, monkeypatch):
@@ -43,7 +43,7 @@ def test_a_cell_is_kept_while_its_settings_hold(choosing, model, tmp_path, monke
     monkeypatch.setattr(
         choosing, "judge", lambda *args: calls.append(1) or {"accuracies": [50.0, len(calls)], "seconds": 0.1}
     )
-    methods = [MetaLoraTuning(model, TaskTuningConfig(steps=steps)) for steps in (0, 0, 3)]
+    methods = [MetaLoRATuning(model, TaskTuningConfig(steps=steps)) for steps in (0, 0, 3)]
     found = [choosing.cell(method, None, data, drawn, path) for method in methods]
     assert found[0] == found[1] and found[0]["accuracies"] == [50.0, 1]
     assert found[2]["accuracies"] == [50.0, 2] and found[2]["settings"]["steps"] == 3

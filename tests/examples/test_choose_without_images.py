@@ -1,5 +1,6 @@
 """The scripts behind docs/studies/merging.md and checkpoints.md, on tiny inputs."""
 
+import common
 import group_weights
 import pytest
 import torch
@@ -8,15 +9,15 @@ from more_tables import figures as figures_table
 from more_tables import group_weights as weights_table
 
 from lora_recycle.distillation.config import DistillationConfig
-from lora_recycle.distillation.trainer import MetaLoraTrainer
+from lora_recycle.distillation.trainer import MetaLoRATrainer
 from lora_recycle.fewshot.episodes import sample_episodes
 
 
 def test_students_are_looked_at_by_surrogate_and_by_real_images(tiny_pool, tiny_surrogate, toy_data):
     episodes = {("toy", k): sample_episodes(toy_data.labels, 5, k, 5, 10, seed=1) for k in (1, 5)}
     look = Judge(tiny_surrogate, tiny_pool.subset([0]), tiny_pool.subset([1]), [toy_data], episodes, {1, 3})
-    config = DistillationConfig(steps=3, rank=4, relational_batch=16, groups="one", held_out=0.0, lr=0.05)
-    MetaLoraTrainer(tiny_pool.subset([1, 2, 3]), tiny_surrogate, config, [look]).train(progress=False)
+    config = DistillationConfig(steps=3, rank=4, relational_batch=16, groups="one", validation_fraction=0.0, lr=0.05)
+    MetaLoRATrainer(tiny_pool.subset([1, 2, 3]), tiny_surrogate, config, [look]).train(progress=False)
     assert [point["step"] for point in look.points] == [1, 3]
     first, last = look.points
     assert all(first[figure] != last[figure] for figure in ("divergence", "divergence, taught", "episode loss"))
@@ -49,10 +50,10 @@ def test_a_figure_that_tells_and_one_that_does_not():
 
 def test_groups_are_merged_at_their_strengths(tiny_pool):
     averages = [group_weights.average_of(tiny_pool, (f"adapter-{i}",)) for i in (0, 1)]
-    merged = group_weights.Weighted(averages, (1, 0.5), None).changes(tiny_pool)
+    merged = common.Weighted(averages, (1, 0.5), None).changes(tiny_pool)
     shared = next(name for name in averages[1] if name in averages[0])
     assert torch.allclose(merged[shared], averages[0][shared] + 0.5 * averages[1][shared])
-    small = group_weights.cut(averages[0], 2)
+    small = common.cut(averages[0], 2)
     assert max(int(torch.linalg.matrix_rank(m, rtol=1e-4)) for m in small.values() if m.ndim == 2) == 2
     tasks = {f"a {shots}": {"frozen": [1.0, 0.1], "average": [0.5, 0.1]} for shots in (1, 5)}
     row = {"name": "group-sum, cut 4", "factors": [1, 1 / 3], "rank": 4, "tasks": tasks}

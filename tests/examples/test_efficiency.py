@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_recycle import DistillationConfig, InversionConfig, LoraInverter
+from lora_recycle import DistillationConfig, InversionConfig, LoRAInverter
 
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples" / "studies"
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_what_was_tried_makes_images_that_their_adapter_knows(efficiency, tiny_p
     for index in (0, 1):
         shard = inverter.invert(index)
         assert inverter.losses[-1] < 0.8 * inverter.losses[0]
-    assert not torch.equal(shard.pixels, LoraInverter(tiny_pool, config).invert(1).pixels)
+    assert not torch.equal(shard.pixels, LoRAInverter(tiny_pool, config).invert(1).pixels)
 
 
 def test_some_lines_are_made_anew_and_the_others_stay(efficiency):

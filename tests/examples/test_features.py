@@ -1,5 +1,6 @@
 """The small examples and the notebook run on the shipped pool, and the recipes are ones that the verbs read."""
 
+import ast
 import importlib
 import json
 import shlex
@@ -15,13 +16,13 @@ from lora_recycle.cli.main import build_parser
 from lora_recycle.distillation.config import DistillationConfig
 from lora_recycle.images.decode import to_picture
 from lora_recycle.inversion.config import InversionConfig
-from lora_recycle.pool.config import TuningConfig
+from lora_recycle.pool.config import AdapterTrainingConfig
 
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 RECIPES = sorted((EXAMPLES / "recipes").glob("*.yaml"))
-CONFIGS = {"tune-pool": TuningConfig, "invert": InversionConfig, "distill": DistillationConfig}
+CONFIGS = {"train-adapters": AdapterTrainingConfig, "invert": InversionConfig, "distill": DistillationConfig}
 
 
 @pytest.fixture
@@ -113,14 +114,25 @@ def test_the_commands_of_a_recipe_build_the_settings_that_it_states(recipe, monk
         args = build_parser().parse_args(words)
         assert Path(args.recipe).samefile(recipe)
         verbs[args.verb] = build_config(args, CONFIGS[args.verb])
-    assert set(verbs) == set(SECTIONS)
-    assert verbs["invert"].keep_ratio == 0.25 and verbs["distill"].steps == 500 and verbs["tune-pool"].tasks == 20
+    assert {*verbs, "evaluate"} == {*SECTIONS}
+    assert verbs["invert"].keep_ratio == 0.25 and verbs["distill"].steps == 500 and verbs["train-adapters"].tasks == 20
 
 
-def test_every_example_is_listed_and_has_its_command_on_top():
-    told = (EXAMPLES / "README.md").read_text(encoding="utf-8")
-    for path in sorted(EXAMPLES.glob("*.py")):
-        text = path.read_text(encoding="utf-8")
-        runs = f"python examples/{path.name}" in text or "__main__" not in text  # others are parts of one that runs
-        assert f"`{path.name}`" in told and runs
-    assert all(f"`{path.name}`" in told for path in EXAMPLES.glob("*.ipynb"))
+@pytest.mark.parametrize("folder", ["", "studies/", "tools/"])
+def test_every_example_is_listed_and_has_its_command_on_top(folder):
+    page = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    paths = sorted((EXAMPLES / folder).glob("*.py"))
+    for path in paths:
+        source = path.read_text(encoding="utf-8")
+        runs = f"python examples/{folder}{path.name}" in source or "__main__" not in source  # others are parts
+        assert f"`{folder}{path.name}`" in page and runs
+    assert paths and all(f"`{path.name}`" in page for path in EXAMPLES.glob("*.ipynb"))
+
+
+def test_studies_share_one_module_and_import_no_other_study():
+    parts = {"common", "ablation_plots", "more_tables"}  # run nothing by themselves
+    studies = {path.stem for path in (EXAMPLES / "studies").glob("*.py")} - parts
+    for path in (EXAMPLES / "studies").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                assert node.module not in studies, f"{path.name} imports {node.module}"

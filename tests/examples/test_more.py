@@ -6,6 +6,7 @@ import fscil
 import pytest
 import rejection
 import torch
+from common import evaluate_network
 from more_tables import adapter_types as types_table
 from more_tables import choose_adapters as choice_table
 from more_tables import fscil as fscil_table
@@ -14,7 +15,7 @@ from more_tables import small_files as sizes_table
 from small_files import relative_error
 
 from lora_recycle.distillation.config import DistillationConfig
-from lora_recycle.distillation.trainer import MetaLoraTrainer
+from lora_recycle.distillation.trainer import MetaLoRATrainer
 from lora_recycle.evaluation.incremental import draw_sessions, session_accuracies
 from lora_recycle.evaluation.rejection import OpenTask
 from lora_recycle.fewshot.episodes import sample_episodes
@@ -39,7 +40,7 @@ def test_a_bandit_finds_the_arm_that_pays():
 
 @pytest.mark.parametrize("way", choose_adapters.WAYS)
 def test_a_student_learns_from_the_target_and_what_was_chosen(way, tiny_pool, tiny_surrogate, toy_data):
-    student = MetaLoraTrainer(tiny_pool, None, DistillationConfig(steps=0, rank=4)).student
+    student = MetaLoRATrainer(tiny_pool, None, DistillationConfig(steps=0, rank=4)).student
     before = [p.detach().clone() for p in student.trainable()]
     shown = torch.stack([toy_data.pixels[toy_data.labels == label][: choose_adapters.SHOTS] for label in range(5)])
     picks = choose_adapters.learn(student, choose_adapters.WAYS[way], tiny_surrogate, shown, 2)
@@ -51,7 +52,7 @@ def test_a_student_learns_from_the_target_and_what_was_chosen(way, tiny_pool, ti
 
 def test_a_variant_is_learned_saved_loaded_and_judged(tiny_pool, tiny_surrogate, toy_data, tmp_path):
     episodes = {("toy", k): sample_episodes(toy_data.labels, 5, k, 5, 10, seed=1) for k in (1, 5)}
-    frozen = adapter_types.judge(tiny_pool.backbone, [toy_data], episodes)
+    frozen = evaluate_network(tiny_pool.backbone, [toy_data], episodes)
     settings = {"steps": 1, "rank": 4, "relational_batch": 16, "peft_type": "IA3", "init": "zero"}
     row = adapter_types.try_variant(
         tiny_pool, tiny_surrogate, settings, tmp_path / "IA3", [toy_data], episodes, frozen
@@ -66,7 +67,7 @@ def test_sessions_and_their_table(toy_data):
     assert [len(session) for session in classes] == [60] + [5] * 8
     assert set(sum(classes, [])) == set(range(100)) and max(classes[0]) < 64 <= min(sum(classes[1:8], []))
     sessions = draw_sessions(toy_data.labels, [[0, 1, 2, 3], [4, 5], [6, 7]], shots=2, queries=5)
-    found = session_accuracies(toy_data.pixels.float().mean((2, 3)), sessions, make_head("cosine_centres", {}))
+    found = session_accuracies(toy_data.pixels.float().mean((2, 3)), sessions, make_head("cosine_prototypes", {}))
     row = {"method": "frozen", "head": "lda", "base_images": 5, **fscil.summary([found, found])}
     assert row["drop"] == pytest.approx((found["all"][0] - found["all"][2]).item(), abs=0.01)
     assert row["drop_ci95"] == 0 and "| frozen | lda | 5 |" in fscil_table({"rows": [row]})

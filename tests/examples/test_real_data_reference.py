@@ -13,8 +13,8 @@ from lora_recycle import DistillationConfig
 from lora_recycle.images.labelled import LabelledImages
 
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-CONFIG = {"steps": 30, "rank": 4, "ways": 3, "queries": 3, "episodes": 2, "lr": 5e-3, "checkpoint_every": 10}
+EXAMPLES = Path(__file__).parents[2] / "examples" / "studies"
+CONFIG = {"steps": 30, "rank": 4, "ways": 3, "queries": 3, "episodes": 2, "lr": 5e-3, "save_steps": 10}
 
 
 @pytest.fixture

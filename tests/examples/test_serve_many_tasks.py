@@ -13,5 +13,5 @@ def test_it_runs(monkeypatch, capsys):
     example = importlib.import_module("serve_many_tasks")
     found = example.main(["--tasks", "4", "--queries", "6", "--rounds", "1", "--threads", "3"])
     assert found["tasks"] == 4 and found["threads that got other answers"] == 0
-    assert found["kB of a task"] == (2 * 5 * 192 + 5) * 4 / 1e3  # sums and centres of 5 classes, and the counts
+    assert found["kB of a task"] == (2 * 5 * 192 + 5) * 4 / 1e3  # sums and prototypes of 5 classes, and the counts
     assert "answers in a second, one forward pass" in capsys.readouterr().out

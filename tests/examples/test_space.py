@@ -40,9 +40,12 @@ def test_app_serves_everybody_but_shows_no_folders(monkeypatch):
         page, "launch", lambda *a, **k: calls.append((a, k)) or type("Page", (), {"block_thread": lambda self: None})()
     )
     monkeypatch.setenv("META_LORA", "me/meta")
+    monkeypatch.setenv("SPACE_HOST", "me-page.hf.space")
     runpy.run_path(str(SPACE / "app.py"), run_name="__main__")
-    assert calls == [(("me/meta",), {"host": "0.0.0.0", "browser": False, "folders": False})]
+    assert calls == [
+        (("me/meta",), {"host": "0.0.0.0", "browser": False, "folders": False, "hosts": ["me-page.hf.space"]})
+    ]
     monkeypatch.chdir(ROOT)
     for folder in (str(SPACE), "examples/space", "examples/space@main", "./examples", "~"):
-        with pytest.raises(page.gr.Error, match="Name a repo of the Hub"):
-            page._choose(lambda name: None, folders=False)(folder)
+        with pytest.raises(page.gr.Error, match="Name a repo of the Hub|no meta-LoRA that this page can load"):
+            page._choose(page.ServedModels(), folders=False)(folder)

@@ -23,14 +23,14 @@ PLANE = torch.tensor([[1.0, 0], [3, 0], [0, 1], [0, 3], [5, 1], [1, 5], [4, 3], 
 
 
 def test_cosine_by_hand():
-    # centres (2, 0) and (0, 2): queries 4, 6 and 7 lie nearer x, 5 nearer y
+    # prototypes (2, 0) and (0, 2): queries 4, 6 and 7 lie nearer x, 5 nearer y
     first = one_episode([[0, 1], [2, 3]], [4, 5, 6, 7], [0, 1, 0, 0])
     second = one_episode([[0, 1], [2, 3]], [4, 5, 6, 7], [0, 1, 1, 1])
     assert prototype_accuracy(PLANE, EpisodeSet([first, second], 2, 2)).tolist() == [100.0, 50.0]
 
 
 def test_euclidean_and_cosine_differ_by_hand():
-    # centres (1, 0) and (10, 1): query (4, 0.4) points along the second but lies nearer the first
+    # prototypes (1, 0) and (10, 1): query (4, 0.4) points along the second but lies nearer the first
     features = torch.tensor([[1.0, 0], [10, 1], [4, 0.4]])
     episodes = EpisodeSet([one_episode([[0], [1]], [2], [0])], 2, 1)
     assert prototype_accuracy(features, episodes, "euclidean").tolist() == [100.0]
@@ -38,7 +38,7 @@ def test_euclidean_and_cosine_differ_by_hand():
 
 
 def test_centring_by_hand():
-    # a large common offset makes all directions alike; (10.9, 1.1) has the direction of the first centre (10, 1)
+    # a large common offset makes all directions alike; (10.9, 1.1) has the direction of the first prototype (10, 1)
     # but, seen from the mean (10.5, 1), lies on the side of the second (11, 1)
     features = torch.tensor([[10.0, 1], [11, 1], [10.9, 1.1]])
     episodes = EpisodeSet([one_episode([[0], [1]], [2], [1])], 2, 1)
@@ -69,12 +69,12 @@ def test_same_as_a_plain_loop(random_case, monkeypatch, metric, centred):
     expected = []
     for episode in episodes:
         shift = features[episode.support].mean((0, 1)) if centred else torch.zeros(8)
-        centres = (features[episode.support] - shift).mean(1)
+        prototypes = (features[episode.support] - shift).mean(1)
         query = features[episode.query] - shift
         if metric == "cosine":
-            scores = torch.cosine_similarity(query[:, None], centres[None], dim=-1)
+            scores = torch.cosine_similarity(query[:, None], prototypes[None], dim=-1)
         else:
-            scores = -(query[:, None] - centres[None]).square().sum(-1)
+            scores = -(query[:, None] - prototypes[None]).square().sum(-1)
         expected.append(100 * (scores.argmax(1) == episode.query_labels).float().mean().item())
     accuracy = prototype_accuracy(features, episodes, metric, centred)
     assert accuracy.tolist() == pytest.approx(expected, abs=1e-3)
@@ -164,11 +164,11 @@ def test_heads_in_chunks_as_one_by_one(random_case, monkeypatch, name):
     assert 30 < sum(expected) / 6 < 100
 
 
-def test_class_centre_heads_are_the_prototypes(random_case):
+def test_prototype_heads_are_the_prototypes(random_case):
     features, episodes = random_case
     for metric in ("cosine", "euclidean"):
         expected = prototype_accuracy(features, episodes, metric)
-        assert torch.equal(head_accuracy(features, episodes, make_head(f"{metric}_centres", {})), expected)
+        assert torch.equal(head_accuracy(features, episodes, make_head(f"{metric}_prototypes", {})), expected)
 
 
 def test_heads_refuse_features_that_are_not_finite(random_case):

@@ -11,7 +11,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
 
 from lora_recycle.errors import ConfigError, DataError
-from lora_recycle.fewshot.heads import HEADS, ClassCentreHead, DiscriminantHead, make_head
+from lora_recycle.fewshot.heads import HEADS, DiscriminantHead, PrototypeHead, make_head
 from lora_recycle.fewshot.heads.laplacian import LaplacianHead, nearest_neighbours
 from lora_recycle.fewshot.heads.transport import TransportHead, sinkhorn
 from lora_recycle.fewshot.heads.unrolled_em import UnrolledEMHead
@@ -86,12 +86,12 @@ def test_gradients_are_finite(name):
     assert (support.grad is None) == (name == "logistic_regression")
 
 
-def test_class_centres_by_hand():
+def test_prototypes_by_hand():
     support, labels = torch.tensor([[2.0, 0], [4, 0], [0, 1]]), torch.tensor([0, 0, 1])
     query = torch.tensor([[3.0, 4]])
-    cosine = ClassCentreHead("cosine", 0.5).classify(support, labels, 2, query)
+    cosine = PrototypeHead("cosine", 0.5).classify(support, labels, 2, query)
     torch.testing.assert_close(cosine, torch.tensor([[1.2, 1.6]]))  # 3/5 and 4/5, twice
-    euclidean = make_head("euclidean_centres", {}).classify(support, labels, 2, query)
+    euclidean = make_head("euclidean_prototypes", {}).classify(support, labels, 2, query)
     torch.testing.assert_close(euclidean, torch.tensor([[-4.0, -math.sqrt(18)]]))
 
 
@@ -119,10 +119,10 @@ def test_lda_is_that_of_scikit_learn(shrinkage):
     torch.testing.assert_close(*gaps, rtol=1e-3, atol=1e-3)
 
 
-def test_lda_of_one_image_a_class_is_cosine_class_centres():
+def test_lda_of_one_image_a_class_is_cosine_prototypes():
     support, labels, query, _ = task(shots=1)
     found = DiscriminantHead().classify(support, labels, 3, query).softmax(-1)
-    expected = ClassCentreHead("cosine", 0.1).classify(support, labels, 3, query).softmax(-1)
+    expected = PrototypeHead("cosine", 0.1).classify(support, labels, 3, query).softmax(-1)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
@@ -188,12 +188,12 @@ def test_sinkhorn_with_little_entropy_is_the_assignment():
     torch.testing.assert_close(sinkhorn(cost, entropy=0.004, iterations=2000), expected, rtol=0, atol=0.01)
 
 
-def test_transport_moves_the_centres_to_the_queries():
-    # one shot lies at the edge of its class: by the nearest centre the query at 50 degrees is lost, by transport not
+def test_transport_moves_the_prototypes_to_the_queries():
+    # one shot lies at the edge of its class: the nearest prototype misses the query at 50 degrees, transport does not
     degrees = torch.tensor([-30.0, 75, 0, 20, 50, 70, 80, 90]).deg2rad()
     points = torch.stack([degrees.cos(), degrees.sin()], 1)
     support, query = points[:2], points[2:]
-    assert ClassCentreHead().classify(support, torch.arange(2), 2, query).argmax(-1).tolist() == [0, 0, 1, 1, 1, 1]
+    assert PrototypeHead().classify(support, torch.arange(2), 2, query).argmax(-1).tolist() == [0, 0, 1, 1, 1, 1]
     found = TransportHead().classify(support, torch.arange(2), 2, query)
     assert found.argmax(-1).tolist() == [0, 0, 0, 1, 1, 1]
     with pytest.raises(DataError, match="at least as many queries as classes: got 1 for 2"):
@@ -225,13 +225,13 @@ def test_settings_reach_the_head():
     settings = {
         "metric": "euclidean",
         "temperature": 2.0,
-        "head_parameters": {"transductive_em": {"scale": 5.0}, "class_centres": {"temperature": 0.3}},
+        "head_parameters": {"transductive_em": {"scale": 5.0}, "prototypes": {"temperature": 0.3}},
     }
-    head = make_head("class_centres", settings)
+    head = make_head("prototypes", settings)
     assert (head.metric, head.temperature) == ("euclidean", 0.3)
     assert make_head("transductive_em", settings).scale == 5.0
-    assert make_head("cosine_centres", settings).metric == "cosine"
-    with pytest.raises(ConfigError, match="Unknown head 'knn'. There are class_centres, .*, transductive_em"):
+    assert make_head("cosine_prototypes", settings).metric == "cosine"
+    with pytest.raises(ConfigError, match="Unknown head 'knn'. There are prototypes, .*, transductive_em"):
         make_head("knn", {})
     with pytest.raises(ConfigError, match="The head lda cannot be made with .*'depth'"):
         make_head("lda", {"head_parameters": {"lda": {"depth": 3}}})

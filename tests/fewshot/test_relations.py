@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lora_recycle.fewshot.prototypes import centre_logits, class_centres
+from lora_recycle.fewshot.prototypes import class_prototypes, prototype_logits
 from lora_recycle.fewshot.relations import (
     cosine_similarity,
     principal_directions,
@@ -61,10 +61,10 @@ def test_compression_keeps_inner_products():
     assert principal_directions(features, dim=40) is None and principal_directions(features[:5], dim=8) is None
 
 
-def test_class_centres_and_scores_by_hand():
+def test_prototypes_and_scores_by_hand():
     features = torch.tensor([[1.0, 0], [3, 0], [0, 2]])
-    centres = class_centres(features, torch.tensor([0, 0, 1]), 2)
-    assert centres.tolist() == [[2, 0], [0, 2]]
+    prototypes = class_prototypes(features, torch.tensor([0, 0, 1]), 2)
+    assert prototypes.tolist() == [[2, 0], [0, 2]]
     query = torch.tensor([[2.0, 2.0]])
-    torch.testing.assert_close(centre_logits(query, centres, temperature=0.5), torch.full((1, 2), 2**0.5))
-    torch.testing.assert_close(centre_logits(query, centres, "euclidean", 0.5), torch.full((1, 2), -4.0))
+    torch.testing.assert_close(prototype_logits(query, prototypes, temperature=0.5), torch.full((1, 2), 2**0.5))
+    torch.testing.assert_close(prototype_logits(query, prototypes, "euclidean", 0.5), torch.full((1, 2), -4.0))

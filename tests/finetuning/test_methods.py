@@ -9,11 +9,11 @@ from helpers_tiny import copied_state, random_pixels, same_weights
 
 from lora_recycle.backbones.backbone import extract_features
 from lora_recycle.errors import ConfigError, DataError
-from lora_recycle.fewshot.prototypes import centre_logits, class_centres
+from lora_recycle.fewshot.prototypes import class_prototypes, prototype_logits
 from lora_recycle.finetuning import (
     LearnedComposition,
     LinearProbe,
-    LoraHub,
+    LoRAHub,
     TaskNetwork,
     TaskTuningConfig,
     tune_task,
@@ -22,7 +22,7 @@ from lora_recycle.finetuning import (
 from lora_recycle.finetuning.base import leave_one_out_logits
 from lora_recycle.finetuning.lorahub import BOUND, evolve
 from lora_recycle.finetuning.mixture import AdapterMixture
-from lora_recycle.merging import Uniform
+from lora_recycle.merging import Average
 
 
 WAYS, LABELS = 3, torch.arange(3).repeat_interleave(2)
@@ -49,16 +49,16 @@ def untuned(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_without_steps_it_is_the_class_centres_that_it_starts_from(tiny_pool, task, name):
+def test_without_steps_it_is_the_prototypes_that_it_starts_from(tiny_pool, task, name):
     support, queries = task
     method = untuned(name)
     found = method.config.temperature * method.classify(tiny_pool, support, LABELS, queries)
     if name in ("average-linear", "average-lora", "learned-composition"):
-        kind = Uniform() if name == "average-linear" else Uniform(rank="exact")  # no biases in a LoRA
+        kind = Average() if name == "average-linear" else Average(rank=32)  # no biases in a LoRA
         expected = kind.classify(tiny_pool, support, LABELS, queries)
     else:
         shots, asked = (extract_features(tiny_pool.backbone, images) for images in task)
-        expected = centre_logits(asked, class_centres(shots, LABELS, WAYS))
+        expected = prototype_logits(asked, class_prototypes(shots, LABELS, WAYS))
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
 
 
@@ -135,11 +135,11 @@ def test_evolution_finds_the_minimum_within_its_bounds():
     assert len(calls) == 7
 
 
-def test_the_logits_leave_each_image_out_of_its_own_centre():
+def test_the_logits_leave_each_image_out_of_its_own_prototype():
     features = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
     labels = torch.tensor([0, 0, 1])  # the last one is alone and stays in
-    centre, other = F.normalize(torch.tensor([0.8, 0.4]), dim=0), torch.tensor([0.0, 1.0])
-    logits = torch.tensor([[0.6, 0.0], [0.6, 0.8], [float(centre @ other), 1.0]]) / 0.1
+    prototype, other = F.normalize(torch.tensor([0.8, 0.4]), dim=0), torch.tensor([0.0, 1.0])
+    logits = torch.tensor([[0.6, 0.0], [0.6, 0.8], [float(prototype @ other), 1.0]]) / 0.1
     torch.testing.assert_close(leave_one_out_logits(features, labels, 2), logits)
     distances = -torch.tensor([[0.8**0.5 * 1.0, 2**0.5], [0.8**0.5, 0.4**0.5], [(0.64 + 0.36) ** 0.5, 0.0]])
     distances[:2, 0] = -((0.4**2 + 0.8**2) ** 0.5)  # to each other
@@ -153,9 +153,9 @@ def test_leave_one_out_tunes_the_network_and_keeps_means(tiny_pool, task):
     tokens = network.tokens(task[0])
     with torch.no_grad():
         before = left_out_loss(network, tokens)
-        centres = tune_task(network, tokens, LABELS, WAYS, config)
+        prototypes = tune_task(network, tokens, LABELS, WAYS, config)
         assert left_out_loss(network, tokens) < before - 0.01
-        torch.testing.assert_close(centres, class_centres(network.features(tokens), LABELS, WAYS))
+        torch.testing.assert_close(prototypes, class_prototypes(network.features(tokens), LABELS, WAYS))
 
 
 def test_leave_one_out_needs_company(tiny_pool, task):
@@ -172,12 +172,14 @@ def test_leave_one_out_needs_company(tiny_pool, task):
     network = TaskNetwork(backbone, last_layers=0)
     features = network.tokens(task[0])
     with torch.no_grad():  # nothing can learn
-        assert torch.equal(tune_task(network, features, LABELS, WAYS, config), class_centres(features, LABELS, WAYS))
+        assert torch.equal(
+            tune_task(network, features, LABELS, WAYS, config), class_prototypes(features, LABELS, WAYS)
+        )
 
 
 def test_wrong_settings_and_labels(tiny_pool, task):
     with pytest.raises(ConfigError, match="candidates must be at least 1, got 0"):
-        LoraHub(candidates=0)
+        LoRAHub(candidates=0)
     for wrong in ({"steps": -1}, {"lr": -1.0}, {"temperature": 0.0}, {"last_layers": -1}, {"metric": "l1"}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             TaskTuningConfig(**wrong)

@@ -80,8 +80,8 @@ def test_adapters_of_clip_and_siglip(hub, tmp_path, monkeypatch, capsys):
     save_tiny_pair(tmp_path / "clip")
     hub.put(base, tmp_path / "clip")
     for seed, name in enumerate(("pets", "land")):
-        wear_lora(CLIPModel.from_pretrained(tmp_path / "clip"), tmp_path / name, base, seed)
-        publish(hub, f"someone/clip-lora-{name}", tmp_path / name, base)
+        wear_lora(CLIPModel.from_pretrained(tmp_path / "clip"), tmp_path / "made" / name, base, seed)
+        publish(hub, f"someone/clip-lora-{name}", tmp_path / "made" / name, base)
     save_file(paper_tensors(), tmp_path / "lora_0.safetensors")
     monkeypatch.chdir(tmp_path)
     run, names = run_blocks("Adapters of CLIP and SigLIP")

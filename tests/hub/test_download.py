@@ -13,7 +13,7 @@ from huggingface_hub import constants, hf_hub_download, snapshot_download
 
 from lora_recycle.adapters.pull import pull_adapter
 from lora_recycle.errors import AdapterError
-from lora_recycle.hub import download as snapshots
+from lora_recycle.hub import download
 
 
 INFO = r"^GET /api/models/org/a($|/revision)"
@@ -163,7 +163,7 @@ def test_gated_private_and_refused(hub, org_a, tmp_path, monkeypatch):
 
 def test_a_busy_hub_is_asked_again_when_it_says(hub, org_a, tmp_path, monkeypatch):
     waits = []
-    monkeypatch.setattr(snapshots, "time", SimpleNamespace(sleep=waits.append))
+    monkeypatch.setattr(download, "time", SimpleNamespace(sleep=waits.append))
     hub.fail_next(INFO, status=429, retry_after=7, times=2)
     hub.fail_next(INFO, status=503)
     hub.fail_next("GET .*/tree/", status=503)  # this and the next are the client's to repeat

@@ -80,7 +80,7 @@ def test_the_card_says_where_it_came_from(hub, model):
         "![Surrogate images](surrogate.png)",
         "| meta-lora | birds/test | 5-way 1-shot | 600 | 54.47 ± 0.78 | +1.53 ± 0.31 |",
         "was not trained",
-        "Images like these were made, but not learned from",
+        "Images like these were made, but not used in the result",
         "All source adapters are under `apache-2.0`",
         "steps: 0",
         "## Limits",
@@ -103,14 +103,14 @@ def test_the_licence_is_the_sources_or_stated_as_mixed(hub, make_model, licenses
     header = header_of(card)
     assert {key: header[key] for key in ("license", "license_name") if key in header} == fields
     assert text in card and "model-index" not in header and "surrogate.png" not in card
-    assert "Its accuracy was not measured" in card
+    assert "Its accuracy has not been measured" in card
 
 
 def test_names_of_strangers_do_not_break_the_tables(hub, model):
     model.settings["sources"][0] |= {"name": "a|b\n# <b>evil", "revision": None}
     model.push_to_hub("org/meta")
     card = hub.files("org/meta")["README.md"].decode()
-    assert "| a\\|b # \\<b>evil | LORA | local folder |" in card
+    assert "| a\\|b # \\<b\\>evil | LORA | local folder |" in card
 
 
 SCRIPT = """
@@ -130,7 +130,7 @@ def test_a_fresh_process_predicts_the_same_bit_for_bit(hub, model, tmp_path):
     pixels, support = random_pixels(6), random_pixels(4, seed=1)
     model.fit(support, ["b", "a", "b", "c"]).push_to_hub("org/meta")
     assert "few_shot_task.safetensors" in hub.files("org/meta")
-    assert "already: 3 classes" in hub.files("org/meta")["README.md"].decode()
+    assert "It includes a fitted task with 3 classes" in hub.files("org/meta")["README.md"].decode()
     torch.save([pixels, support], tmp_path / "in.pt")
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", SCRIPT, tmp_path / "in.pt", tmp_path / "out.pt"]
@@ -298,7 +298,7 @@ def test_the_card_of_surrogate_data(hub, tiny_surrogate):
     for entry in tiny_surrogate.manifest["shards"]:
         row = f"`{entry['adapter']['sha256']}` | 4 | 24 | {entry['accuracy']:.2f} | {entry['confidence']:.2f} |"
         assert row in card
-    assert "iterations: 5" in card and "optimised in 5 steps out of starting images" in card
+    assert "iterations: 5" in card and "optimised in 5 steps from starting images" in card
     assert tiny_surrogate.manifest["backbone"]["name"] not in card  # a folder of this machine
 
 

@@ -9,8 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from lora_recycle.errors import DataError
-from lora_recycle.images import decode as decoding
-from lora_recycle.images import decode as pictures
+from lora_recycle.images import decode
 from lora_recycle.images.decode import decoded, to_picture
 from lora_recycle.images.sources import images_below
 
@@ -153,10 +152,12 @@ def test_file_urls_are_paths(tmp_path):
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (np.zeros((3, 8, 8), np.uint8), r"must be \(H, W\) or \(H, W, channels\), got \(3, 8, 8\)"),
-        (np.zeros((8, 8), np.uint16), "must be uint8, got uint16"),
+        (np.zeros((5, 8, 8), np.uint8), r"must be \(H, W\), \(H, W, channels\) or .*, got \(5, 8, 8\)"),
+        (np.zeros((8, 8), np.uint16), "must be uint8 from 0 to 255 or floats from 0 to 1, got uint16"),
         (np.zeros((0, 8, 3), np.uint8), "no pixels"),
-        (torch.zeros(3, 8, 8), "must be uint8, got float32"),
+        (torch.full((3, 8, 8), -1.0), "must lie between 0 and 1, .*got -1 to -1.*Leave out Normalize"),
+        (np.full((8, 8, 3), 255.0), "must lie between 0 and 1, .*got 255 to 255.*by 255"),
+        (np.full((8, 8, 3), np.nan), "must lie between 0 and 1, .*got nan to nan"),
         (b"", "An image: not a readable image .empty, cut, or of no known"),
         (Image.new("L", (0, 4)), "no pixels"),
         (None, "No image can be read from a NoneType"),
@@ -231,7 +232,7 @@ def test_half_a_file_is_refused_however_often_it_is_asked_for():
 
 
 def test_many_are_decoded_in_order_and_few_ahead(tmp_path, monkeypatch):
-    monkeypatch.setattr(decoding, "AHEAD", 5)
+    monkeypatch.setattr(decode, "AHEAD", 5)
     for number in range(40):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number:02}.png")
     (tmp_path / "17.png").write_bytes(b"broken")
@@ -258,9 +259,9 @@ def test_what_goes_wrong_in_our_own_code_is_not_called_a_broken_image(tmp_path):
 
 
 def test_one_large_picture_is_decoded_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "_LARGE", 100)
-    monkeypatch.setattr(decoding, "WORKERS", 8)
-    inside, most, original = [], [], pictures.to_rgb
+    monkeypatch.setattr(decode, "_LARGE", 100)
+    monkeypatch.setattr(decode, "WORKERS", 8)
+    inside, most, original = [], [], decode.to_rgb
 
     def watched(image):
         inside.append(image)
@@ -269,7 +270,7 @@ def test_one_large_picture_is_decoded_at_a_time(tmp_path, monkeypatch):
         inside.remove(image)
         return found
 
-    monkeypatch.setattr(pictures, "to_rgb", watched)
+    monkeypatch.setattr(decode, "to_rgb", watched)
     for number in range(12):
         Image.effect_noise((200, 200), 90).save(tmp_path / f"{number}.png")
     paths = [(None, path) for path in tmp_path.iterdir()]

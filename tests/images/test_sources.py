@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from lora_recycle.errors import DataError
-from lora_recycle.images import sources as image_sources
+from lora_recycle.images import sources
 from lora_recycle.images.decode import to_rgb
 from lora_recycle.images.labelled import load_labelled_images, load_unlabelled_images
 
@@ -144,7 +144,7 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch):
     def refuse(name):
         raise ConnectionError("no network\nat all")
 
-    monkeypatch.setattr(image_sources, "_ask_hub", refuse)
+    monkeypatch.setattr(sources, "_ask_hub", refuse)
     with pytest.raises(DataError, match=r"someone/none: no such file .* from the Hub \(no network\)"):
         load_labelled_images("someone/none", 4)
 
@@ -166,7 +166,7 @@ def test_an_unreachable_hub_is_no_reason_to_wait(monkeypatch):
 
 def test_hub_data_set_takes_the_first_usual_split(monkeypatch):
     loaded = datasets.DatasetDict(train=table(6), validation=table(3))
-    monkeypatch.setattr(image_sources, "_ask_hub", lambda name: None)
+    monkeypatch.setattr(sources, "_ask_hub", lambda name: None)
     monkeypatch.setattr(datasets, "load_dataset", lambda name: loaded)
     data = load_labelled_images("someone/flowers", 4)
     assert (data.name, len(data)) == ("someone/flowers", 3)

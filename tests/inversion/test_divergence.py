@@ -6,11 +6,11 @@ import pytest
 
 from lora_recycle.cli.main import main
 from lora_recycle.distillation.config import DistillationConfig
-from lora_recycle.distillation.trainer import MetaLoraTrainer
+from lora_recycle.distillation.trainer import MetaLoRATrainer
 from lora_recycle.errors import DivergenceError
 from lora_recycle.inversion.batch import InversionBatch
 from lora_recycle.inversion.config import InversionConfig
-from lora_recycle.inversion.inverter import LoraInverter
+from lora_recycle.inversion.inverter import LoRAInverter
 from lora_recycle.surrogate.dataset import SurrogateDataset
 from lora_recycle.surrogate.shards import check_manifest
 
@@ -35,7 +35,7 @@ def diverging(monkeypatch):
 
 def test_one_stops_and_the_rest_goes_on(tiny_pool, tmp_path, diverging):
     diverging.add("adapter-1")
-    inverter = LoraInverter(tiny_pool, quick())
+    inverter = LoRAInverter(tiny_pool, quick())
     surrogate = inverter.run(tmp_path, progress=False)
     (failed,) = inverter.failed
     assert failed["name"] == "adapter-1" and failed["sha256"] == tiny_pool.infos[1].sha256
@@ -49,18 +49,18 @@ def test_one_stops_and_the_rest_goes_on(tiny_pool, tmp_path, diverging):
         "adapter-3",
     ]
     assert SurrogateDataset.from_pretrained(tmp_path).manifest["failed"] == [failed]
-    trainer = MetaLoraTrainer(tiny_pool, surrogate, DistillationConfig(steps=1, rank=2, relational_batch=8))
+    trainer = MetaLoRATrainer(tiny_pool, surrogate, DistillationConfig(steps=1, rank=2, relational_batch=8))
     ((name, reason),) = trainer.excluded
     assert name == tiny_pool.infos[1].where and reason.startswith("its inversion failed: ") and len(trainer.pool) == 3
     diverging.clear()
-    again = LoraInverter(tiny_pool, quick())
+    again = LoRAInverter(tiny_pool, quick())
     assert again.run(tmp_path, progress=False).num_shards == 4 and again.failed == []
 
 
 def test_where_all_diverge_the_run_fails(tiny_pool, tmp_path, diverging):
     diverging.update(f"adapter-{i}" for i in range(4))
     with pytest.raises(DivergenceError, match="adapter-0: the loss of its images"):
-        LoraInverter(tiny_pool, quick()).run(tmp_path, progress=False)
+        LoRAInverter(tiny_pool, quick()).run(tmp_path, progress=False)
     assert not (tmp_path / "manifest.json").exists()
 
 
@@ -83,7 +83,10 @@ def test_the_command_tells_who_failed_and_whose_images_are_doubtful(tiny_pool_pa
         e["adapter"]["name"]: e["confidence"] for e in json.loads((tmp_path / "manifest.json").read_text())["shards"]
     }
     doubtful = [f"{name} ({score:.2f})" for name, score in scores.items() if score < 0.5]
-    assert doubtful and f"not sure of the images of {len(doubtful)} adapters: {', '.join(doubtful)}." in said
+    assert (
+        doubtful
+        and f"{len(doubtful)} adapters give their own images a low probability: {', '.join(doubtful)}." in said
+    )
 
 
 @pytest.mark.parametrize("failed", ["adapter", [1], [{"name": "x", "sha256": "y"}]])

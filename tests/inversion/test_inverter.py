@@ -16,9 +16,8 @@ from lora_recycle.adapters.stored import StoredAdapter
 from lora_recycle.backbones.backbone import Backbone
 from lora_recycle.backbones.token_selection import select_top
 from lora_recycle.errors import AdapterError, ConfigError
-from lora_recycle.fewshot.relations import relational_divergence
 from lora_recycle.inversion.config import InversionConfig
-from lora_recycle.inversion.inverter import LoraInverter
+from lora_recycle.inversion.inverter import LoRAInverter
 from lora_recycle.inversion.pixel_spaces import MultiResolution, Pixels
 from lora_recycle.pool.pool import AdapterPool
 
@@ -37,8 +36,8 @@ def shards_by_adapter(surrogate):
 def test_loss_falls_and_accuracy_rises(tiny_pool, parameterization):
     common = {"images_per_class": 4, "jitter": 0, "stop_at": 1.0, "starts": {"noise": 1.0}}
     common["parameterization"] = parameterization
-    before = LoraInverter(tiny_pool, InversionConfig(iterations=1, lr=1e-9, **common)).invert(0)
-    inverter = LoraInverter(tiny_pool, InversionConfig(iterations=25, lr=0.1, **common))
+    before = LoRAInverter(tiny_pool, InversionConfig(iterations=1, lr=1e-9, **common)).invert(0)
+    inverter = LoRAInverter(tiny_pool, InversionConfig(iterations=25, lr=0.1, **common))
     after = inverter.invert(0)
     assert torch.equal(before.labels, after.labels)
     assert len(inverter.losses) == 25 and inverter.losses[-1] < 0.7 * inverter.losses[0]
@@ -46,9 +45,9 @@ def test_loss_falls_and_accuracy_rises(tiny_pool, parameterization):
 
 
 def test_labels_are_balanced_and_classes_limited(tiny_pool):
-    shard = LoraInverter(tiny_pool, quick(max_classes=2)).invert(0)
+    shard = LoRAInverter(tiny_pool, quick(max_classes=2)).invert(0)
     assert shard.labels.bincount().max() == 3 and len(shard.labels.unique()) == 2 and len(shard) == 6
-    assert LoraInverter(tiny_pool, quick()).invert(0).labels.bincount().tolist() == [3, 3, 3, 3]
+    assert LoRAInverter(tiny_pool, quick()).invert(0).labels.bincount().tolist() == [3, 3, 3, 3]
 
 
 @torch.no_grad()
@@ -86,15 +85,15 @@ def test_kept_tokens_are_what_cls_looks_at(tiny_pool, tiny_surrogate):
 
 
 def test_without_pruning_no_mask_is_stored(tiny_pool):
-    assert LoraInverter(tiny_pool, quick(keep_ratio=1.0)).invert(0).kept_tokens is None
+    assert LoRAInverter(tiny_pool, quick(keep_ratio=1.0)).invert(0).kept_tokens is None
 
 
 def test_masks_are_of_the_last_pruning_layer_unless_they_are_not_wanted(tiny_pool):
-    shard = LoraInverter(tiny_pool, quick(prune={0: 0.25}, jitter=0)).invert(1)
+    shard = LoRAInverter(tiny_pool, quick(prune={0: 0.25}, jitter=0)).invert(1)
     with tiny_pool.folded(1) as backbone, backbone.record_attention(0) as attention:
         backbone(backbone.normalize(shard.pixels))
     assert torch.equal(shard.kept_tokens.long(), select_top(attention.row[:, 1:], 4))
-    assert LoraInverter(tiny_pool, quick(prune={0: 0.25}, keep_ratio=1.0)).invert(1).kept_tokens is None
+    assert LoRAInverter(tiny_pool, quick(prune={0: 0.25}, keep_ratio=1.0)).invert(1).kept_tokens is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -106,7 +105,7 @@ def test_masks_are_taken_on_the_stored_pixels_whatever_the_jitter(family):
     adapter = planted_adapter("planted", random_factors({layer: (32, 2, 32)}, 0))
     adapter = dataclasses.replace(adapter, head=Head(torch.randn(3, backbone.head_size)))
     pool = AdapterPool(backbone, [adapter])
-    shard = LoraInverter(pool, quick(prune={0: 0.5, 1: 0.25}, jitter=4, flip=True)).invert(0)
+    shard = LoRAInverter(pool, quick(prune={0: 0.5, 1: 0.25}, jitter=4, flip=True)).invert(0)
     with pool.folded(0):
         eager = copy.deepcopy(base)
     eager.set_attn_implementation("eager")
@@ -125,14 +124,14 @@ def test_patches_are_dropped_from_the_first_iteration_asked_for(tiny_pool, monke
         return hidden, kept
 
     monkeypatch.setattr(Backbone, "forward", watch)
-    LoraInverter(tiny_pool, quick(iterations=4, prune={0: 0.5, 1: 0.25}, prune_start=3)).invert(0)
+    LoRAInverter(tiny_pool, quick(iterations=4, prune={0: 0.5, 1: 0.25}, prune_start=3)).invert(0)
     assert seen == [17, 17, 17, 5, 17]  # and all tokens when the stored pixels are described
 
 
 def test_pruning_changes_the_images(tiny_pool):
-    plain = LoraInverter(tiny_pool, quick(iterations=3)).invert(0)
-    pruned = LoraInverter(tiny_pool, quick(iterations=3, prune={0: 0.25})).invert(0)
-    late = LoraInverter(tiny_pool, quick(iterations=3, prune={0: 0.25}, prune_start=3)).invert(0)
+    plain = LoRAInverter(tiny_pool, quick(iterations=3)).invert(0)
+    pruned = LoRAInverter(tiny_pool, quick(iterations=3, prune={0: 0.25})).invert(0)
+    late = LoRAInverter(tiny_pool, quick(iterations=3, prune={0: 0.25}, prune_start=3)).invert(0)
     assert not torch.equal(plain.pixels, pruned.pixels) and torch.equal(plain.pixels, late.pixels)
 
 
@@ -140,7 +139,7 @@ def test_finished_images_stop_and_the_others_go_on_as_if_alone(tiny_pool):
     common = {"images_per_class": 4, "jitter": 0, "lr": 0.1, "priors": {}, "batch_size": 7}
 
     def pixels(iterations, stop_at=1.0):
-        return LoraInverter(tiny_pool, InversionConfig(iterations=iterations, stop_at=stop_at, **common)).invert(0)
+        return LoRAInverter(tiny_pool, InversionConfig(iterations=iterations, stop_at=stop_at, **common)).invert(0)
 
     early, late = pixels(5).pixels, pixels(15)
     middle = pixels(10).pixels
@@ -157,39 +156,39 @@ def test_finished_images_stop_and_the_others_go_on_as_if_alone(tiny_pool):
 
 def test_same_seed_same_bytes_whatever_the_other_adapters(tiny_pool, tmp_path):
     config = quick(keep_ratio=0.5, flip=True)
-    one = shards_by_adapter(LoraInverter(tiny_pool, config).run(tmp_path / "one", progress=False))
-    again = shards_by_adapter(LoraInverter(tiny_pool, config).run(tmp_path / "again", progress=False))
-    fewer = LoraInverter(tiny_pool.subset([2, 0]), config).run(tmp_path / "fewer", progress=False)
+    one = shards_by_adapter(LoRAInverter(tiny_pool, config).run(tmp_path / "one", progress=False))
+    again = shards_by_adapter(LoRAInverter(tiny_pool, config).run(tmp_path / "again", progress=False))
+    fewer = LoRAInverter(tiny_pool.subset([2, 0]), config).run(tmp_path / "fewer", progress=False)
     assert len(one) == 4 and one == again
     for name, content in shards_by_adapter(fewer).items():
         assert content == one[name]
-    other = LoraInverter(tiny_pool.subset([0]), dataclasses.replace(config, seed=1)).invert(0)
+    other = LoRAInverter(tiny_pool.subset([0]), dataclasses.replace(config, seed=1)).invert(0)
     assert not torch.equal(other.pixels, fewer.shard(1).pixels)
 
 
 def test_the_pool_is_left_as_it_was(tiny_pool):
     before = copied_state(tiny_pool.backbone)
-    LoraInverter(tiny_pool, quick(hard_weight=1.0)).invert(2)
+    LoRAInverter(tiny_pool, quick()).invert(2)
     assert same_weights(tiny_pool.backbone, before)
     assert all(p.grad is None for p in tiny_pool.backbone.parameters())
 
 
 def test_finished_shards_are_kept_and_other_settings_refused_unless_asked_for(tiny_pool, tmp_path, monkeypatch):
     pool, made = tiny_pool.subset([0, 1]), []
-    surrogate = LoraInverter(pool, quick()).run(tmp_path, progress=False, on_shard=lambda name, _: made.append(name))
+    surrogate = LoRAInverter(pool, quick()).run(tmp_path, progress=False, on_shard=lambda name, _: made.append(name))
     files = [tmp_path / entry["file"] for entry in surrogate.manifest["shards"]]
     assert made == [file.name for file in files]
     times = [file.stat().st_mtime_ns for file in files]
     files[1].unlink()
     (tmp_path / "manifest.json").unlink()  # as after a kill
     made.clear()
-    LoraInverter(pool, quick()).run(tmp_path, progress=False, on_shard=lambda name, _: made.append(name))
+    LoRAInverter(pool, quick()).run(tmp_path, progress=False, on_shard=lambda name, _: made.append(name))
     assert made == [files[1].name] and files[0].stat().st_mtime_ns == times[0]
     made.clear()
     with monkeypatch.context() as patch:
         patch.setattr(StoredAdapter, "load", lambda self: pytest.fail("read"))
-        LoraInverter(tiny_pool.subset([0, 1]), quick()).run(tmp_path, progress=False)  # nothing is left to do
-    changed = LoraInverter(pool, quick(lr=0.02))
+        LoRAInverter(tiny_pool.subset([0, 1]), quick()).run(tmp_path, progress=False)  # nothing is left to do
+    changed = LoRAInverter(pool, quick(lr=0.02))
     with pytest.raises(ConfigError, match=r"of another recipe \(lr: 0.05 there, 0.02 here\).*2 in all.*--no-resume"):
         changed.run(tmp_path, progress=False)
     assert files[0].stat().st_mtime_ns == times[0]
@@ -199,20 +198,20 @@ def test_finished_shards_are_kept_and_other_settings_refused_unless_asked_for(ti
 
 def test_a_damaged_shard_is_made_again(tiny_pool, tmp_path, caplog):
     pool = tiny_pool.subset([0])
-    surrogate = LoraInverter(pool, quick()).run(tmp_path, progress=False)
+    surrogate = LoRAInverter(pool, quick()).run(tmp_path, progress=False)
     path = tmp_path / surrogate.manifest["shards"][0]["file"]
     whole = path.read_bytes()
     flipped = whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:]
     for damaged in (whole[:-100], flipped, b""):
         path.write_bytes(damaged)
         caplog.clear()
-        LoraInverter(pool, quick()).run(tmp_path, progress=False)
+        LoRAInverter(pool, quick()).run(tmp_path, progress=False)
         assert path.read_bytes() == whole and f"{path} is damaged; it is made again." in caplog.text
 
 
 @pytest.mark.parametrize("start", ["noise", "dead-leaves", "fractal", "strokes"])
 def test_no_iterations_keep_the_starts_and_ask_the_adapter(tiny_pool, start):
-    shard = LoraInverter(tiny_pool, quick(iterations=0, starts={start: 1.0})).invert(0)
+    shard = LoRAInverter(tiny_pool, quick(iterations=0, starts={start: 1.0})).invert(0)
     assert torch.equal(shard.labels, shard.teacher_logits.argmax(1)) and shard.accuracy == 1.0
     assert shard.pixels.float().std() > 5
 
@@ -222,40 +221,22 @@ def test_starts_from_a_folder_of_images(tiny_pool, tmp_path):
     for i, picture in enumerate(pixels):
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
     config = quick(iterations=0, starts={"images": 1.0}, start_images=str(tmp_path))
-    shard = LoraInverter(tiny_pool, config).invert(0)
+    shard = LoRAInverter(tiny_pool, config).invert(0)
     known = {picture.numpy().tobytes() for picture in pixels}
     assert {picture.numpy().tobytes() for picture in shard.pixels} <= known
 
 
 def test_starts_from_other_adapters_surrogates(tiny_pool, tiny_surrogate):
     config = quick(iterations=0, starts={"images": 1.0}, start_images=str(tiny_surrogate.folder))
-    shard = LoraInverter(tiny_pool, config).invert(1)
+    shard = LoRAInverter(tiny_pool, config).invert(1)
     known = {p.numpy().tobytes() for i in range(4) for p in tiny_surrogate.shard(i).pixels}
     assert {picture.numpy().tobytes() for picture in shard.pixels} <= known
-
-
-@pytest.mark.parametrize("reference", ["backbone", "average", "folder"])
-def test_hard_images_divide_adapter_and_reference(tiny_pool, tiny_pool_path, reference):
-    reference = str(tiny_pool_path / "adapter-1") if reference == "folder" else reference
-    common = {"images_per_class": 4, "iterations": 12, "jitter": 0, "hard_reference": reference, "lr": 0.1}
-    hard = LoraInverter(tiny_pool, InversionConfig(hard_weight=20.0, **common))
-    plain = LoraInverter(tiny_pool, InversionConfig(**common))
-
-    @torch.no_grad()
-    def divergence(pixels):
-        pixel_values = tiny_pool.backbone.normalize(pixels)
-        with tiny_pool.folded(0) as backbone:
-            teacher = backbone.features(pixel_values)
-        return relational_divergence(hard.reference.features(pixel_values), teacher).item()
-
-    assert plain.reference is None
-    assert divergence(hard.invert(0).pixels) > 1.3 * divergence(plain.invert(0).pixels)
 
 
 def test_priors_pull(tiny_pool):
     common = {"images_per_class": 2, "iterations": 10, "jitter": 0, "starts": {"noise": 1.0}, "lr": 0.1}
     rough, smooth = (
-        LoraInverter(tiny_pool, InversionConfig(priors={"tv": weight}, **common)).invert(0).pixels.float()
+        LoRAInverter(tiny_pool, InversionConfig(priors={"tv": weight}, **common)).invert(0).pixels.float()
         for weight in (0.0, 50.0)
     )
     assert smooth.diff(dim=-1).abs().mean() < 0.9 * rough.diff(dim=-1).abs().mean()
@@ -264,18 +245,18 @@ def test_priors_pull(tiny_pool):
 def test_an_adapter_without_a_head_is_named_at_once(tiny_pool):
     headless = planted_adapter("headless", random_factors({"layers.0.attention.q_proj": (32, 2, 32)}, 0))
     with pytest.raises(AdapterError, match="headless: has no classification head"):
-        LoraInverter(AdapterPool(tiny_pool.backbone, [tiny_pool[0], headless]), quick())
+        LoRAInverter(AdapterPool(tiny_pool.backbone, [tiny_pool[0], headless]), quick())
 
 
 def test_a_head_that_does_not_fit_is_named_at_once(tiny_pool):
     wide = dataclasses.replace(tiny_pool[0], head=Head(torch.zeros(4, 64)))
     with pytest.raises(AdapterError, match="adapter-0: its head reads 64 features, .* gives 32"):
-        LoraInverter(AdapterPool(tiny_pool.backbone, [tiny_pool[1], wide]), quick())
+        LoRAInverter(AdapterPool(tiny_pool.backbone, [tiny_pool[1], wide]), quick())
 
 
 def test_a_layer_that_is_not_there(tiny_pool):
     with pytest.raises(ConfigError, match=r"prune: .*tiny-vit has the layers 0 to 1, got 2"):
-        LoraInverter(tiny_pool, quick(prune={2: 0.5}))
+        LoRAInverter(tiny_pool, quick(prune={2: 0.5}))
 
 
 def test_parameterisations_start_at_the_image():
@@ -290,7 +271,7 @@ def test_parameterisations_start_at_the_image():
 
 
 def test_mixed_precision_computes_in_bfloat16_and_is_another_run(tiny_pool, launched_with_bf16, monkeypatch):
-    inverter, seen = LoraInverter(tiny_pool, quick()), []
+    inverter, seen = LoRAInverter(tiny_pool, quick()), []
     handle = tiny_pool.backbone.model.layers[0].mlp.fc1.register_forward_hook(lambda *a: seen.append(a[-1].dtype))
     shard = inverter.invert(0)
     handle.remove()
@@ -299,20 +280,19 @@ def test_mixed_precision_computes_in_bfloat16_and_is_another_run(tiny_pool, laun
     other = inverter._identity(tiny_pool.infos[0])
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    assert LoraInverter(tiny_pool, quick())._identity(tiny_pool.infos[0]) != other
+    assert LoRAInverter(tiny_pool, quick())._identity(tiny_pool.infos[0]) != other
 
 
 def test_fp16_is_refused(tiny_pool, launched_with_bf16, monkeypatch):
     monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
     with pytest.raises(ConfigError, match="mixed_precision"):
-        LoraInverter(tiny_pool, InversionConfig())
+        LoRAInverter(tiny_pool, InversionConfig())
 
 
-@pytest.mark.parametrize("hard_weight", [0.0, 1.0])
-def test_a_backbone_in_bfloat16_is_inverted(tiny_pool_path, hard_weight):
+def test_a_backbone_in_bfloat16_is_inverted(tiny_pool_path):
     pool = AdapterPool.from_pretrained(tiny_pool_path, dtype=torch.bfloat16)
-    settings = {"priors": {"tv": 0.1, "patch_entropy": 0.1}, "hard_weight": hard_weight, "keep_ratio": 0.5}
-    shard = LoraInverter(pool, quick(**settings)).invert(2)
+    settings = {"priors": {"tv": 0.1, "patch_entropy": 0.1}, "keep_ratio": 0.5}
+    shard = LoRAInverter(pool, quick(**settings)).invert(2)
     assert shard.teacher_logits.dtype == torch.float32 and shard.teacher_logits.isfinite().all()
     assert shard.teacher_features.dtype == torch.float16 and shard.kept_tokens.shape[1] == 8
 
@@ -325,7 +305,7 @@ def test_other_images_under_the_same_path_are_another_recipe(tiny_pool, tmp_path
     (tmp_path / "in").mkdir()
     for shade in (10, 20):
         Image.new("RGB", (32, 32), (shade, 0, 0)).save(tmp_path / "in" / "a.png")
-        inverter = LoraInverter(pool, quick(**config))
+        inverter = LoRAInverter(pool, quick(**config))
         if shade == 10:
             surrogate = inverter.run(tmp_path / "out", progress=False)
             assert surrogate.manifest["data_sha256"] == inverter.data_sha256 and len(inverter.data_sha256) == 1

@@ -4,11 +4,16 @@ import math
 
 import pytest
 import torch
+from helpers_tiny import planted_adapter, tiny_backbone
 from torch import nn
 
+from lora_recycle.adapters.heads import Head
 from lora_recycle.errors import ConfigError
+from lora_recycle.inversion import priors
+from lora_recycle.inversion.batch import InversionBatch, Objective
 from lora_recycle.inversion.config import InversionConfig
 from lora_recycle.inversion.priors import BatchNormPrior, build_priors, patch_similarity_entropy, total_variation
+from lora_recycle.runtime.launch import mixed_precision
 
 
 def test_total_variation_by_hand():
@@ -69,6 +74,21 @@ def test_batch_norm_prior_resizes_and_has_a_gradient():
     assert images.grad.isfinite().all() and images.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("parameterization", ["multires", "pixels"])
+def test_images_may_leave_a_batch_whose_prior_saw_them(monkeypatch, parameterization):
+    """The prior held the graph of the step before, whose gradients have the shape of the larger batch."""
+    monkeypatch.setattr(priors, "efficientnet_lite0", lambda: matched_prior(torch.rand(4, 3, 16, 16)))
+    config = InversionConfig(priors={"tv": 0.1, "batch_norm": 0.01}, parameterization=parameterization, jitter=0)
+    backbone = tiny_backbone()
+    adapter = planted_adapter("a", {})
+    adapter.head = Head(torch.randn(2, 32))
+    objective = Objective(backbone, adapter, config, build_priors(config.priors, 1), mixed_precision())
+    batch = InversionBatch(objective, torch.rand(3, 3, 32, 32), torch.tensor([0, 1, 0]), torch.Generator())
+    batch.step()
+    batch.keep(torch.tensor([True, False, True]))
+    assert batch.step().isfinite() and batch.pixels().shape == (2, 3, 32, 32)
+
+
 def test_a_network_without_batch_norm_is_refused():
     with pytest.raises(ConfigError, match="BatchNorm2d"):
         BatchNormPrior(nn.Conv2d(3, 4, 3), [0.5] * 3, [0.5] * 3, 16)
@@ -84,5 +104,5 @@ def test_priors_are_summed_with_their_weights():
 
 
 def test_an_unknown_prior_is_refused():
-    with pytest.raises(ConfigError, match="priors: 'gan' is unknown, choose from tv, patch_entropy, batch_norm"):
+    with pytest.raises(ConfigError, match="priors: 'gan' is unknown; choose from tv, patch_entropy, batch_norm"):
         InversionConfig(priors={"gan": 1.0})

@@ -15,7 +15,7 @@ def mixed():
     """Three adapters of other ranks and targets, one of them with a change of a bias too."""
     shapes = [{Q0: (32, 2, 32)}, {Q0: (32, 5, 32), FC1: (64, 3, 32)}, {FC1: (64, 1, 32), Q0: (32, 32, 32)}]
     adapters = [planted_adapter(f"a{i}", random_factors(s, seed=i)) for i, s in enumerate(shapes)]
-    adapters[1].others["layers.0.layernorm_before.bias"] = torch.linspace(-1, 1, 32)
+    adapters[1].vector_deltas["layers.0.layernorm_before.bias"] = torch.linspace(-1, 1, 32)
     return AdapterPool(tiny_backbone(), adapters)
 
 

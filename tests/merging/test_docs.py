@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from lora_recycle.cli.evaluate import EPILOG
-from lora_recycle.evaluation.evaluate import ALL_METHODS
+from lora_recycle.evaluation.config import all_methods
 
 
 PAGE = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
@@ -27,4 +27,4 @@ def test_the_python_of_the_page(tiny_pool_path, tmp_path, monkeypatch):
 
 def test_page_and_help_name_every_method():
     told = set(re.findall(r"[\w-]+", EPILOG.split("methods:")[1]))
-    assert set(ALL_METHODS) <= told and all(f"`{method}`" in PAGE for method in ALL_METHODS)
+    assert set(all_methods()) <= told and all(f"`{method}`" in PAGE for method in all_methods())

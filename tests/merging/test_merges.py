@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from peft.utils import merge_utils
 
 from lora_recycle.errors import AdapterError, ConfigError
-from lora_recycle.merging import Dare, Ensemble, GroupSum, Knots, MagnitudePruning, Restored, Ties, Undiluted, Uniform
+from lora_recycle.merging import Average, Dare, Ensemble, GroupSum, Knots, MagnitudePruning, Restored, Ties, Undiluted
 from lora_recycle.merging.base import dense_changes
 from lora_recycle.merging.knots import shared_bases
 from lora_recycle.merging.magnitude import keep_largest
@@ -46,7 +46,7 @@ def test_the_average_is_what_peft_concatenates():
     x, base = torch.randn(3, 32), backbone.model.get_submodule(Q0)
     with torch.no_grad():
         expected = base(x) + x @ layer.get_delta_weight("both").T
-        for method in (Uniform(), Uniform("exact")):
+        for method in (Average(), Average(32)):
             (network,) = method.networks(pool)
             with network:
                 torch.testing.assert_close(base(x), expected, rtol=1e-4, atol=1e-4)
@@ -171,18 +171,18 @@ def test_a_merge_is_an_adapter_that_can_be_folded_and_taken_out(mixed, method):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("rank", ["exact", 4])
+@pytest.mark.parametrize("rank", [32, 4])
 def test_the_average_worn_beside_the_weights(mixed, rank, images):
-    mixed[1].others.clear()
+    mixed[1].vector_deltas.clear()
     before, x = copied_state(mixed.backbone), mixed.backbone.normalize(images)
     bare = mixed.backbone.features(x)
-    (folded,), (worn,) = Uniform().networks(mixed), Uniform(rank).networks(mixed)
+    (folded,), (worn,) = Average().networks(mixed), Average(rank).networks(mixed)
     with folded as backbone:
         full = backbone.features(x)
     with worn as backbone:
         assert same_weights(backbone, before)
         features = backbone.features(x)
-    if rank == "exact":
+    if rank == 32:  # all there is
         torch.testing.assert_close(features, full, rtol=1e-3, atol=1e-4)
     else:
         cut = planted_adapter("cut", mixed.average(4))
@@ -202,7 +202,7 @@ def test_a_density_that_is_no_share(method, density):
 @pytest.mark.parametrize("method", [Ties(), Dare(), MagnitudePruning(), Knots(), GroupSum(), Undiluted()])
 def test_adapters_that_change_no_weights_are_named(method):
     adapter = planted_adapter("lily", {})
-    adapter.layers[Q0] = torch.nn.Linear(2, 2)
+    adapter.peft_layers[Q0] = torch.nn.Linear(2, 2)
     pool = AdapterPool(tiny_backbone(), [adapter])
     with pytest.raises(AdapterError, match="lily: adapters of type LORA change no weights"):
         method.changes(pool)

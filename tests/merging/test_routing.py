@@ -10,7 +10,7 @@ from peft.tuners.lora.config import ArrowConfig
 from lora_recycle.backbones.backbone import extract_features
 from lora_recycle.errors import AdapterError, ConfigError, DataError
 from lora_recycle.inversion.config import InversionConfig
-from lora_recycle.inversion.inverter import LoraInverter
+from lora_recycle.inversion.inverter import LoRAInverter
 from lora_recycle.merging import (
     Arrow,
     ClassStatistics,
@@ -115,8 +115,8 @@ def test_the_nearest_group_decides_alone(mixed, monkeypatch, images, shots):
         with mixed.folded([mixed[i] for i in group]) as backbone:
             shots_seen, asked = extract_features(backbone, support), extract_features(backbone, queries)
         near.append(separability(shots_seen, labels))
-        centres = torch.stack([shots_seen[labels == c].mean(0) for c in (0, 1)])
-        expected.append(F.cosine_similarity(asked[:, None], centres[None], dim=-1))
+        prototypes = torch.stack([shots_seen[labels == c].mean(0) for c in (0, 1)])
+        expected.append(F.cosine_similarity(asked[:, None], prototypes[None], dim=-1))
     best = 0 if near[0] > near[1] else 1
     assert abs(near[0] - near[1]) > 1e-4
     torch.testing.assert_close(scores, expected[best], rtol=1e-4, atol=1e-5)
@@ -128,9 +128,9 @@ def test_in_the_ensemble_all_are_heard(mixed, images):
     scores = Ensemble().classify(mixed, support, labels, images[2:])
     for i in range(3):
         with mixed.folded(i) as backbone:
-            centres = extract_features(backbone, support).flip(0)
+            prototypes = extract_features(backbone, support).flip(0)
             expected.append(
-                F.cosine_similarity(extract_features(backbone, images[2:])[:, None], centres[None], dim=-1)
+                F.cosine_similarity(extract_features(backbone, images[2:])[:, None], prototypes[None], dim=-1)
             )
     torch.testing.assert_close(scores, torch.stack(expected).mean(0), rtol=1e-4, atol=1e-5)
 
@@ -167,7 +167,7 @@ def test_shuffled_heads_leave_no_adapter_its_own(tiny_pool):
 
 def test_a_pool_of_shuffled_heads_is_inverted(tiny_pool):
     control = shuffled_heads(tiny_pool)
-    shard = LoraInverter(control, InversionConfig(images_per_class=1, iterations=1)).invert(0)
+    shard = LoRAInverter(control, InversionConfig(images_per_class=1, iterations=1)).invert(0)
     owner, donee = tiny_pool[0], control[0]
     with control.folded(0) as backbone:
         hidden = backbone(backbone.normalize(shard.pixels))[0]

@@ -57,7 +57,7 @@ FAMILIES = {
 }
 
 
-def build(family="vit", config=None, head="class_centres") -> MetaLoRAForFewShotClassification:
+def build(family="vit", config=None, head="prototypes") -> MetaLoRAForFewShotClassification:
     """A tiny model whose adapter changes much."""
     network, processor = FAMILIES[family]
     torch.manual_seed(0)
@@ -140,7 +140,7 @@ def test_onnx_says_the_same(family, task, photos, example, tmp_path):
         np.testing.assert_allclose(example.run(tmp_path, photos, batch_size), expected, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("head", ["euclidean_centres", "lda"])
+@pytest.mark.parametrize("head", ["euclidean_prototypes", "lda"])
 def test_every_head_that_looks_at_one_image_is_exported(head, photos, tmp_path):
     model = fitted(photos, head=head)
     export(model, tmp_path, "torch")

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from helpers_tiny import repair_checksums
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -81,7 +82,7 @@ def test_a_task_serves_the_heads_that_need_no_more(model, toy_data, tmp_path):
 
 
 def test_unknown_heads_are_told_before_anything_is_read(tmp_path):
-    with pytest.raises(ConfigError, match="Unknown head 'svm'. There are class_centres, .*lda"):
+    with pytest.raises(ConfigError, match="Unknown head 'svm'. There are prototypes, .*lda"):
         MetaLoRAForFewShotClassification.from_pretrained(tmp_path / "nowhere", head="svm")
 
 
@@ -110,6 +111,7 @@ def test_a_damaged_task_is_refused(model, toy_data, tmp_path, change, message):
     with safe_open(path, "pt") as file:
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in list(file.keys())}
     save_file(tensors | change, path, metadata)
+    repair_checksums(tmp_path)
     with pytest.raises(AdapterError, match=message):
         MetaLoRAForFewShotClassification.from_pretrained(tmp_path)
 
@@ -127,7 +129,7 @@ def test_a_damaged_task_is_refused(model, toy_data, tmp_path, change, message):
         ),
         ({"head_parameters": {"transductive_em": {"balance": [1.0] * 101}}}, "balance .* must be positive"),
         ({"head_parameters": {"transductive_em": {"balance": [True]}}}, "balance .* must be positive"),
-        ({"head_parameters": {"class_centres": {"temperature": 10**400}}}, "temperature .* must be positive"),
+        ({"head_parameters": {"prototypes": {"temperature": 10**400}}}, "temperature .* must be positive"),
         ({"temperature": 10**400}, "temperature must be a positive number"),
         (
             {"head": "transductive_transport", "head_parameters": {"transductive_transport": {"passes": 1e6}}},
@@ -164,7 +166,7 @@ def test_a_head_that_this_version_lacks_can_be_replaced(folder, tmp_path):
     assert MetaLoRAForFewShotClassification.from_pretrained(tmp_path, head="lda").head.name == "lda"
 
 
-@pytest.mark.parametrize("name", ["class_centres", "transductive_em"])
+@pytest.mark.parametrize("name", ["prototypes", "transductive_em"])
 def test_parameters_are_learned_on_surrogates_and_saved(name, model, tiny_surrogate, tmp_path):
     model = with_head(model, name)
     before = model.head
@@ -178,7 +180,7 @@ def test_parameters_are_learned_on_surrogates_and_saved(name, model, tiny_surrog
         loaded = MetaLoRAForFewShotClassification.from_pretrained(tmp_path)
     assert loaded.head.parameters() == head.parameters()
     # another head of the same folder has its own
-    other = MetaLoRAForFewShotClassification.from_pretrained(tmp_path, head="cosine_centres")
+    other = MetaLoRAForFewShotClassification.from_pretrained(tmp_path, head="cosine_prototypes")
     assert other.head.temperature == 0.1 and other.settings["head_parameters"] == model.settings["head_parameters"]
 
 
@@ -186,7 +188,7 @@ def test_a_learned_temperature_fits_the_surrogates_better(model, tiny_surrogate)
     """Too sure or too unsure at the start, the head comes nearer the same temperature."""
     found = []
     for start in (0.01, 1.0):
-        model.head = make_head("cosine_centres", {"head_parameters": {"cosine_centres": {"temperature": start}}})
+        model.head = make_head("cosine_prototypes", {"head_parameters": {"cosine_prototypes": {"temperature": start}}})
         found.append(fit_head(model, tiny_surrogate, ways=3, steps=20).temperature)
     assert 0.01 < found[0] < found[1] < 1.0
 

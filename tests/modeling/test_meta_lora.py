@@ -6,21 +6,21 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from helpers_tiny import random_pixels
+from helpers_tiny import random_pixels, repair_checksums
 from peft import PeftConfig, PeftModel
 from PIL import Image
 from transformers import AutoModel
 
 from lora_recycle.distillation.config import DistillationConfig
-from lora_recycle.distillation.trainer import MetaLoraTrainer
+from lora_recycle.distillation.trainer import MetaLoRATrainer
 from lora_recycle.errors import AdapterError, DataError
-from lora_recycle.fewshot.prototypes import centre_logits
+from lora_recycle.fewshot.prototypes import prototype_logits
 from lora_recycle.modeling.meta_lora import MetaLoRAForFewShotClassification
 
 
 @pytest.fixture(scope="module")
 def student(tiny_pool):
-    return MetaLoraTrainer(tiny_pool, None, DistillationConfig(steps=0, rank=8)).train(progress=False)
+    return MetaLoRATrainer(tiny_pool, None, DistillationConfig(steps=0, rank=8)).train(progress=False)
 
 
 @pytest.fixture
@@ -80,9 +80,9 @@ def test_forward_by_hand(model):
     labels = torch.tensor([1, 0, 1, 0])
     output = model(support, labels, query, torch.tensor([0, 1, 1]))
     f = model.features(support)
-    centres = torch.stack([(f[1] + f[3]) / 2, (f[0] + f[2]) / 2])
-    torch.testing.assert_close(output.prototypes, centres, rtol=1e-4, atol=1e-5)
-    cosine = torch.cosine_similarity(model.features(query)[:, None], centres[None], dim=-1)
+    prototypes = torch.stack([(f[1] + f[3]) / 2, (f[0] + f[2]) / 2])
+    torch.testing.assert_close(output.prototypes, prototypes, rtol=1e-4, atol=1e-5)
+    cosine = torch.cosine_similarity(model.features(query)[:, None], prototypes[None], dim=-1)
     torch.testing.assert_close(output.logits, cosine / 0.1, rtol=1e-4, atol=1e-4)
     p = output.logits.softmax(-1)
     torch.testing.assert_close(output.loss, -(p[0, 0] * p[1, 1] * p[2, 1]).log() / 3)
@@ -174,7 +174,7 @@ def test_prototypes_are_prepared_once_and_follow_the_task(model, toy_data, monke
     assert model.predict_proba(queries).shape == (6, 2) and prepared == [2]
     model.add_classes(*pictures(toy_data, [4]))
     assert model.predict_proba(queries).shape == (6, 3) and prepared == [2, 3]
-    expected = centre_logits(model.embed(queries), model.prototypes, temperature=0.1).softmax(-1)
+    expected = prototype_logits(model.embed(queries), model.prototypes, temperature=0.1).softmax(-1)
     torch.testing.assert_close(model.predict_proba(queries), expected)
 
 
@@ -212,6 +212,9 @@ def test_a_fitted_task_is_saved_and_forgotten_with_it(model, toy_data, tmp_path,
 def test_a_damaged_task_is_refused(model, toy_data, tmp_path):
     model.fit(*pictures(toy_data, [0, 1])).save_pretrained(tmp_path)
     (tmp_path / "few_shot_task.safetensors").write_bytes(b"junk")
+    with pytest.raises(AdapterError, match="few_shot_task.safetensors is not the one that .* was saved with"):
+        MetaLoRAForFewShotClassification.from_pretrained(tmp_path)
+    repair_checksums(tmp_path)
     with pytest.raises(AdapterError, match="the fitted task cannot be read"):
         MetaLoRAForFewShotClassification.from_pretrained(tmp_path)
 
@@ -256,10 +259,11 @@ def test_bad_input_to_fit_keeps_the_fitted_task(model, toy_data):
         (images, ["a"] * 4, "at least two classes"),
         (images[:3], labels, "3 images, but 4 labels"),
         ([], ["a", "b"], "No images were given"),
-        ([np.zeros((32, 32, 3))] * 2, ["a", "b"], "must be uint8, got float64"),
+        ([np.full((32, 32, 3), 255.0)] * 2, ["a", "b"], "image 0: .* must lie between 0 and 1, .* got 255 to 255"),
         (["nowhere.png", "nor here.png"], ["a", "b"], r"nowhere.png: not a readable image \(No such file"),
         ([3, 4], ["a", "b"], "No image can be read from a int"),
-        (torch.zeros(2, 3, 16, 16), ["a", "b"], r"takes images of shape \(B, 3, 32, 32\)"),
+        (model.preprocess(images), labels, r"image 0: .* between 0 and 1, .* forward\(support_pixel_values"),
+        (torch.full((4, 3, 32, 32), torch.nan), labels, "image 0: .* between 0 and 1, .* got nan to nan"),
     ):
         with pytest.raises(DataError, match=message):
             model.fit(bad_images, bad_labels)
@@ -281,9 +285,10 @@ def test_every_form_of_one_image_is_the_same(model, tmp_path):
     picture = Image.fromarray(array)
     picture.save(tmp_path / "image.png")
     expected = model.features(model.backbone.normalize(pixels[None]))
-    normalised = model.backbone.normalize(pixels[None])
     path = tmp_path / "image.png"
-    forms = [picture, array, pixels, normalised, normalised[0], path, str(path), array[None], pixels[None], [picture]]
+    forms = [picture, array, pixels, path, str(path), array[None], pixels[None], [picture]]
+    forms += [pixels / 255, pixels[None] / 255, array / 255, array[None] / 255, array.transpose(2, 0, 1)]
+    forms += [(pixels / 255).half(), array.astype(np.float32) / 255]
     for form in [*forms, [array], [pixels], [str(path)], picture.convert("RGBA")]:
         torch.testing.assert_close(model.embed(form), expected, rtol=1e-4, atol=1e-4)
 

@@ -4,7 +4,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers_tiny import tiny_backbone, tiny_vit
+from helpers_tiny import random_pixels, tiny_backbone, tiny_vit
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import CLIPImageProcessorPil
@@ -73,8 +73,8 @@ def test_every_form_of_a_support_set_is_the_same_task(model, photos):
         (pictures, np.array(labels)),
         (arrays, labels),
         ([torch.from_numpy(array.copy()) for array in arrays], labels),
-        (model.preprocess(files), labels),
-        (list(model.preprocess(files)), labels),
+        ([torch.from_numpy(array.copy()).permute(2, 0, 1) / 255 for array in arrays], labels),
+        ([array / 255 for array in arrays], labels),
         (table, None),
         (typed, None),
         (typed.remove_columns("label"), labels),
@@ -199,7 +199,7 @@ def test_photos_larger_than_memory_should_hold_come_one_batch_at_a_time(photos, 
     embedded = model.embed(files, batch_size=4)
     assert batches == [(4, 3, 32, 32), (4, 3, 32, 32), (1, 3, 32, 32)]
     expected = backbone.processor(images=[Image.open(file) for file in files], return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(embedded, model.embed(expected), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(embedded, features(expected), rtol=1e-4, atol=1e-5)
 
 
 def test_a_transposed_or_masked_photo_is_classified_as_one_sees_it(model, photos, tmp_path):
@@ -213,3 +213,14 @@ def test_a_transposed_or_masked_photo_is_classified_as_one_sees_it(model, photos
     hidden.putalpha(0)
     white = Image.new("RGB", hidden.size, "white")
     assert torch.equal(task.predict_proba(hidden), task.predict_proba(white))
+
+
+@pytest.mark.parametrize(("one", "other"), [(1, "1"), (1, True), (2, 2.0), (True, "True")])
+def test_labels_that_would_pass_for_one_class_are_refused(model, one, other):
+    images = random_pixels(4)
+    with pytest.raises(DataError, match=f"The labels .*{one!r}.* would pass for one class. Give all labels one type"):
+        model.fit(images, [one, one, other, other])
+    model.fit(images, [one, one, "x", "x"])
+    with pytest.raises(DataError, match="would pass for one class"):
+        model.add_classes(images, [other] * 4)
+    assert set(model.label_names) == {one, "x"}

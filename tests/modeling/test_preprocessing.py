@@ -9,7 +9,7 @@ from transformers import CLIPImageProcessorPil, ViTImageProcessorPil
 
 from lora_recycle.backbones.backbone import Backbone
 from lora_recycle.errors import DataError
-from lora_recycle.modeling.preprocessing import to_pixel_values
+from lora_recycle.modeling.preprocessing import pixel_batches, to_pixel_values
 
 
 STATISTICS = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.25, 0.3]}
@@ -51,5 +51,37 @@ def test_tensors_of_the_right_size_are_treated_like_pictures(name):
 
 def test_tensors_that_are_no_images_are_refused():
     backbone = Backbone(tiny_vit(), tiny_processor(), "tiny")
-    with pytest.raises(DataError, match="must be uint8, got int64"):
+    with pytest.raises(DataError, match="must be uint8 from 0 to 255 or floats from 0 to 1, got int64"):
         to_pixel_values(torch.zeros(2, 3, 32, 32, dtype=torch.int64), backbone)
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+@pytest.mark.parametrize("size", [32, 40])
+def test_floats_from_0_to_1_are_the_same_pixels_in_torch_and_numpy(name, size):
+    backbone = Backbone(tiny_vit(), PROCESSORS[name], name)
+    pixels = torch.randint(0, 256, (3, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]
+    expected = to_pixel_values(pictures, backbone)
+    floats = pixels / 255  # as ToTensor gives them
+    for images in (floats, list(floats), floats.half(), floats.double().numpy(), floats.permute(0, 2, 3, 1).numpy()):
+        torch.testing.assert_close(to_pixel_values(images, backbone), expected)
+
+
+@pytest.mark.parametrize("as_numpy", [False, True])
+def test_floats_beyond_0_to_1_are_told_by_their_number_and_may_be_left_out(as_numpy):
+    backbone, images = Backbone(tiny_vit(), tiny_processor(), "tiny"), torch.rand(4, 3, 32, 32)
+    images[1], images[2, 0, 0, 0] = images[1] * 255, torch.nan
+    expected = to_pixel_values(images[[0, 3]], backbone)
+    given = images.permute(0, 2, 3, 1).numpy() if as_numpy else images
+    with pytest.raises(DataError, match="image 1: .* as ToTensor gives them, got .*divide values up to 255 by 255"):
+        to_pixel_values(given, backbone)
+    failures = {}
+    (found,) = pixel_batches(given, backbone, 8, failures)
+    assert torch.equal(found, expected) and sorted(failures) == [1, 2]
+
+
+def test_half_a_grey_level_of_rounding_is_no_other_scale():
+    backbone, white = Backbone(tiny_vit(), tiny_processor(), "tiny"), torch.ones(1, 3, 32, 32)
+    assert torch.equal(to_pixel_values(white * 1.001, backbone), to_pixel_values(white, backbone))
+    with pytest.raises(DataError, match="got 1.01 to 1.01"):
+        to_pixel_values(white * 1.01, backbone)

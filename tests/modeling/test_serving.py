@@ -161,7 +161,7 @@ def test_a_shared_task_is_what_the_model_itself_would_be(head, toy_data, tmp_pat
 def test_tasks_are_not_trusted(model, toy_data, tmp_path):
     with pytest.raises(DataError, match="Call fit"):
         model.new_task().save(tmp_path / "task.safetensors")
-    with pytest.raises(DataError, match="nowhere: there is no fitted task here that the head class_centres can use"):
+    with pytest.raises(DataError, match="nowhere: there is no fitted task here that the head prototypes can use"):
         model.load_task(tmp_path / "nowhere")
     (tmp_path / "junk").write_bytes(b"junk")
     with pytest.raises(AdapterError, match="junk: the fitted task cannot be read"):
@@ -210,4 +210,4 @@ def test_a_thousand_tasks_hold_a_few_kilobytes_each(toy_data):
         held = [*task._task.statistics.values(), *task._task.prepared.values()]
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
         assert not storages.keys() & weights
-        assert sum(storages.values()) <= 2 * 3 * 32 * 4 + 3 * 4  # sums and centres of 3 classes, and the counts
+        assert sum(storages.values()) <= 2 * 3 * 32 * 4 + 3 * 4  # sums and prototypes of 3 classes, and the counts

@@ -9,7 +9,7 @@ from helpers_tiny import random_pixels
 
 from lora_recycle import MetaLoRAForFewShotClassification, TaskTuningConfig
 from lora_recycle.errors import ConfigError, DataError
-from lora_recycle.evaluation.tuned import MetaLoraTuning
+from lora_recycle.evaluation.tuned import MetaLoRATuning
 from lora_recycle.finetuning import tuning_methods
 from lora_recycle.modeling.tuning import default_config
 
@@ -44,7 +44,7 @@ def test_a_tuned_model_comes_back_as_it_was_saved(model, images, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = MetaLoRAForFewShotClassification.from_pretrained(tmp_path)
     torch.testing.assert_close(loaded.predict_proba(images), expected, atol=1e-5, rtol=1e-4)
-    loaded.add_classes(images[:2].flip(0), ["dog", "dog"])  # tuned centres are still of the embeddings' size
+    loaded.add_classes(images[:2].flip(0), ["dog", "dog"])  # tuned prototypes are still of the embeddings' size
     assert loaded.label_names == ["ant", "bee", "cow", "dog"]
     sizes = loaded.prototypes.norm(dim=1)
     assert sizes.max() < 2 * sizes.min()
@@ -60,7 +60,7 @@ def test_every_tuning_begins_with_the_meta_lora_and_fit_returns_to_it(model, fol
 
 def test_the_method_of_the_benchmark_is_what_users_get(model, images):
     labels, queries = torch.tensor([0, 0, 1, 1, 2, 2]), random_pixels(4, seed=1)
-    scores = MetaLoraTuning(model, CONFIG).classify(None, images, labels, queries)
+    scores = MetaLoRATuning(model, CONFIG).classify(None, images, labels, queries)
     expected = model.tune(images, NAMES, CONFIG).predict_proba(queries)
     found = (scores * CONFIG.temperature / model.head.temperature).softmax(1)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
@@ -72,7 +72,7 @@ def test_a_tuned_model_that_is_merged_stays_tuned(model, images, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = MetaLoRAForFewShotClassification.from_pretrained(tmp_path)
     torch.testing.assert_close(loaded.predict_proba(images), refitted, atol=1e-4, rtol=1e-3)
-    assert not torch.allclose(refitted, expected, atol=1e-4)  # centres of the tuned network, not tuned ones
+    assert not torch.allclose(refitted, expected, atol=1e-4)  # prototypes of the tuned network, not tuned ones
 
 
 def test_no_steps_is_fit(model, images):
@@ -87,7 +87,7 @@ def test_by_default_one_image_of_each_class_is_fit_and_several_are_tuned(model, 
     fitted = model.fit(images, NAMES).predict_proba(images)
     model.tune(images, NAMES)
     assert (model.predict_proba(images) - fitted).abs().max() > 1e-3
-    means = model.embed(images).view(3, 2, -1).mean(1)  # the centres are those of the tuned network's embeddings
+    means = model.embed(images).view(3, 2, -1).mean(1)  # the prototypes are those of the tuned network's embeddings
     torch.testing.assert_close(model.prototypes, means, atol=1e-5, rtol=1e-4)
 
 
@@ -96,7 +96,7 @@ def test_what_cannot_be_tuned(model, folder, images):
         model.tune(images, ["ant"] * 6)
     with pytest.raises(DataError, match="6 images, but 5 labels"):
         model.tune(images, NAMES[:5])
-    with pytest.raises(ConfigError, match="euclidean.*class_centres"):
+    with pytest.raises(ConfigError, match="euclidean.*prototypes"):
         model.tune(images, NAMES, TaskTuningConfig(metric="euclidean"))
     with pytest.raises(ConfigError, match="head lda"):
         MetaLoRAForFewShotClassification.from_pretrained(folder, head="lda").tune(images, NAMES)

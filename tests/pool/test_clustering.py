@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers_tiny import planted_adapter, random_factors
 
-from lora_recycle.pool import clustering as grouping
+from lora_recycle.pool import clustering
 from lora_recycle.pool.clustering import average_linkage_groups, similarity_of_changes
 
 
@@ -36,8 +36,8 @@ def dense_similarity(adapters) -> torch.Tensor:
 @pytest.mark.parametrize("rows, numbers", [(1024, 2**22), (5, 2**22), (1024, 700), (1, 1)])
 @pytest.mark.parametrize("ranks", [[1, 2, 3], [2, 16], [16]], ids=["low", "mixed", "full"])
 def test_blocks_of_any_size_give_the_similarity_of_the_dense_changes(monkeypatch, ranks, rows, numbers):
-    monkeypatch.setattr(grouping, "BLOCK_ROWS", rows)
-    monkeypatch.setattr(grouping, "BLOCK_NUMBERS", numbers)
+    monkeypatch.setattr(clustering, "BLOCK_ROWS", rows)
+    monkeypatch.setattr(clustering, "BLOCK_NUMBERS", numbers)
     adapters = many(ranks)
     torch.testing.assert_close(
         similarity_of_changes(iter(adapters), len(adapters)), dense_similarity(adapters), rtol=1e-5, atol=1e-5
@@ -45,7 +45,7 @@ def test_blocks_of_any_size_give_the_similarity_of_the_dense_changes(monkeypatch
 
 
 def test_each_adapter_is_taken_once_and_nothing_is_left_behind(monkeypatch, tmp_path):
-    monkeypatch.setattr(grouping, "BLOCK_ROWS", 2)
+    monkeypatch.setattr(clustering, "BLOCK_ROWS", 2)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     seen = []
     similarity_of_changes((seen.append(a.info.name) or a for a in many([2])), 9)

@@ -112,7 +112,7 @@ def test_biases_and_norms_are_folded_and_averaged(tmp_path):
     before = copied_state(pool.backbone.model)[name]
     with pool.folded() as backbone:
         change = copied_state(backbone.model)[name] - before
-    torch.testing.assert_close(change, pool[0].others[name] / 2)
+    torch.testing.assert_close(change, pool[0].vector_deltas[name] / 2)
 
 
 @pytest.mark.parametrize("rank", [None, 1, 3])

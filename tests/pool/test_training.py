@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -13,12 +14,12 @@ from safetensors.torch import load_file
 from transformers import Dinov2Config, Dinov2Model, ViTForImageClassification
 
 from lora_recycle.adapters.pull import find_adapters, pull_adapter
-from lora_recycle.errors import ConfigError, DataError
+from lora_recycle.errors import ConfigError, DataError, StorageError
 from lora_recycle.images.labelled import LabelledImages
-from lora_recycle.pool import training as tuning
-from lora_recycle.pool.config import TuningConfig
+from lora_recycle.pool import training
+from lora_recycle.pool.config import AdapterTrainingConfig
 from lora_recycle.pool.pool import AdapterPool
-from lora_recycle.pool.training import augment, split_task, tune_adapter, tune_pool
+from lora_recycle.pool.training import augment, split_task, train_adapter, train_adapters
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +28,11 @@ def tuned_path(tmp_path_factory, tiny_backbone_path, toy_data):
     folder = tmp_path_factory.mktemp("tuned")
     kinds = [("LORA", "all"), ("LORA", "q_proj,v_proj"), ("DORA", "all"), ("LOHA", "all")]
     for task, (kind, targets) in enumerate(kinds):
-        config = TuningConfig(
+        config = AdapterTrainingConfig(
             peft_type=kind, targets=targets, epochs=6, lr=8e-3, rank=4, keep_ratio=1.0, batch_size=16
         )
         classes = list(range(task, task + 4))
-        tune_adapter(toy_data, classes, folder / f"adapter-{task}", config, str(tiny_backbone_path), seed=task)
+        train_adapter(toy_data, classes, folder / f"adapter-{task}", config, str(tiny_backbone_path), seed=task)
     return folder
 
 
@@ -82,8 +83,8 @@ def test_the_folder_is_what_people_publish(tuned_path, tiny_backbone_path):
 def test_awkward_class_names_survive_the_card(toy_data, tiny_backbone_path, tmp_path):
     names = ["yes", "3", "a: b # c", 'quote "x"', "Käse", "null", "- x", "{y}"]
     data = LabelledImages(toy_data.pixels, toy_data.labels, names, "odd")
-    config = TuningConfig(epochs=1, rank=2, targets="q_proj")
-    tune_adapter(data, list(range(8)), tmp_path / "odd", config, str(tiny_backbone_path), 0)
+    config = AdapterTrainingConfig(epochs=1, rank=2, targets="q_proj")
+    train_adapter(data, list(range(8)), tmp_path / "odd", config, str(tiny_backbone_path), 0)
     assert pull_adapter(tmp_path / "odd").labels == tuple(names)
 
 
@@ -95,17 +96,17 @@ def test_other_families_learn_from_the_centres_of_what_their_head_reads(toy_data
     torch.manual_seed(0)
     shake(Dinov2Model(config)).half().save_pretrained(tmp_path / "base")
     tiny_processor().save_pretrained(tmp_path / "base")
-    tuning = TuningConfig(epochs=2, rank=2, targets="q_proj", keep_ratio=1.0)
-    found = tune_adapter(toy_data, [0, 1, 2, 3], tmp_path / "adapter", tuning, str(tmp_path / "base"), 0)
+    tuning = AdapterTrainingConfig(epochs=2, rank=2, targets="q_proj", keep_ratio=1.0)
+    found = train_adapter(toy_data, [0, 1, 2, 3], tmp_path / "adapter", tuning, str(tmp_path / "base"), 0)
     pool = AdapterPool.from_pretrained(tmp_path / "adapter")
     assert pool[0].head.weight.shape == (4, 32) and pool[0].head.weight.isfinite().all()
     assert found["accuracy"] > 90
 
 
 def test_same_seed_same_adapter(toy_data, tiny_backbone_path, tmp_path):
-    config = TuningConfig(epochs=1, rank=2, targets="q_proj")
+    config = AdapterTrainingConfig(epochs=1, rank=2, targets="q_proj")
     for name, seed in (("one", 0), ("same", 0), ("other", 1)):
-        tune_adapter(toy_data, [0, 1], tmp_path / name, config, str(tiny_backbone_path), seed)
+        train_adapter(toy_data, [0, 1], tmp_path / name, config, str(tiny_backbone_path), seed)
     one, same, other = (pull_adapter(tmp_path / name).sha256 for name in ("one", "same", "other"))
     assert one == same != other
 
@@ -113,7 +114,7 @@ def test_same_seed_same_adapter(toy_data, tiny_backbone_path, tmp_path):
 @pytest.mark.parametrize("peft_type", ["LORA", "DORA"])
 @pytest.mark.usefixtures("launched_with_bf16")
 def test_bfloat16_casts_no_input_of_a_lora_to_and_fro(peft_type, toy_data, tiny_backbone_path, tmp_path, monkeypatch):
-    config, fit, seen = TuningConfig(images_per_class=8, epochs=1, peft_type=peft_type), tuning._fit, {}
+    config, fit, seen = AdapterTrainingConfig(images_per_class=8, epochs=1, peft_type=peft_type), training._fit, {}
 
     def watched(wrapped, *rest):
         layers = [m for m in wrapped.modules() if hasattr(m, "lora_A")]
@@ -123,11 +124,11 @@ def test_bfloat16_casts_no_input_of_a_lora_to_and_fro(peft_type, toy_data, tiny_
         fit(wrapped, *rest)
         seen["layers"] = layers
 
-    monkeypatch.setattr(tuning, "_fit", watched)
+    monkeypatch.setattr(training, "_fit", watched)
     for name in ("as it is", "with casts"):
-        tune_adapter(toy_data, [0, 1], tmp_path / name, config, str(tiny_backbone_path), 0)
+        train_adapter(toy_data, [0, 1], tmp_path / name, config, str(tiny_backbone_path), 0)
         assert all(layer.cast_input_dtype_enabled for layer in seen["layers"])
-        monkeypatch.setattr(tuning, "disable_input_dtype_casting", lambda *args: contextlib.nullcontext())
+        monkeypatch.setattr(training, "disable_input_dtype_casting", lambda *args: contextlib.nullcontext())
     assert torch.bfloat16 not in seen["with casts"] and (torch.bfloat16 in seen["as it is"]) == (peft_type == "LORA")
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("as it is", "with casts"))
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
@@ -144,25 +145,46 @@ def image_folder(toy_data, tmp_path):
 
 
 def test_a_pool_resumes_where_it_stopped(image_folder, tiny_backbone_path, tmp_path):
-    config = TuningConfig(tasks=3, classes=2, epochs=1, rank=2, targets="q_proj", batch_size=8)
-    results = tune_pool(image_folder, tmp_path / "pool", config, str(tiny_backbone_path), progress=False)
+    config = AdapterTrainingConfig(tasks=3, classes=2, epochs=1, rank=2, targets="q_proj", batch_size=8)
+    results = train_adapters(image_folder, tmp_path / "pool", config, str(tiny_backbone_path), progress=False)
     folders = find_adapters(tmp_path / "pool")
     assert [f.name for f in folders] == ["images-000", "images-001", "images-002"] and len(results) == 3
-    assert set(results[0]) == {"adapter", "accuracy", "frozen_class_centres"}
+    assert set(results[0]) == {"adapter", "accuracy", "frozen_prototypes"}
     assert set(pull_adapter(folders[0]).labels) <= {"class 0", "class 1", "class 2"}
     times = [(f / "adapter_model.safetensors").stat().st_mtime_ns for f in folders]
     before = (folders[1] / "adapter_model.safetensors").read_bytes()
-    (folders[1] / "adapter_config.json").unlink()
-    again = tune_pool(image_folder, tmp_path / "pool", config, str(tiny_backbone_path), progress=False)
+    shutil.rmtree(folders[1])
+    left = tmp_path / "pool" / ".images-001.0123456789abcdef.partial"  # by a run that was killed
+    left.mkdir()
+    (left / ".lora-recycle.lock").touch()
+    again = train_adapters(image_folder, tmp_path / "pool", config, str(tiny_backbone_path), progress=False)
     assert [r["adapter"] for r in again] == [str(folders[1])]
     after = [(f / "adapter_model.safetensors").stat().st_mtime_ns for f in folders]
     assert after[0] == times[0] and after[2] == times[2] and after[1] > times[1]
-    assert (folders[1] / "adapter_model.safetensors").read_bytes() == before
+    assert (folders[1] / "adapter_model.safetensors").read_bytes() == before and not left.exists()
+
+
+def test_a_folder_of_the_user_is_not_replaced(image_folder, tiny_backbone_path, tmp_path, file_size_limit):
+    config = AdapterTrainingConfig(tasks=2, classes=2, epochs=1, rank=2, targets="q_proj", batch_size=8)
+    mine = tmp_path / "pool" / "images-001"
+    mine.mkdir(parents=True)
+    (mine / "holiday.jpg").touch()
+    with pytest.raises(StorageError, match=r"images-001: holds other files \(holiday.jpg\), which is not replaced"):
+        train_adapters(image_folder, tmp_path / "pool", config, str(tiny_backbone_path), progress=False)
+    assert [path.name for path in (tmp_path / "pool").rglob("*")] == ["images-001", "holiday.jpg"]  # told at once
+    (mine / "holiday.jpg").unlink()
+    with file_size_limit(1000), pytest.raises(StorageError, match="images-000 cannot be written: File too large"):
+        train_adapters(image_folder, tmp_path / "pool", config, str(tiny_backbone_path), progress=False)
+    assert [path.name for path in (tmp_path / "pool").rglob("*")] == ["images-001"]
+    train_adapters(image_folder, tmp_path / "pool", config, str(tiny_backbone_path), progress=False)
+    assert len(find_adapters(tmp_path / "pool")) == 2
 
 
 def test_too_few_classes(image_folder, tiny_backbone_path, tmp_path):
     with pytest.raises(DataError, match="images has 3 classes, fewer than the 4 of a task"):
-        tune_pool(image_folder, tmp_path / "pool", TuningConfig(classes=4), str(tiny_backbone_path), progress=False)
+        train_adapters(
+            image_folder, tmp_path / "pool", AdapterTrainingConfig(classes=4), str(tiny_backbone_path), progress=False
+        )
     assert not (tmp_path / "pool").exists()
 
 
@@ -170,11 +192,11 @@ def test_a_class_of_one_image_is_named(toy_data):
     rows = torch.cat([toy_data.by_class()[0], toy_data.by_class()[1][:1]])
     data = LabelledImages(toy_data.pixels[rows], toy_data.labels[rows], toy_data.label_names, "toy")
     with pytest.raises(DataError, match="toy: class 'n1' has 1 image"):
-        split_task(data, [0, 1], TuningConfig(), torch.Generator())
+        split_task(data, [0, 1], AdapterTrainingConfig(), torch.Generator())
 
 
 def test_training_and_held_out_images_do_not_overlap(toy_data):
-    config = TuningConfig(images_per_class=10, held_out=3)
+    config = AdapterTrainingConfig(images_per_class=10, validation_images=3)
     (images, labels), (held, held_labels) = split_task(toy_data, [4, 2], config, torch.Generator().manual_seed(0))
     assert labels.tolist() == [0] * 10 + [1] * 10 and held_labels.tolist() == [0] * 3 + [1] * 3
     seen = {image.numpy().tobytes() for image in images}
@@ -195,9 +217,9 @@ def test_augmentation_shifts_and_mirrors():
 
 
 def test_targets_that_are_not_there(toy_data, tiny_backbone_path, tmp_path):
-    config = dataclasses.replace(TuningConfig(epochs=1), targets="q_proj,query")
+    config = dataclasses.replace(AdapterTrainingConfig(epochs=1), targets="q_proj,query")
     with pytest.raises(ConfigError, match=r"'query'.* is no linear layer here \(fc1, fc2, k_proj"):
-        tune_adapter(toy_data, [0, 1], tmp_path / "a", config, str(tiny_backbone_path), 0)
+        train_adapter(toy_data, [0, 1], tmp_path / "a", config, str(tiny_backbone_path), 0)
 
 
 def test_the_config_survives_json(tuned_path):

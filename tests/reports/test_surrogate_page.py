@@ -36,7 +36,7 @@ def test_each_image_has_its_confidence_and_its_mask(surrogate, tmp_path):
     confidence = np.exp(2) / (np.exp(2) + 2)
     assert page.count("<figure>") == 24 and page.count("<img") == 48
     assert f"birds 0 (birds): {confidence:.0%}" in page and "<cats>" not in page and "&lt;cats&gt;" in page
-    assert "Map of the" not in page and "&quot;seed&quot;: 7" in page
+    assert "Map of the" not in page and "&#34;seed&#34;: 7" in page
 
 
 def test_masks_need_a_patch_size_that_the_manifest_may_lack(surrogate, tmp_path):

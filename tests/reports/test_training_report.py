@@ -108,7 +108,7 @@ def test_user_text_is_escaped(tmp_path):
         config={bad: bad},
         usage=bad,
     )
-    assert "<script" not in page and "alert(&#x27;$x&#x27;)" in page
+    assert "<script" not in page and "alert(&#39;$x&#39;)" in page
 
 
 def test_a_failed_write_leaves_the_old_page(tmp_path, monkeypatch):

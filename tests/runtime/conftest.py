@@ -5,7 +5,7 @@ from helpers_tiny import TINY_LAYERS, GivenImages, save_tiny_adapter
 from peft import LoraConfig
 
 from lora_recycle.inversion.config import InversionConfig
-from lora_recycle.inversion.inverter import LoraInverter
+from lora_recycle.inversion.inverter import LoRAInverter
 from lora_recycle.pool.pool import AdapterPool
 
 
@@ -38,4 +38,4 @@ def plain_surrogate(tmp_path_factory, plain_pool):
 @pytest.fixture(scope="session")
 def inverted(tmp_path_factory, plain_pool):
     """What one process makes, to compare with."""
-    return LoraInverter(plain_pool, CONFIG).run(tmp_path_factory.mktemp("inverted"), progress=False)
+    return LoRAInverter(plain_pool, CONFIG).run(tmp_path_factory.mktemp("inverted"), progress=False)

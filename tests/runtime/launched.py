@@ -19,11 +19,11 @@ import torch
 
 import lora_recycle.distillation.saving  # noqa: F401
 from lora_recycle.cli.main import main
-from lora_recycle.distillation.judging import Judgements
-from lora_recycle.distillation.trainer import MetaLoraTrainer
+from lora_recycle.distillation.selection import CheckpointSelection
+from lora_recycle.distillation.trainer import MetaLoRATrainer
 from lora_recycle.errors import DataError
 from lora_recycle.pool.pool import AdapterPool
-from lora_recycle.runtime.launch import deal, process_state
+from lora_recycle.runtime.launch import claim_indices, process_state
 
 
 def run(scenario) -> int:
@@ -37,7 +37,7 @@ def run(scenario) -> int:
 
 def plant_fault(kind: str, process: str) -> None:
     """Make one process fail or fall silent in the third step from now on."""
-    losses, steps = MetaLoraTrainer._losses, []
+    losses, steps = MetaLoRATrainer._losses, []
 
     def faulty(trainer, batch):
         steps.append(batch)
@@ -47,23 +47,23 @@ def plant_fault(kind: str, process: str) -> None:
             time.sleep(600)
         return losses(trainer, batch)
 
-    MetaLoraTrainer._losses = faulty
+    MetaLoRATrainer._losses = faulty
 
 
-def judge_best(best: str) -> None:
+def script_errors(best: str) -> None:
     """The students of this step err least, whatever their weights: which truly do differs between processors."""
-    add = Judgements.add
+    add = CheckpointSelection.add
 
-    def told(self, step, blend, errors, parameters):
-        add(self, step, blend, torch.full_like(errors, 30.0 + abs(step - int(best))), parameters)
+    def scripted(self, step, candidate, errors, parameters):
+        add(self, step, candidate, torch.full_like(errors, 30.0 + abs(step - int(best))), parameters)
 
-    Judgements.add = told
+    CheckpointSelection.add = scripted
 
 
 def deal_out(count: str) -> int:
     """Process 0 is slow; each writes which numbers it got."""
     rank, mine = process_state().process_index, []
-    for number in deal(int(count)):
+    for number in claim_indices(int(count)):
         mine.append(number)
         time.sleep(0.5 if rank == 0 else 0.01)
     print(json.dumps({"rank": rank, "numbers": mine}), flush=True)
@@ -76,7 +76,7 @@ def read_in_float64() -> None:
     AdapterPool.from_pretrained = functools.partial(AdapterPool.from_pretrained, dtype=torch.float64)
 
 
-DIRECTIONS = {"fault": plant_fault, "best": judge_best, "deal": deal_out, "float64": read_in_float64}
+DIRECTIONS = {"fault": plant_fault, "best": script_errors, "deal": deal_out, "float64": read_in_float64}
 
 
 def fork(scenario) -> int:

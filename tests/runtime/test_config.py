@@ -7,7 +7,7 @@ import pytest
 from lora_recycle.distillation.config import DistillationConfig
 from lora_recycle.errors import ConfigError
 from lora_recycle.inversion.config import InversionConfig
-from lora_recycle.pool.config import TuningConfig
+from lora_recycle.pool.config import AdapterTrainingConfig
 from lora_recycle.runtime.config import read_yaml
 
 
@@ -69,28 +69,32 @@ def test_wrong_types(config, values, message):
         (DistillationConfig, {"steps": -3}, "steps must not be negative, got -3"),
         (DistillationConfig, {"ways": 1}, "ways must be at least 2, got 1"),
         (DistillationConfig, {"relational_batch": 3}, "relational_batch must be at least 4, got 3"),
-        (DistillationConfig, {"relational_weight": 0.0}, "all losses have weight 0"),
+        (DistillationConfig, {"relational_weight": 0.0}, "all loss weights are 0"),
         (DistillationConfig, {"lr": 0.0}, "lr and temperature must be positive"),
         (DistillationConfig, {"schedule": "linear"}, "schedule must be one of cosine, cyclic, got 'linear'"),
         (InversionConfig, {"keep_ratio": 1.5}, r"keep_ratio must be in \(0, 1\], got 1.5"),
         (InversionConfig, {"keep_ratio": float("nan")}, r"keep_ratio must be in \(0, 1\], got nan"),
         (InversionConfig, {"prune": {"two": 0.5}}, "InversionConfig.prune: expected int as key, got 'two'"),
-        (InversionConfig, {"prune": {-1: 0.5}}, "prune: layers count from 0, got -1"),
-        (InversionConfig, {"prune": {3: 1.0}}, "prune: shares lie between 0 and 1 and fall from layer to layer, got"),
-        (InversionConfig, {"prune": {3: 0.0}}, "prune: shares lie between 0 and 1 and fall"),
-        (InversionConfig, {"prune": {3: 0.25, 1: 0.25}}, "prune: shares lie between 0 and 1 and fall"),
+        (InversionConfig, {"prune": {-1: 0.5}}, "prune: layers are numbered from 0, got -1"),
+        (
+            InversionConfig,
+            {"prune": {3: 1.0}},
+            "prune: fractions must be between 0 and 1 and decrease from layer to layer, got",
+        ),
+        (InversionConfig, {"prune": {3: 0.0}}, "prune: fractions must be between 0 and 1 and decrease"),
+        (InversionConfig, {"prune": {3: 0.25, 1: 0.25}}, "prune: fractions must be between 0 and 1 and decrease"),
         (InversionConfig, {"prune_start": -1}, "prune_start must not be negative, got -1"),
         (InversionConfig, {"stop_at": 0.0}, r"stop_at must be in \(0, 1\], got 0.0"),
-        (InversionConfig, {"max_classes": 1}, "max_classes: 2 or more, not 1"),
+        (InversionConfig, {"max_classes": 1}, "max_classes must be at least 2, got 1"),
         (InversionConfig, {"iterations": -1}, "iterations must not be negative, got -1"),
-        (InversionConfig, {"priors": {"nope": 1.0}}, "priors: 'nope' is unknown, choose from tv, patch_entropy"),
+        (InversionConfig, {"priors": {"nope": 1.0}}, "priors: 'nope' is unknown; choose from tv, patch_entropy"),
         (InversionConfig, {"priors": {"tv": -2.0}}, "the weight of tv must not be negative, got -2.0"),
-        (InversionConfig, {"starts": {"noise": 0.0}}, "at least one share must be positive"),
+        (InversionConfig, {"starts": {"noise": 0.0}}, "at least one fraction must be positive"),
         (InversionConfig, {"starts": {"images": 1.0}}, "`images` needs `start_images`"),
         (InversionConfig, {"parameterization": "svg"}, "parameterization must be one of multires, pixels"),
-        (TuningConfig, {"classes": 1}, "classes must be at least 2, got 1"),
-        (TuningConfig, {"peft_type": "IA3"}, "peft_type must be one of LORA, DORA"),
-        (TuningConfig, {"epochs": 0}, "epochs must be at least 1, got 0"),
+        (AdapterTrainingConfig, {"classes": 1}, "classes must be at least 2, got 1"),
+        (AdapterTrainingConfig, {"peft_type": "IA3"}, "peft_type must be one of LORA, DORA"),
+        (AdapterTrainingConfig, {"epochs": 0}, "epochs must be at least 1, got 0"),
     ],
 )
 def test_values_out_of_range(config, values, message):
@@ -127,3 +131,9 @@ def test_bad_yaml(tmp_path, text, message):
 def test_a_missing_recipe(tmp_path):
     with pytest.raises(ConfigError, match="nowhere.yaml: cannot be read"):
         DistillationConfig.from_yaml(tmp_path / "nowhere.yaml")
+
+
+def test_settings_of_earlier_versions_are_read_where_they_changed_nothing():
+    assert InversionConfig.from_dict({"hard_weight": 0.0, "hard_reference": "average", "lr": 0.1}).lr == 0.1
+    with pytest.raises(ConfigError, match="old.json: hard_weight was removed, as it made results worse"):
+        InversionConfig.from_dict({"hard_weight": 5.0}, where="old.json")

@@ -8,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 import torch
@@ -17,8 +18,9 @@ from lora_recycle.runtime.array_files import write_rows
 from lora_recycle.runtime.files import (
     atomic_save_tensors,
     atomic_write,
+    creating_folder,
     load_sealed,
-    remove_partials,
+    remove_abandoned,
     replacing,
     replacing_files,
     save_sealed,
@@ -168,14 +170,87 @@ def test_no_folder_and_other_processes_of_the_same_run_need_no_lock(tmp_path):
         assert not (tmp_path / "a").exists()
 
 
-def test_only_partial_files_are_cleared_away(tmp_path):
-    kept = [tmp_path / ".hidden.partial", tmp_path / "a.12.partial", tmp_path / ".a.12"]
+def abandoned(path: Path, lock: bool = True) -> Path:
+    """What a writer that was killed leaves."""
+    partial = path.with_name(f".{path.name}.0123456789abcdef.partial")
+    partial.mkdir(parents=True)
+    if lock:
+        (partial / ".lora-recycle.lock").touch()
+        (partial / "half").touch()
+    return partial
+
+
+def test_only_what_is_abandoned_and_ours_is_cleared_away(tmp_path):
+    kept = [tmp_path / ".hidden.partial", tmp_path / ".a.12.partial", tmp_path / ".a.0123456789abcdef"]
+    kept += [tmp_path / ".user.fedcba9876543210.partial"]
     for path in kept:
-        path.touch()
-    (tmp_path / "shards" / ".a.b.12.partial").mkdir(parents=True)
-    (tmp_path / "shards" / ".a.b.12.partial" / ".tmpAb12Cd").touch()
-    remove_partials(tmp_path)
-    assert sorted(tmp_path.rglob("*")) == sorted([*kept, tmp_path / "shards"])
+        path.mkdir()
+        (path / "theirs").touch()
+    abandoned(tmp_path / "shards" / "a"), abandoned(tmp_path / "b"), abandoned(tmp_path / "c", lock=False)
+    with replacing(tmp_path / "d") as partial:  # of a writer that lives
+        partial.write_bytes(b"d")
+        remove_abandoned(tmp_path)
+        assert partial.exists()
+        assert sorted(tmp_path.glob("*")) == sorted([*kept, tmp_path / "shards", partial.parent])
+    assert not list((tmp_path / "shards").iterdir()) and all((path / "theirs").exists() for path in kept)
+
+
+def test_what_another_name_left_stays(tmp_path):
+    other = abandoned(tmp_path / "other")
+    abandoned(tmp_path / "one")
+    remove_abandoned(tmp_path, "one")
+    assert list(tmp_path.iterdir()) == [other]
+
+
+def save_new_folder(folder):
+    with creating_folder(folder) as new:
+        (new / "one").write_bytes(b"new")
+        (new / "sub").mkdir()
+        (new / "sub" / "two").write_bytes(b"new" * 100_000)
+
+
+def test_a_new_folder_appears_whole_or_not_at_all(tmp_path, file_size_limit):
+    folder = tmp_path / "new"
+    with file_size_limit(100_000), pytest.raises(StorageError, match=f"{folder} cannot be written: File too large"):
+        save_new_folder(folder)
+    assert not os.listdir(tmp_path)
+    save_new_folder(folder)
+    assert sorted(os.listdir(folder)) == ["one", "sub"] and os.listdir(tmp_path) == ["new"]
+    with pytest.raises(StorageError, match="cannot be written: Directory not empty"):
+        save_new_folder(folder)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    save_new_folder(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and os.listdir(tmp_path / "empty") == os.listdir(folder)
+
+
+def test_a_new_folder_of_a_run_that_was_killed_is_made_again(tmp_path):
+    def hold(ready):
+        with creating_folder(tmp_path / "new") as new:
+            (new / "half").touch()
+            ready()
+            time.sleep(60)
+
+    child = in_child(hold)
+    save_new_folder(tmp_path / "other")
+    assert len(os.listdir(tmp_path)) == 2  # it lives
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert len(os.listdir(tmp_path)) == 2
+    save_new_folder(tmp_path / "new")
+    assert sorted(os.listdir(tmp_path)) == ["new", "other"] and sorted(os.listdir(tmp_path / "new")) == ["one", "sub"]
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("no flock here"), filelock.Timeout("held")])
+def test_a_file_system_without_locks_is_written_to_as_well(tmp_path, monkeypatch, error):
+    def refuse(*args, **options):
+        raise error
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    left = abandoned(tmp_path / "left")
+    save_folder(tmp_path)
+    remove_abandoned(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([left.name, "one", "two"])
 
 
 def unwritable(tmp_path) -> Path:

@@ -7,8 +7,8 @@ import torch
 
 from lora_recycle.cli.main import main
 from lora_recycle.errors import ConfigError, ProcessError
-from lora_recycle.runtime import launch as processes
-from lora_recycle.runtime.launch import collective_timeout, deal, process_state
+from lora_recycle.runtime import launch
+from lora_recycle.runtime.launch import claim_indices, collective_timeout, process_state
 
 
 @pytest.mark.parametrize(
@@ -17,6 +17,7 @@ from lora_recycle.runtime.launch import collective_timeout, deal, process_state
         ({"WORLD_SIZE": "2"}, "2 processes were launched, but accelerate sees 1. Start it with `accelerate launch"),
         ({"SLURM_STEP_NUM_TASKS": "4"}, r"4 tasks were started \(SLURM_STEP_NUM_TASKS\), and each would do all"),
         ({"OMPI_COMM_WORLD_SIZE": "3"}, "3 tasks were started"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "which FSDP would share out. Leave out --use_fsdp"),
         ({"LORA_RECYCLE_TIMEOUT": "soon"}, "LORA_RECYCLE_TIMEOUT must be a positive number of seconds, got 'soon'"),
     ],
 )
@@ -49,13 +50,13 @@ def test_processes_that_do_not_reach_each_other_are_told_what_to_look_at(monkeyp
     def unreachable(**options):
         raise RuntimeError("Gloo connectFullMesh failed with timed out connecting\nframe 0")
 
-    monkeypatch.setattr(processes, "PartialState", unreachable)
+    monkeypatch.setattr(launch, "PartialState", unreachable)
     with pytest.raises(ProcessError, match=r"does not reach the others \(Gloo .* connecting\). Each machine needs"):
         process_state()
 
 
 def test_one_process_gets_all_numbers_in_order():
-    assert list(deal(3)) == [0, 1, 2] and collective_timeout() == 1800
+    assert list(claim_indices(3)) == [0, 1, 2] and collective_timeout() == 1800
     assert torch.distributed.is_initialized() is False
 
 

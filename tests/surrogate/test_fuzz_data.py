@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from test_fuzz import respoil, spoil_bytes, spoil_config, spoil_header, spoil_numbers
 
-from lora_recycle.errors import LoraRecycleError
+from lora_recycle.errors import LoRARecycleError
 from lora_recycle.fewshot.heads import make_head
 from lora_recycle.hub.upload import without_local_paths
 from lora_recycle.modeling.sidecar import read_sidecar
@@ -26,7 +26,7 @@ from lora_recycle.surrogate.dataset import Shard, SurrogateDataset, save_shard, 
 
 SIDECAR = "meta_lora_config.json"
 #: One head for each kind of statistics, and the file that its task lies in here.
-TASKS = {name: f"{name}.safetensors" for name in ("class_centres", "lda", "logistic_regression")}
+TASKS = {name: f"{name}.safetensors" for name in ("prototypes", "lda", "logistic_regression")}
 PARAMETERS = {
     "transductive_em": {"scale": 5.0, "balance": [1.0, 2.0], "temperature": [1.0, 1.0]},
     "transductive_transport": {"entropy": 0.05, "passes": 2},
@@ -84,7 +84,7 @@ def read_surrogate(folder: Path) -> None:
 
 def read_settings(folder: Path) -> None:
     settings = read_sidecar(folder / SIDECAR)
-    assert make_head(settings.get("head", "class_centres"), settings).classify(*EPISODE).isfinite().all()
+    assert make_head(settings.get("head", "prototypes"), settings).classify(*EPISODE).isfinite().all()
     settings = read_sidecar(folder / SIDECAR, "transductive_transport")
     assert make_head("transductive_transport", settings).classify(*EPISODE).isfinite().all()
 
@@ -108,7 +108,7 @@ def attempt(folder: Path, names: Iterable[str]) -> list[str]:
     for name in sorted({name if name in READERS else "surrogate" for name in names}):
         try:
             READERS.get(name, read_surrogate)(folder)
-        except LoraRecycleError:
+        except LoRARecycleError:
             refused.append(name)
     return refused
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from ...errors import ConfigError
 from .base import FewShotHead
-from .centres import ClassCentreHead, CosineCentreHead, EuclideanCentreHead
 from .discriminant import DiscriminantHead
 from .laplacian import LaplacianHead
 from .logistic import LogisticRegressionHead
+from .prototypes import CosinePrototypeHead, EuclideanPrototypeHead, PrototypeHead
 from .transport import TransportHead
 from .unrolled_em import UnrolledEMHead
 
@@ -19,9 +19,9 @@ from .unrolled_em import UnrolledEMHead
 HEADS: dict[str, type[FewShotHead]] = {
     head.name: head
     for head in (
-        ClassCentreHead,
-        CosineCentreHead,
-        EuclideanCentreHead,
+        PrototypeHead,
+        CosinePrototypeHead,
+        EuclideanPrototypeHead,
         DiscriminantHead,
         LogisticRegressionHead,
         LaplacianHead,
@@ -53,13 +53,13 @@ def make_head(name: str, settings: Mapping[str, Any]) -> FewShotHead:
 
 __all__ = [
     "HEADS",
-    "ClassCentreHead",
-    "CosineCentreHead",
+    "CosinePrototypeHead",
     "DiscriminantHead",
-    "EuclideanCentreHead",
+    "EuclideanPrototypeHead",
     "FewShotHead",
     "LaplacianHead",
     "LogisticRegressionHead",
+    "PrototypeHead",
     "TransportHead",
     "UnrolledEMHead",
     "make_head",

@@ -55,7 +55,7 @@ class FewShotHead:
         classes = len(later["counts"])
         return {name: value + with_classes(earlier[name].to(value), classes) for name, value in later.items()}
 
-    def centres(self, statistics: Tensors) -> torch.Tensor:
+    def prototypes(self, statistics: Tensors) -> torch.Tensor:
         """Mean embedding of each class: (..., C, D)."""
         return statistics["sums"] / statistics["counts"].clamp_min(1)[..., None]
 
@@ -87,7 +87,7 @@ class TransductiveHead(FewShotHead):
     transductive = True
 
     def prepare(self, statistics: Tensors) -> Tensors:
-        return {"centres": unit(self.centres(statistics)), "counts": statistics["counts"]}
+        return {"prototypes": unit(self.prototypes(statistics)), "counts": statistics["counts"]}
 
 
 def unit(features: torch.Tensor) -> torch.Tensor:

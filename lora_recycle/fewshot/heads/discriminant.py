@@ -9,7 +9,7 @@ from ...errors import ConfigError
 from .base import LinearHead, Tensors, unit, with_classes
 
 
-#: Variance where no class has two images to show one: the scores of cosine class centres at this temperature.
+#: Variance where no class has two images to show one: the scores of cosine prototypes at this temperature.
 NO_VARIANCE = 0.1
 
 
@@ -23,7 +23,7 @@ class DiscriminantHead(LinearHead):
 
     Args:
         shrinkage (`float`): share of the isotropic part in the covariance, more than 0 and at most 1, which makes it
-            cosine class centres. The default was chosen on validation classes (`examples/choose_heads.py`).
+            cosine prototypes. The default was chosen on validation classes (`examples/studies/choose_heads.py`).
 
     Raises:
         ConfigError: another shrinkage.
@@ -39,10 +39,10 @@ class DiscriminantHead(LinearHead):
 
     def statistics(self, features: torch.Tensor, labels: torch.Tensor, num_classes: int) -> Tensors:
         features = unit(features)
-        found = super().statistics(features, labels, num_classes)
+        known = super().statistics(features, labels, num_classes)
         members = F.one_hot(labels, num_classes).to(features.dtype)
-        residuals = features - members @ self.centres(found)
-        return {**found, "scatter": residuals.mT @ residuals}
+        residuals = features - members @ self.prototypes(known)
+        return {**known, "scatter": residuals.mT @ residuals}
 
     def merged(self, earlier: Tensors, later: Tensors) -> Tensors:
         """The scatter grows by how far the two means of each class lie apart (Chan, Golub & LeVeque, 1983)."""
@@ -51,16 +51,16 @@ class DiscriminantHead(LinearHead):
         known = {name: with_classes(earlier[name], classes) for name in ("sums", "counts")}
         total = {name: known[name] + later[name] for name in known}
         weight = known["counts"] * later["counts"] / total["counts"].clamp_min(1)
-        apart = self.centres(known) - self.centres(later)
+        apart = self.prototypes(known) - self.prototypes(later)
         between = (apart * weight[:, None]).T @ apart
         return {**total, "scatter": earlier["scatter"] + later["scatter"] + between}
 
     def prepare(self, statistics: Tensors) -> Tensors:
-        centres, counts = self.centres(statistics), statistics["counts"]
+        prototypes, counts = self.prototypes(statistics), statistics["counts"]
         freedom = (counts.sum(-1) - counts.shape[-1]).clamp_min(1)
         covariance = statistics["scatter"] / freedom[..., None, None]
-        weights = torch.cholesky_solve(centres.mT, torch.linalg.cholesky(shrunk(covariance, self.shrinkage)))
-        return {"weights": weights, "bias": -0.5 * (centres.mT * weights).sum(-2, keepdim=True)}
+        weights = torch.cholesky_solve(prototypes.mT, torch.linalg.cholesky(shrunk(covariance, self.shrinkage)))
+        return {"weights": weights, "bias": -0.5 * (prototypes.mT * weights).sum(-2, keepdim=True)}
 
 
 def shrunk(covariance: torch.Tensor, shrinkage: float) -> torch.Tensor:

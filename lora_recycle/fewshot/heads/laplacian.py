@@ -11,16 +11,16 @@ ITERATIONS = 20
 
 
 class LaplacianHead(TransductiveHead):
-    """Soft assignment to the class centres with a Laplacian term over the queries (LaplacianShot, arXiv 2006.15486).
+    """Soft assignment to the prototypes with a Laplacian term over the queries (LaplacianShot, arXiv 2006.15486).
 
-    Each query's squared distances to the centres are weighed against the assignments of its nearest neighbours among
-    the queries, and all assignments are updated at once by the paper's bound optimiser. Its rectification of the
-    centres is left out. One query alone is classified by its nearest centre.
+    Each query's squared distances to the prototypes are weighed against the assignments of its nearest neighbours
+    among the queries, and all assignments are updated at once by the paper's bound optimiser. Its rectification of
+    the prototypes is left out. One query alone is classified by its nearest prototype.
 
     Args:
         neighbours (`int`): how many other queries each is tied to.
         smoothness (`float`): weight of the Laplacian term. Both defaults were chosen on validation classes
-            (`examples/choose_heads.py`).
+            (`examples/studies/choose_heads.py`).
     """
 
     name = "transductive_laplacian"
@@ -30,7 +30,7 @@ class LaplacianHead(TransductiveHead):
 
     def logits(self, features: torch.Tensor, prepared: Tensors) -> torch.Tensor:
         features = unit(features)
-        closeness = 2 * features @ prepared["centres"].mT  # minus the squared distance, up to a constant
+        closeness = 2 * features @ prepared["prototypes"].mT  # minus the squared distance, up to a constant
         neighbours = self.smoothness * nearest_neighbours(features, self.neighbours)
         scores = closeness
         for _ in range(ITERATIONS):

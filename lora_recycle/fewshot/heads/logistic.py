@@ -24,9 +24,9 @@ class LogisticRegressionHead(LinearHead):
     def merged(self, earlier: Tensors, later: Tensors) -> Tensors:
         return {name: torch.cat([earlier[name].to(value), value]) for name, value in later.items()}
 
-    def centres(self, statistics: Tensors) -> torch.Tensor:
+    def prototypes(self, statistics: Tensors) -> torch.Tensor:
         features, labels = statistics["features"], statistics["labels"]
-        return super().centres(super().statistics(features, labels, int(labels.max()) + 1))
+        return super().prototypes(super().statistics(features, labels, int(labels.max()) + 1))
 
     def prepare(self, statistics: Tensors) -> Tensors:
         features, labels = statistics["features"], statistics["labels"]

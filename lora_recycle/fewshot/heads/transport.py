@@ -1,4 +1,4 @@
-"""OpTA: class centres carried to where the queries lie, by optimal transport."""
+"""OpTA: prototypes carried to where the queries lie, by optimal transport."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _MOST_PASSES = 100
 
 
 class TransportHead(TransductiveHead):
-    """Optimal-transport alignment of the class centres with the queries (OpTA of BECLR, arXiv 2402.02444).
+    """Optimal-transport alignment of the prototypes with the queries (OpTA of BECLR, arXiv 2402.02444).
 
-    Each class has to take an equal share of the queries, at the least squared distance with some entropy; a centre
-    then moves to the mean of its share. After some passes the queries go to the nearest centre by cosine. So it
+    Each class has to take an equal share of the queries, at the least squared distance with some entropy; a prototype
+    then moves to the mean of its share. After some passes the queries go to the nearest prototype by cosine. So it
     needs queries of all classes, about as many of each: others are shared out all the same.
 
     Args:
         entropy (`float`): of the plan, where the largest cost is 1.
-        passes (`int`): how often the centres move, at most 100. Both defaults were chosen on validation classes
-            (`examples/choose_heads.py`).
+        passes (`int`): how often the prototypes move, at most 100. Both defaults were chosen on validation classes
+            (`examples/studies/choose_heads.py`).
 
     Raises:
         ConfigError: more passes.
@@ -39,17 +39,18 @@ class TransportHead(TransductiveHead):
         self.entropy, self.passes = float(entropy), int(passes)
 
     def logits(self, features: torch.Tensor, prepared: Tensors) -> torch.Tensor:
-        centres, features = prepared["centres"], unit(features)
-        if features.shape[-2] < centres.shape[-2]:
+        prototypes, features = prepared["prototypes"], unit(features)
+        if features.shape[-2] < prototypes.shape[-2]:
             raise DataError(
                 f"{self.name} shares out the queries to the classes, so it needs at least as many queries as classes: "
-                f"got {features.shape[-2]} for {centres.shape[-2]}. Give all images in one call, or use another head."
+                f"got {features.shape[-2]} for {prototypes.shape[-2]}. Give all images in one call, or use "
+                "another head."
             )
         for _ in range(self.passes):
-            cost = torch.cdist(centres, features).square()
+            cost = torch.cdist(prototypes, features).square()
             plan = sinkhorn(cost / cost.amax((-2, -1), keepdim=True), self.entropy, ITERATIONS)
-            centres = plan / plan.sum(-1, keepdim=True) @ features
-        return unit(features) @ unit(centres).mT / TEMPERATURE
+            prototypes = plan / plan.sum(-1, keepdim=True) @ features
+        return unit(features) @ unit(prototypes).mT / TEMPERATURE
 
 
 def sinkhorn(cost: torch.Tensor, entropy: float, iterations: int) -> torch.Tensor:

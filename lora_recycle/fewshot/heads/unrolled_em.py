@@ -21,7 +21,8 @@ class UnrolledEMHead(TransductiveHead):
     Each iteration is a layer with parameters of its own. It assigns the queries by their distance to the class means
     and the classes' shares of the queries, then moves means and shares. [`fit_head`] learns the parameters on
     surrogate episodes, so no real image is needed. The defaults are plain EM, which starts from the probabilities of
-    cosine class centres at temperature 0.01; the scale was chosen on validation classes (`examples/choose_heads.py`).
+    cosine prototypes at temperature 0.01; the scale was chosen on validation classes
+    (`examples/studies/choose_heads.py`).
 
     Args:
         scale (`float`): the embeddings, of unit length, are multiplied by it.
@@ -51,7 +52,7 @@ class UnrolledEMHead(TransductiveHead):
         return {"scale": self.scale, "balance": self.balance, "temperature": self.temperature}
 
     def logits(self, features: torch.Tensor, prepared: Tensors) -> torch.Tensor:
-        support, features = prepared["centres"], unit(features)
+        support, features = prepared["prototypes"], unit(features)
         shots = prepared["counts"][..., None]  # (..., C, 1)
         means, shares = support, torch.full_like(shots.mT, 1 / support.shape[-2])  # (..., C, D), (..., 1, C)
         for balance, temperature in zip(self.balance, self.temperature, strict=True):

@@ -1,0 +1,218 @@
+"""One method after another on the same episodes of one data set, and what a task costs with each."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, cast
+
+import torch
+from tqdm.auto import tqdm
+
+from ..backbones.backbone import Backbone, extract_features
+from ..fewshot.accuracy import ensemble_accuracy, head_accuracy, prototype_accuracy
+from ..fewshot.episodes import EpisodeSet
+from ..fewshot.heads import HEADS, make_head
+from ..finetuning import TaskTuning, TaskTuningConfig, tuning_methods
+from ..images.labelled import LabelledImages
+from ..merging import MergingMethod, Selection, tuning_free_methods
+from ..modeling.meta_lora import MetaLoRAForFewShotClassification
+from ..modeling.tuning import default_config
+from ..pool.pool import AdapterPool
+from .config import FROZEN_METHODS
+from .memory import peak_bytes
+from .recipe import TUNED
+from .selection import selected_accuracy
+from .tuned import MetaLoRATuning, tuned_accuracy
+
+
+#: Methods that use the backbone alone, whatever the pool.
+POOLLESS = {*FROZEN_METHODS, "linear-probe", "full-tuning", "lora-linear"}
+
+
+@dataclasses.dataclass
+class MethodResult:
+    """(E,) accuracies in per cent, and the cost of one task: its images through the networks, tuning, scoring."""
+
+    accuracies: torch.Tensor
+    seconds_per_task: float
+    peak_memory_mb: float
+
+
+@dataclasses.dataclass
+class NetworkFeatures:
+    """Features (N, D) of a data set by one network, seconds for each image, and, of the first of a method's networks,
+    the bytes that the images of one task hold at most, by shots."""
+
+    features: torch.Tensor
+    seconds: float
+    bytes: dict[int, int]
+
+
+class EvaluationEngine:
+    """Runs methods on one data set. Features that several methods share are computed once.
+
+    A method is one of `config.all_methods()`, a model's name, either `frozen` or a model with a head (`frozen + lda`),
+    a method that tunes (`finetuning.tuning_methods`), or a model that is tuned (`meta-lora-tuned`).
+
+    Args:
+        data: the images.
+        episodes: by shots; methods that tune a network see the first `tuning_episodes` of them.
+        backbone: the bare backbone.
+        pool (*optional*): the adapters, for methods that use them.
+        models: meta-LoRAs by name.
+        tuning: settings by method that differ from the method's own.
+        seed: of the methods that draw at random.
+        batch_size: images of one forward.
+        bar (*optional*): counts passes over the data set.
+    """
+
+    def __init__(
+        self,
+        data: LabelledImages,
+        episodes: dict[int, EpisodeSet],
+        backbone: Backbone,
+        pool: AdapterPool | None,
+        models: dict[str, MetaLoRAForFewShotClassification],
+        *,
+        tuning: dict[str, dict[str, Any]] | None = None,
+        tuning_episodes: int = 0,
+        seed: int = 0,
+        batch_size: int = 128,
+        bar: tqdm | None = None,
+    ):
+        self.data, self.episodes, self.backbone, self.pool, self.models = data, episodes, backbone, pool, models
+        self.tuning, self.tuning_episodes, self.batch_size, self.bar = tuning or {}, tuning_episodes, batch_size, bar
+        self.baselines = tuning_free_methods(seed)
+        self._features: dict[str, NetworkFeatures] = {}
+
+    def tunes(self, method: str) -> bool:
+        return method in tuning_methods() or (method.endswith(TUNED) and method.removesuffix(TUNED) in self.models)
+
+    def transductive(self, method: str) -> bool:
+        _, plus, head = method.partition(" + ")
+        return bool(plus) and HEADS[head].transductive
+
+    def count(self, method: str, shots: int) -> int:
+        """How many episodes a method runs on."""
+        return self.tuning_episodes if self.tunes(method) else len(self.episodes[shots])
+
+    def settings(self, method: str) -> dict[str, Any]:
+        """What a method's numbers depend on besides data, backbone, adapters and meta-LoRA."""
+        if self.tunes(method):
+            tuning = self._tuning(method)
+            own = {key: value for key, value in vars(tuning).items() if isinstance(value, int)}
+            return {"kind": type(tuning).__name__, **own, **tuning.config.to_dict()}
+        if method in self.baselines:
+            return {"kind": type(self.baselines[method]).__name__, **vars(self.baselines[method])}
+        base, _, head = method.partition(" + ")
+        trained = self.models[base].settings if base in self.models else {}
+        known = ("metric", "temperature", "head_parameters")
+        learned = {key: trained[key] for key in known if key in trained}
+        return {"head": head, **FROZEN_METHODS.get(method, {}), **learned}
+
+    def accuracies(self, method: str, shots: int) -> torch.Tensor:
+        """(E,) accuracies of a method that does not tune, in per cent."""
+        return self._scored(method, shots, measure_memory=False)[0]
+
+    def result(self, method: str, shots: int) -> MethodResult:
+        """Accuracies of any method, with what a task costs."""
+        if self.tunes(method):
+            return self._result_of_tuning(method, shots)
+        accuracies, networks, forwards, scoring = self._scored(method, shots, measure_memory=True)
+        each = sum(network.seconds for network in networks) / len(networks)
+        seconds = each * forwards + scoring / len(accuracies)
+        return MethodResult(accuracies, seconds, networks[0].bytes[shots] / 1e6)
+
+    def forget(self, method: str) -> None:
+        """Give back the memory of features that no other method shares."""
+        self._features = {key: value for key, value in self._features.items() if not key.startswith(f"{method}/")}
+
+    def _tuning(self, method: str) -> TaskTuning:
+        changed = self.tuning.get(method, {})
+        model = self.models.get(method.removesuffix(TUNED)) if method.endswith(TUNED) else None
+        if model is not None:
+            return MetaLoRATuning(model, TaskTuningConfig(**{**default_config(model.head).to_dict(), **changed}))
+        kind = type(tuning_methods()[method])
+        return kind(TaskTuningConfig(**{**kind.defaults, **changed}))
+
+    def _result_of_tuning(self, method: str, shots: int) -> MethodResult:
+        every = self.episodes[shots]
+        drawn = EpisodeSet(every.episodes[: self.tuning_episodes], every.ways, shots)
+        accuracies, costs = tuned_accuracy(self._tuning(method), self.pool, self.data.pixels, drawn, memory=True)
+        seconds = costs["image"] * len(self._images_of_a_task(shots)) + costs["task"]
+        return MethodResult(accuracies, seconds, costs["bytes"] / 1e6)
+
+    def _scored(
+        self, method: str, shots: int, measure_memory: bool
+    ) -> tuple[torch.Tensor, list[NetworkFeatures], float, float]:
+        """(E,) accuracies, the networks, forwards of one task, and the seconds that scoring all tasks took."""
+        drawn, images = self.episodes[shots], len(self._images_of_a_task(shots))
+        if method in self.baselines:
+            baseline, pool = self.baselines[method], cast(AdapterPool, self.pool)
+            networks = self._features_of_baseline(method, baseline, pool, measure_memory)
+            features = [network.features for network in networks]
+            choice = baseline.choice(pool) if isinstance(baseline, Selection) else None
+            started = time.perf_counter()
+            if choice is None:
+                accuracies = ensemble_accuracy(features, drawn)
+                return accuracies, networks, images * len(networks), time.perf_counter() - started
+            accuracies, looks = selected_accuracy(features, drawn, choice)
+            # the support set goes through the networks that the choice asks, the queries through one
+            support = drawn.ways * shots
+            return accuracies, networks, looks * support + images - support, time.perf_counter() - started
+        base, _, head = method.partition(" + ")
+        network = self._features_of(base if base in self.models else "frozen", measure_memory)
+        settings = self.models[base].settings if base in self.models else {}
+        started = time.perf_counter()
+        if head:
+            accuracies = head_accuracy(network.features, drawn, make_head(head, settings))
+        else:
+            options = FROZEN_METHODS.get(method, {"metric": settings.get("metric", "cosine")})
+            accuracies = prototype_accuracy(network.features, drawn, **options)
+        return accuracies, [network], images, time.perf_counter() - started
+
+    def _features_of_baseline(
+        self, method: str, baseline: MergingMethod, pool: AdapterPool, measure_memory: bool
+    ) -> list[NetworkFeatures]:
+        keys = [key for key in self._features if key.startswith(f"{method}/")]
+        if not keys:
+            networks = list(baseline.networks(pool))
+            self._expect(len(networks))
+            for i, network in enumerate(networks):
+                features = self._forward(network, measure_memory and i == 0)
+                if len(networks) > 1:  # many networks' features at once
+                    features.features = features.features.half()
+                keys.append(f"{method}/{i}")
+                self._features[keys[-1]] = features
+        return [self._features[key] for key in keys]
+
+    def _features_of(self, source: str, measure_memory: bool) -> NetworkFeatures:
+        if source not in self._features:
+            backbone = self.backbone if source == "frozen" else self.models[source].backbone
+            self._expect(1)
+            self._features[source] = self._forward(nullcontext(backbone), measure_memory)
+        return self._features[source]
+
+    def _forward(self, network: AbstractContextManager[Backbone], measure_memory: bool) -> NetworkFeatures:
+        with network as backbone:
+            started = time.perf_counter()
+            features = extract_features(backbone, self.data.pixels, self.batch_size)
+            seconds = (time.perf_counter() - started) / len(self.data)
+            held = {}
+            for shots in self.episodes if measure_memory else ():
+                pixels = self.data.pixels[self._images_of_a_task(shots)]
+                held[shots] = peak_bytes(partial(extract_features, backbone, pixels), backbone.device)
+        if self.bar is not None:
+            self.bar.update()
+        return NetworkFeatures(features, seconds, held)
+
+    def _expect(self, passes: int) -> None:
+        if self.bar is not None:
+            self.bar.total += passes
+
+    def _images_of_a_task(self, shots: int) -> torch.Tensor:
+        first = self.episodes[shots].episodes[0]
+        return torch.cat([first.support.flatten(), first.query])

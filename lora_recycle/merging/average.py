@@ -1,0 +1,35 @@
+"""Average merging: the exact mean of the adapters' weight changes (arXiv 2402.15414, without its tuned head)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+
+from ..backbones.backbone import Backbone
+from ..pool.pool import AdapterPool
+from .base import MergingMethod
+from .factors import worn_factors
+
+
+@dataclasses.dataclass
+class Average(MergingMethod):
+    """The mean of all weight changes, ranks, targets and types mixed.
+
+    It is the mean of the changes `B A`. PEFT's `add_weighted_adapter` with `linear` averages B and A apart, which is
+    something else (and refused for mixed ranks). Its `cat`, and `svd` at the sum of the ranks, give the same as this,
+    unless the first adapter is an rsLoRA: the result inherits that and is scaled by the root of its rank once more.
+
+    Args:
+        rank (`int`, *optional*): None folds the mean into the weights, at no cost for a forward. With a number the
+            weights stay, and the best approximation of that rank (truncated SVD) acts as factors beside them. Changes
+            of biases and norms have no factors and are left out then.
+    """
+
+    rank: int | None = None
+
+    def networks(self, pool: AdapterPool) -> Iterator[AbstractContextManager[Backbone]]:
+        if self.rank is None:
+            yield pool.folded()
+        else:
+            yield worn_factors(pool.backbone, pool.average(self.rank))

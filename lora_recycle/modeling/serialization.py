@@ -1,0 +1,114 @@
+"""A meta-LoRA as a folder: PEFT's files, our sidecar and the fitted task, which belong together or are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+from peft import PeftModel
+
+from ..adapters.files import checksums
+from ..adapters.peft_wrap import Layers
+from ..adapters.quantization import check_bits, store_weights
+from ..backbones.backbone import Backbone
+from ..errors import AdapterError
+from ..fewshot.heads import FewShotHead
+from ..hub.card_files import read_card
+from ..hub.embedded import backbone_name
+from ..hub.repo_files import CARD_FILE, CODES_FILE, PICTURE_FILE, SIDECAR_FILE, TASK_FILE, WEIGHTS_FILE, optional_file
+from ..runtime.files import remove_abandoned, replacing_files
+from ..runtime.outputs import OutputKind, check_output, holds_json
+from ..version import __version__
+from .merge_layers import worn_for_saving
+from .sidecar import FORMAT_VERSION
+from .task import FewShotTask, save_task
+
+
+#: What `save_pretrained` and `distill` write to a folder.
+OUTPUT = OutputKind("a meta-LoRA", lambda folder: holds_json(folder / SIDECAR_FILE, "lora_recycle_version"))
+#: What a folder holds only where it is written anew.
+_OPTIONAL = (WEIGHTS_FILE, CODES_FILE, TASK_FILE, PICTURE_FILE)
+
+
+class SavableModel(Protocol):
+    """What is saved of a meta-LoRA."""
+
+    backbone: Backbone
+    peft_model: PeftModel
+    settings: dict[str, Any]
+    picture: bytes | None
+    head: FewShotHead
+    _task: FewShotTask | None
+    _merged: Layers
+
+
+def write_meta_lora(model: SavableModel, folder: str | Path, bits: int | None = None, card: str | None = None) -> None:
+    """Write a model to a folder that is new, empty, or holds a meta-LoRA already.
+
+    All files are written beside their places first. The sidecar takes its place before any other, with the checksums
+    of what is to come, and the weights after all others: where that is cut short, the folder is told to be damaged,
+    and never read as a mixture.
+
+    Args:
+        bits: for each weight, as of `save_pretrained`.
+        card: the README.md; by default PEFT's, or what is there with PEFT's header.
+
+    Raises:
+        AdapterError: the card in the folder cannot be read.
+        ConfigError: another number of bits.
+        StorageError: the folder holds something else, or cannot be written.
+    """
+    folder = Path(folder)
+    if bits is not None:
+        check_bits(bits)
+    check_output(folder, OUTPUT)
+    remove_abandoned(folder, "files")
+    with replacing_files(folder, _place, removes=_OPTIONAL) as new:
+        if card is None and (earlier := _card_in(folder)) is not None:
+            (new / CARD_FILE).write_text(earlier, encoding="utf-8")  # PEFT only adds to a card that is there
+        _write_adapter(model, new)
+        store_weights(new, bits)
+        if card is not None:
+            (new / CARD_FILE).write_text(card, encoding="utf-8")
+        if model._task is not None:
+            save_task(new / TASK_FILE, model._task)
+        if model.picture is not None:
+            (new / PICTURE_FILE).write_bytes(model.picture)
+        settings = model.settings | _own_settings(model) | {"checksums": checksums(new)}
+        (new / SIDECAR_FILE).write_text(json.dumps(settings, indent=1, allow_nan=False), encoding="utf-8")
+
+
+def _place(name: str) -> tuple[bool, bool, str]:
+    return name != SIDECAR_FILE, name in (WEIGHTS_FILE, CODES_FILE), name
+
+
+def _write_adapter(model: SavableModel, folder: Path) -> None:
+    config: Any = model.peft_model.peft_config["default"]  # of the class of its type
+    config.base_model_name_or_path = backbone_name(config.base_model_name_or_path)
+    config.target_modules = sorted(config.target_modules)  # PEFT writes a set in any order
+    with worn_for_saving(model.peft_model, model._merged) as worn:
+        # no embedding layers: PEFT would ask the Hub whether the base's vocabulary grew
+        worn.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+
+
+def _own_settings(model: SavableModel) -> dict[str, Any]:
+    return {
+        "head": model.head.name,
+        "metric": model.settings.get("metric", "cosine"),
+        "temperature": model.settings.get("temperature", 0.1),
+        "image_processor": model.backbone.processor_settings(),
+        "format_version": FORMAT_VERSION,
+        "lora_recycle_version": __version__,
+        "num_classes": None if model._task is None else len(model._task.label_names),
+    }
+
+
+def _card_in(folder: Path) -> str | None:
+    path = optional_file(folder, CARD_FILE, str(folder))
+    try:
+        return None if path is None else str(read_card(path))
+    except (OSError, ValueError) as error:
+        raise AdapterError(
+            f"{folder}: {CARD_FILE} cannot be read ({error}). Take it out to have a new one."
+        ) from error

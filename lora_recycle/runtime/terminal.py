@@ -1,0 +1,34 @@
+"""Text that anyone may have written, made safe to print in a terminal and to open in a spreadsheet."""
+
+from __future__ import annotations
+
+import re
+
+
+#: What a terminal may obey (C0 and C1 controls but tab and newline), lone surrogates, which cannot be encoded, and
+#: line separators and marks that reorder the text around them.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+#: Where a spreadsheet takes a cell for a formula, full-width forms among them.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+
+
+def printable(text: str) -> str:
+    r"""The text with control characters escaped, as in `\u001b`. Tabs and newlines stay.
+
+    The escape is JSON's, so that printable JSON stays the same JSON.
+    """
+    return _UNSAFE.sub(_escaped, text)
+
+
+def single_line(text: str) -> str:
+    """As `printable`, with tabs and newlines escaped too: for a name within a line or a table."""
+    return printable(text).replace("\t", "\\t").replace("\n", "\\n")
+
+
+def csv_cell(text: str) -> str:
+    """As `single_line`, after an apostrophe where a spreadsheet would take the cell for a formula."""
+    return f"'{single_line(text)}" if text.startswith(_FORMULA) else single_line(text)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return f"\\u{ord(match[0]):04x}"
