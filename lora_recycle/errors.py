@@ -31,3 +31,8 @@ class ProcessError(LoRARecycleError):
 
 class StorageError(LoRARecycleError):
     """Nothing can be written: the disk is full, the folder read-only, or another run is at work in it."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library says, without the lines below the first; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

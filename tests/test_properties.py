@@ -153,7 +153,7 @@ def test_all_patches_together_are_the_image(batch, rows, columns, size, seed):
 def shards(draw):
     count, classes, side, width = (draw(st.integers(low, 5)) for low in (1, 2, 1, 1))
     rng, names = generator(draw(seeds)), st.text(max_size=8)
-    kept = draw(st.integers(0, 4))
+    kept = draw(st.integers(0, min(4, side * side)))  # of patches, of which there are no more than pixels
     return Shard(
         adapter={
             "name": draw(names),

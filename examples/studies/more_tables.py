@@ -1,5 +1,5 @@
 """Tables of the documentation, from what small_files.py, adapter_types.py, fscil.py, rejection.py, choose_adapters.py,
-group_weights.py, shares.py, choose_without_images.py, second_backbone.py and ablations.py wrote."""
+group_weights.py, shares.py, choose_without_images.py, second_backbone.py, domains.py and ablations.py wrote."""
 
 import json
 from pathlib import Path
@@ -17,6 +17,7 @@ def more_tables(results: Path) -> dict[str, str]:
         "shares": shares,
         "figures": figures,
         "second_backbone": second_backbone,
+        "domains": domains,
     }
     paths = {name: results / f"{name}.json" for name in makers}
     found = {name: makers[name](json.loads(path.read_text())) for name, path in paths.items() if path.exists()}
@@ -67,6 +68,22 @@ def group_weights(found: dict) -> str:
             cells.append(" / ".join(f"{mean:+.1f} ± {half:.1f}" for mean, half in gains))
         rows.append(cells)
     return markdown(["merge", " / ".join(found["groups"]), *sets], rows)
+
+
+def domains(found: dict) -> str:
+    """Gains over frozen at 1 and 5 shots of each method on each data set, and the share of tasks by domain."""
+    sets = list(dict.fromkeys(row["data"] for row in found["rows"]))
+    cells = {(row["data"], row["shots"]): row for row in found["rows"]}
+    methods = [*found["rows"][0]["gains"]]
+    rows = []
+    for name in sets:
+        own = [cells[name, shots] for shots in (1, 5)]
+        gains = [" / ".join(f"{row['gains'][m][0]:+.1f}" if m in row["gains"] else "" for row in own) for m in methods]
+        over = " / ".join("{:+.2f} ± {:.2f}".format(*row["over shared"]) for row in own)
+        chosen = dict.fromkeys(domain for row in own for domain in row["chosen"])
+        shares = [f"{d} " + " / ".join(f"{row['chosen'].get(d, 0):.0%}" for row in own) for d in chosen]
+        rows.append([name, *(gain if gain != " / " else "-" for gain in gains), over, ", ".join(shares)])
+    return markdown(["data", *methods, "chosen over shared", "what was chosen"], rows)
 
 
 def shares(found: dict) -> str:

@@ -9,6 +9,7 @@ from .low_rank import decompose
 
 Coded = tuple[torch.Tensor, torch.Tensor]  # codes, of the shape of the matrix, and ascending centroids (2^bits,)
 
+_USUAL = 20  # powers of two up to which numbers are taken as they are
 _ITERATIONS = 50  # of k-means on sorted numbers
 _ROUNDS = 10  # of the two factors; the error of the product falls by a tenth up to there, and little after
 
@@ -43,9 +44,10 @@ def coded(values: torch.Tensor, bits: int) -> Coded:
     is 0.64 of the values' own. They are scaled so that nothing is missing along the values; what is left is noise
     across.
     """
-    values = values.float()
+    values, exponent = _of_usual_size(values.float())
     codes, centroids = _nearest(values, bits)
-    return codes, centroids * _scale(values.square().sum(), (values * centroids[codes]).sum())
+    scale = _scale(values.square().sum(), (values * centroids[codes]).sum())
+    return codes, _times_power_of_two(centroids * scale, exponent)
 
 
 def coded_product(b: torch.Tensor, a: torch.Tensor, bits: int) -> tuple[Coded, Coded]:
@@ -55,17 +57,31 @@ def coded_product(b: torch.Tensor, a: torch.Tensor, bits: int) -> tuple[Coded, C
     and so fits one set of centroids. Then each factor in turn is what suits the coded other best (least squares), and
     the product is scaled as in [`coded`].
     """
-    b, a = _spread(b.float(), a.float())
+    (b, exponent_b), (a, exponent_a) = _of_usual_size(b.float()), _of_usual_size(a.float())
+    b, a = _spread(b, a)
     codes_a, centroids_a = _nearest(a, bits)
     for _ in range(_ROUNDS):
         known = centroids_a[codes_a]
         codes_b, centroids_b = _nearest(_solve(known @ known.T, known @ a.T @ b.T).T, bits)
         known = centroids_b[codes_b]
         codes_a, centroids_a = _nearest(_solve(known.T @ known, known.T @ b @ a), bits)
-    coded_b, coded_a = centroids_b[codes_b], centroids_a[codes_a]
+    new_b, new_a = centroids_b[codes_b], centroids_a[codes_a]
     own = ((b.T @ b) * (a @ a.T)).sum()  # of B A with itself, and below with what it has become
-    scale = _scale(own, ((b.T @ coded_b) * (a @ coded_a.T)).sum())
-    return (codes_b, centroids_b * scale), (codes_a, centroids_a)
+    scale = _scale(own, ((b.T @ new_b) * (a @ new_a.T)).sum())
+    parts = (codes_b, centroids_b * scale, exponent_b), (codes_a, centroids_a, exponent_a)
+    coded_b, coded_a = ((codes, _times_power_of_two(centroids, exponent)) for codes, centroids, exponent in parts)
+    return coded_b, coded_a
+
+
+def _of_usual_size(values: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Numbers whose squares neither overflow nor vanish, and the power of two by which those given are larger."""
+    exponent = int(values.abs().max().frexp().exponent)
+    exponent = exponent if abs(exponent) > _USUAL else 0
+    return _times_power_of_two(values, -exponent), exponent
+
+
+def _times_power_of_two(values: torch.Tensor, exponent: int) -> torch.Tensor:
+    return (values.double() * 2.0**exponent).float() if exponent else values
 
 
 def _nearest(values: torch.Tensor, bits: int) -> Coded:

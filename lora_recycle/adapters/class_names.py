@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from ..errors import ConfigError
+from ..errors import ConfigError, first_line
+from ..runtime.untrusted import read_text
 from .pull import AdapterInfo
 
 
@@ -56,12 +57,12 @@ def _read(class_names: ClassNames) -> Any:
     if path.suffix not in _FILES:
         return [name.strip() for name in str(class_names).split(",")]
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         if path.suffix == ".txt":
             return [line.strip() for line in text.splitlines() if line.strip()]
         return yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: no readable class names ({str(error).splitlines()[0]}).") from error
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: no readable class names ({first_line(error)}).") from error
 
 
 def _checked(names: Any, what: str) -> tuple[str, ...]:

@@ -133,8 +133,12 @@ def check_checksums(folder: Path, where: str, config: dict[str, Any], weights_sh
         AdapterError: they are not, or the sidecar is damaged.
     """
     stated = read_sidecar_json(folder, where).get("checksums")
-    if stated is None:
-        return
+    if stated is not None:
+        compare_checksums(stated, folder, where, config, weights_sha256)
+
+
+def compare_checksums(stated: Any, folder: Path, where: str, config: dict[str, Any], weights_sha256: str) -> None:
+    """Raise `AdapterError` where config and weights of a folder are not those of the `stated` checksums."""
     for name, digits in ((CONFIG_FILE, _config_sha256(config)), (weights_file(folder), weights_sha256)):
         _compare(stated, name, digits, where)
 

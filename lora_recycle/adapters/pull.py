@@ -18,7 +18,7 @@ from ..errors import AdapterError
 from ..hub.licenses import read_license
 from ..hub.repo_files import CODES_FILE, CONFIG_FILE, WEIGHTS_FILE
 from ..runtime.files import file_sha256
-from ..runtime.untrusted import count
+from ..runtime.untrusted import check_utf8, count
 from .files import (
     check_checksums,
     download,
@@ -154,12 +154,17 @@ def pull_adapter(
         if revision is not None:
             raise AdapterError(f"{folder}: a local folder has no revision {revision!r}; leave `revision` out.")
         folder = folder.resolve()
-        return _describe(folder, folder.name, None)
+        try:
+            check_utf8(folder)
+        except ValueError as error:
+            raise AdapterError(f"{folder}: {error}.") from error
+        return describe_adapter(folder, folder.name, None)
     folder = download(str(repo_or_path), revision, token, cache_dir, local_files_only)
-    return _describe(folder, str(repo_or_path), folder.name)
+    return describe_adapter(folder, str(repo_or_path), folder.name)
 
 
-def _describe(folder: Path, name: str, revision: str | None) -> AdapterInfo:
+def describe_adapter(folder: Path, name: str, revision: str | None) -> AdapterInfo:
+    """What lies in a local folder, checked as [`pull_adapter`] does."""
     where = f"{name}@{revision}" if revision else name
     config, file = read_config(folder, where), weights_file(folder)
     bits, shapes = read_codes(folder, where) if file == CODES_FILE else (None, read_header(folder, where))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 
-from ..errors import ConfigError
+from ..errors import AdapterError, ConfigError
 from ..hub.repo_files import CODES_FILE, WEIGHTS_FILE
 from ..runtime.untrusted import (
     check_names,
@@ -61,7 +61,11 @@ def weights_bytes(tensors: dict[str, torch.Tensor], bits: int, config: dict[str,
 
     Returns:
         The name of the file and its content.
+
+    Raises:
+        AdapterError: a number is not finite, or so large that it would not be.
     """
+    _check_finite(tensors)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in sorted(tensors.items())}
     if bits in PLAIN_BITS:
         plain = {k: t.to(PLAIN_BITS[bits]) if is_coded(t) else t for k, t in tensors.items()}
@@ -71,8 +75,15 @@ def weights_bytes(tensors: dict[str, torch.Tensor], bits: int, config: dict[str,
     if parts:
         stored["codes"] = torch.cat([pack(codes, bits) for codes, _ in parts.values()])
         stored["centroids"] = torch.stack([centroids for _, centroids in parts.values()]).bfloat16()
+    _check_finite(stored)
     header = {"bits": bits, "shapes": {key: list(tensors[key].shape) for key in parts}}
     return CODES_FILE, save(stored, metadata={"header": json.dumps(header, separators=(",", ":"))})
+
+
+def _check_finite(tensors: dict[str, torch.Tensor]) -> None:
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise AdapterError(f"{key[:200]} holds NaN, infinity, or numbers too large to be stored.")
 
 
 def _coded_matrices(matrices: dict[str, torch.Tensor], bits: int, config: dict[str, Any]) -> dict[str, Coded]:

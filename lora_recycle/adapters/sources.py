@@ -16,7 +16,8 @@ from huggingface_hub.errors import HTTPError
 from tqdm.auto import tqdm
 
 from ..errors import AdapterError, ConfigError
-from ..hub.download import explain, repeated
+from ..hub.download import HubOptions, explain, repeated
+from ..runtime.untrusted import read_text
 from .pull import AdapterInfo, find_adapters, pull_adapter
 
 
@@ -81,13 +82,13 @@ def pull_adapters(
     Raises:
         AdapterError: a source cannot be read, or an adapter is bad and `bad` does not skip it.
     """
-    hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    hub = HubOptions(token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     ids = adapter_ids(sources, token, local_files_only)
     infos = []
     workers = ThreadPoolExecutor(WORKERS)
     try:
         futures = [workers.submit(pull_adapter, one.name, one.revision, **hub) for one in ids]
-        # read in the order of the sources, so that the same error is told first every time
+        # read in the order of the sources, so that the same error comes first every time
         remote = sum(not Path(one.name).is_dir() for one in ids)
         quiet = not progress or remote < 2  # folders and a single adapter take no time worth a bar
         bar = tqdm(zip(ids, futures, strict=True), desc="pull", total=len(ids), disable=quiet, leave=False)
@@ -120,7 +121,7 @@ def agree_on_base(
 ) -> tuple[str, str | None, list[AdapterInfo]]:
     """The base model that most of the adapters name, its revision, and the adapters that name both.
 
-    An adapter of another base is bad. With `base_revision`, which then goes before theirs, only the names must agree.
+    An adapter of another base is bad. `base_revision` takes precedence over theirs; then only the names must agree.
 
     Raises:
         AdapterError: none names a base model, or one is bad and `bad` does not skip it.
@@ -197,8 +198,8 @@ def _lines(path: str) -> list[str]:
     if not path.endswith(".txt"):
         raise AdapterError(f"{path}: is a file; name an adapter's folder, or a .txt file with one id in each line.")
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(Path(path))
+    except (OSError, ValueError) as error:
         raise AdapterError(f"{path}: no readable list of adapters ({error}).") from error
     lines = [line.split("#")[0].strip() for line in text.splitlines()]
     if not any(lines):

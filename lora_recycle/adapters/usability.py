@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from ..backbones.backbone import Backbone
 from ..backbones.base_models import CONFIG_FILES, BaseModel
 from ..errors import AdapterError
+from ..hub.download import HubOptions
 from ..hub.repo_files import SIDECAR_FILE
+from .experts import pull_experts, read_domains
+from .files import read_sidecar_json
 from .load import WeightsNeeded, check_numbers
 from .pull import AdapterInfo, read_tensors
 from .sources import named_base
@@ -22,7 +25,7 @@ class Usability:
     """Whether one adapter can be used.
 
     Args:
-        usable (`bool`, *optional*): None where its base model is not to be had, or only its weights would tell.
+        usable (`bool`, *optional*): None where its base model is not available, or only its weights would tell.
         reason (`str`, *optional*): why it cannot, or why that is not known.
     """
 
@@ -51,11 +54,11 @@ def check_usable(infos: Sequence[AdapterInfo], **hub: Any) -> list[Usability]:
         hub: `token`, `cache_dir` and `local_files_only`.
     """
     bases: dict[tuple[str, str | None], _Base | AdapterError] = {}
-    return [_usability(info, bases, hub) for info in infos]
+    return [_usability(info, bases, cast(HubOptions, hub)) for info in infos]
 
 
 def _usability(
-    info: AdapterInfo, bases: dict[tuple[str, str | None], _Base | AdapterError], hub: dict[str, Any]
+    info: AdapterInfo, bases: dict[tuple[str, str | None], _Base | AdapterError], hub: HubOptions
 ) -> Usability:
     try:
         name = named_base(info), info.base_revision
@@ -65,7 +68,7 @@ def _usability(
         if isinstance(base, AdapterError):
             check_numbers(info, read_tensors(info))
             return Usability(None, str(base))
-        _check(info, base)
+        _check(info, base, hub)
     except WeightsNeeded as error:
         return Usability(None, str(error))
     except AdapterError as error:
@@ -73,7 +76,7 @@ def _usability(
     return Usability(True)
 
 
-def _base(name: str, revision: str | None, hub: dict[str, Any]) -> _Base | AdapterError:
+def _base(name: str, revision: str | None, hub: HubOptions) -> _Base | AdapterError:
     try:
         files = BaseModel.pull(name, revision, CONFIG_FILES, **hub)
         return _Base(files, Backbone(files.empty_tower(), files.image_processor(), files.name, files.commit))
@@ -81,10 +84,13 @@ def _base(name: str, revision: str | None, hub: dict[str, Any]) -> _Base | Adapt
         return error
 
 
-def _check(info: AdapterInfo, base: _Base) -> None:
-    """Raise `AdapterError` as a pool does."""
+def _check(info: AdapterInfo, base: _Base, hub: HubOptions) -> None:
+    """Raise `AdapterError` as a pool, or a model with experts, does."""
     adapter = StoredAdapter(info, base.backbone, base.expected)
     if (info.path / SIDECAR_FILE).is_file():
+        domains = read_domains(read_sidecar_json(info.path, info.where), info.where)
+        for expert in pull_experts(info, domains, hub) if domains else ():
+            StoredAdapter(expert, base.backbone, base.expected)
         return
     if not (adapter.headless and adapter.info.labels):
         adapter.require_head(base.backbone)

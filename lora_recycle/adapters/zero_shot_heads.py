@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, CLIPModel, PreTrainedModel, SiglipModel
 from ..backbones.backbone import Backbone
 from ..backbones.base_models import CONFIG_FILES, LOADING, TOKENIZER_FILES, WEIGHT_FILES, BaseModel
 from ..errors import AdapterError, ConfigError
+from ..hub.download import HubOptions
 from .adapter import Adapter
 from .heads import TextHead
 from .pull import AdapterInfo
@@ -80,7 +81,7 @@ def text_heads(
     """
     if "{}" not in prompt:
         raise ConfigError(f"prompt must hold {{}} where the class name goes, got {prompt!r}.")
-    model, tokenizer = _load_text_tower(backbone, hub)
+    model, tokenizer = _load_text_tower(backbone, cast(HubOptions, hub))
     texts = [prompt.replace("{}", name) for name in dict.fromkeys(n for names in class_names for n in names)]
     unread = [t for t, ids in zip(texts, _token_ids(tokenizer, texts), strict=True) if ids <= {tokenizer.unk_token_id}]
     if unread:  # without its files transformers makes a tokenizer without words, and says nothing
@@ -102,7 +103,7 @@ def text_heads(
     return heads
 
 
-def _load_text_tower(backbone: Backbone, hub: dict[str, Any]) -> tuple[Any, Any]:
+def _load_text_tower(backbone: Backbone, hub: HubOptions) -> tuple[Any, Any]:
     """The whole model in float32 on the backbone's device, without the image tower, and its tokenizer."""
     files = CONFIG_FILES | WEIGHT_FILES | TOKENIZER_FILES
     base = BaseModel.pull(backbone.name, backbone.revision, files, **hub)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..fewshot.domains import SHARED
 from ..reports.gallery import data_uri, show_attention
 from ..reports.html_page import render
 from .session import Answer
@@ -33,7 +34,10 @@ STYLE = """
 
 def answers_html(answers: Sequence[Answer], patch_size: int) -> str:
     """All answers, in the order of the images."""
-    return str(render("answers.html", answers=[_shown(answer, patch_size) for answer in answers]))
+    domain = answers[0].domain if answers else None
+    where = "no domain of the adapters: the shared network answers" if domain == SHARED else f"domain {domain}"
+    shown = [_shown(answer, patch_size) for answer in answers]
+    return str(render("answers.html", where=where if domain else None, answers=shown))
 
 
 def _shown(answer: Answer, patch_size: int) -> dict[str, Any]:

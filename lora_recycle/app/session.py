@@ -14,6 +14,7 @@ import torch
 
 from ..backbones.backbone import Backbone
 from ..errors import DataError
+from ..fewshot.domains import SHARED
 from ..modeling.classifier import SharedTask
 from ..modeling.meta_lora import MetaLoRAForFewShotClassification
 
@@ -30,11 +31,13 @@ class Answer:
         pixels: uint8 (3, S, S), what the backbone saw.
         probabilities: by class, the likeliest first.
         attention: (P,), the share of the attention that each patch got, row by row; they sum to 1.
+        domain: whose expert answered; None of a meta-LoRA without experts.
     """
 
     pixels: torch.Tensor
     probabilities: dict[str, float]
     attention: torch.Tensor
+    domain: str | None = None
 
 
 class FewShotSession:
@@ -90,14 +93,16 @@ class FewShotSession:
         if not images:
             raise DataError("Add new images to classify first.")
         _check_number(len(images), "new images")
-        task, backbone = self.fit(), self.model.backbone
-        pixels = self.model.preprocess(images)
+        task = self.fit()
+        found = task.domain.name if task.domain else None
+        domain = found or SHARED
+        backbone, pixels = self.model.network(domain), self.model.preprocess(images)
         with torch.inference_mode():
-            rows = task.probabilities(torch.cat([self.model.features(part) for part in pixels.split(64)]))
+            rows = task.probabilities(torch.cat([self.model.features(part, domain) for part in pixels.split(64)]))
         attention = torch.cat([patch_attention(backbone, part) for part in pixels.split(64)]).cpu()
         names, seen = task.label_names, _as_seen(backbone, pixels)
         return [
-            Answer(picture, dict(sorted(zip(names, row, strict=True), key=lambda item: -item[1])), looked)
+            Answer(picture, dict(sorted(zip(names, row, strict=True), key=lambda item: -item[1])), looked, found)
             for picture, row, looked in zip(seen, rows.tolist(), attention, strict=True)
         ]
 

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import AdapterError, DataError
+from ..hub.download import HubOptions
 from .base_config import check_processor
 from .base_models import BaseModel
 from .cls_layer import cls_layer
@@ -78,9 +79,9 @@ class Backbone(nn.Module):
         """Load a backbone and its image processor from a folder or a repo id (`demo`: the embedded one).
 
         Raises:
-            AdapterError: it is not to be had, damaged, not whole, or of an unknown type.
+            AdapterError: it is not available, damaged, not whole, or of an unknown type.
         """
-        hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        hub = HubOptions(token=token, cache_dir=cache_dir, local_files_only=local_files_only)
         base = BaseModel.pull(name_or_path, revision, **hub)
         model = base.load_tower(dtype or torch.float32)
         backbone = cls(model, base.image_processor(), base.name, base.commit)

@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.activations import ACT2CLS
 
-from ..errors import AdapterError
+from ..errors import AdapterError, first_line
 from ..runtime.untrusted import parse_json, read_text
 from .families import FAMILIES
 
@@ -152,7 +152,7 @@ def _built(model_type: str, settings: dict[str, Any], where: str, **options: Any
         if num_parameters(config) > MAX_PARAMETERS:
             raise ValueError(f"a model of at least {num_parameters(config)} parameters, more than {MAX_PARAMETERS}")
     except (ValueError, TypeError, StrictDataclassError) as error:  # the last: transformers' own checks
-        raise AdapterError(f"{where}: {CONFIG_FILE}: {_first_line(error.__cause__ or error)}.") from error
+        raise AdapterError(f"{where}: {CONFIG_FILE}: {first_line(error.__cause__ or error).rstrip('.')}.") from error
     return config
 
 
@@ -221,7 +221,8 @@ def _try_processor(processor: Any, where: str) -> None:
         values = processor(images=[Image.new("RGB", (5, 4))], return_tensors="np")["pixel_values"]
         sound = values.ndim == 4 and values.shape[:2] == (1, 3) and bool(np.isfinite(values).all())
     except Exception as error:  # noqa: BLE001 - transformers raises anything for settings of a stranger
-        raise AdapterError(f"{where}: image processor: it fails on an image ({_first_line(error)}).") from error
+        reason = first_line(error).rstrip(".")
+        raise AdapterError(f"{where}: image processor: it fails on an image ({reason}).") from error
     if not sound:
         raise AdapterError(f"{where}: image processor: of an image it makes {values.shape}, or what is not finite.")
 
@@ -258,7 +259,3 @@ def _patches(config: PreTrainedConfig) -> int:
 
 def _short(value: Any) -> str:
     return f"a {type(value).__name__}" if isinstance(value, (list, dict)) else repr(value)[:80]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

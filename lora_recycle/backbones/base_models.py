@@ -86,7 +86,7 @@ class BaseModel:
             hub: `token`, `cache_dir` and `local_files_only`.
 
         Raises:
-            AdapterError: it is not to be had, holds an adapter too, or its `config.json` is refused.
+            AdapterError: it is not available, holds an adapter too, or its `config.json` is refused.
         """
         path = resolve_backbone(name_or_path)
         folder, commit = Path(path), None

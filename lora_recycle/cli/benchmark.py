@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
+from ..runtime.terminal import utf8
 from .common import Subparsers, add_device_argument, checked_device, echo, note, table
 
 
@@ -103,8 +104,8 @@ def _write(name: str, recipe: BenchmarkRecipe, cells: list[Cell], notes: list[st
     about = {"recipe": recipe.to_dict(), "notes": notes, "versions": versions()}
     values = {"rows": rows, "details": details, **about}
     atomic_write(output / "results.json", (json.dumps(values, indent=1, allow_nan=False) + "\n").encode())
-    atomic_write(output / "results.md", markdown(rows, details).encode())
-    atomic_write(output / "index.html", benchmark_page(f"Benchmark: {name}", rows, details, about).encode())
+    atomic_write(output / "results.md", utf8(markdown(rows, details)))
+    atomic_write(output / "index.html", utf8(benchmark_page(f"Benchmark: {name}", rows, details, about)))
     header = ("method", "data", "shots", "accuracy", "vs frozen", "vs average")
     shown = [
         (

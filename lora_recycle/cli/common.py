@@ -132,7 +132,7 @@ def sources(names: Sequence[str]) -> list[str | Path]:
 
 
 def load_pool(args: argparse.Namespace, **options: Any) -> AdapterPool:
-    """The [`AdapterPool`] that the pool arguments describe. Skipped adapters are told on stderr."""
+    """The [`AdapterPool`] that the pool arguments describe. Skipped adapters are reported on stderr."""
     from ..pool.pool import AdapterPool
 
     device = checked_device(args.device)  # first: a launch that went wrong is to be refused before anything is read

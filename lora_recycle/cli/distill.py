@@ -139,7 +139,7 @@ def _notify_share(student: Student) -> None:
 
 
 def _with_images(pool: AdapterPool, surrogate: SurrogateDataset) -> AdapterPool:
-    """The adapters that have surrogate images: those that could not be inverted are told and left out."""
+    """The adapters that have surrogate images: those that could not be inverted are reported and left out."""
     inverted = {entry["adapter"]["sha256"] for entry in surrogate.manifest["shards"]}
     kept = [i for i, info in enumerate(pool.infos) if info.sha256 in inverted]
     reason = f"{surrogate.folder} has no images of it"

@@ -102,6 +102,8 @@ def run(args: argparse.Namespace) -> None:
     echo(format_table(result.rows))
     for remark in result.notes:
         note(remark)
+    for line in () if args.quiet else result.domains:
+        note(line)
     if args.json:
         atomic_write(Path(args.json), json.dumps({"rows": result.rows}, indent=1, allow_nan=False).encode())
     hint(f"lora-recycle predict {shlex.quote(args.model)} --support FOLDER_OF_CLASS_FOLDERS IMAGES...")

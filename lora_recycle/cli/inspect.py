@@ -50,6 +50,7 @@ ADAPTER_HEADER = (
     *("name", "base", "revision", "type", "rank", "targets", "classes", "labels"),
     *("transformers", "converted", "size", "usable", "commit"),
 )
+EXPERT_HEADER = ("domain", "adapters", "chosen", "folder", "names")
 #: The page of `--images`.
 PAGE = "images.html"
 SHARD_HEADER = ("adapter", "images", "accuracy", "confidence")
@@ -94,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
     checked = [] if args.short else check_usable(infos)
     if args.json:
         everything: list[dict[str, Any]] = [
-            {"kind": "adapter", **info.to_dict(), **dataclasses.asdict(found)}
+            {"kind": "adapter", **info.to_dict(), **_domains(info), **dataclasses.asdict(found)}
             for info, found in zip(infos, checked, strict=True)
         ]
         everything += [{"kind": "skipped", "name": name, "reason": reason} for name, reason in bad.skipped]
@@ -109,6 +110,7 @@ def run(args: argparse.Namespace) -> None:
         parts = [table(ADAPTER_HEADER, map(_adapter_row, infos, checked))] if infos else []
         reasons = [single_line(f"usable: {found}") for found in checked if found.reason]
         parts += ["\n".join(reasons)] if reasons else []
+        parts += [text for info in infos if (text := _domains_text(info))]
         parts += [_surrogate_text(surrogate) for surrogate in surrogates]
         if parts:
             echo("\n\n".join(parts))
@@ -163,8 +165,8 @@ def _views(args: argparse.Namespace, surrogate: SurrogateDataset) -> list[tuple[
     views, base = [], surrogate.manifest.get("backbone", {})
     if args.meta_lora:
         name, revision = one_id(args.meta_lora)
-        worn = MetaLoRAForFewShotClassification.from_pretrained(name, revision=revision).backbone
-        views, base = [("With the meta-LoRA", worn)], {"name": worn.name, "revision": worn.revision}
+        adapted = MetaLoRAForFewShotClassification.from_pretrained(name, revision=revision).backbone
+        views, base = [("With the meta-LoRA", adapted)], {"name": adapted.name, "revision": adapted.revision}
     if not base.get("name"):
         raise DataError(f"{surrogate.folder}: its manifest names no backbone. Pass one with --meta-lora.")
     return [("Frozen backbone", Backbone.from_pretrained(base["name"], revision=base.get("revision"))), *views]
@@ -191,6 +193,33 @@ def _adapter_row(info: AdapterInfo, found: Usability) -> tuple[Any, ...]:
 def _short(revision: str | None) -> str | None:
     """A commit's first 12 digits; names of branches and tags as they are."""
     return revision[:12] if revision and re.fullmatch("[0-9a-f]{40}", revision) else revision
+
+
+def _domains(info: AdapterInfo) -> dict[str, Any]:
+    """The part `domains` of a meta-LoRA's sidecar."""
+    from ..adapters.experts import read_domains
+    from ..adapters.files import read_sidecar_json
+
+    found = read_domains(read_sidecar_json(info.path, info.where), info.where)
+    return {} if found is None else {"domains": found.to_dict()}
+
+
+def _domains_text(info: AdapterInfo) -> str:
+    """The experts of a meta-LoRA as a table; empty where it has none."""
+    from ..hub.repo_files import expert_folder
+
+    experts = _domains(info).get("domains", {}).get("experts", [])
+    rows = [
+        (
+            expert["name"],
+            len(expert["adapters"]),
+            "compared with" if expert["role"] == "compared" else "yes",
+            expert_folder(number),
+            _first(tuple(adapter["name"] for adapter in expert["adapters"])),
+        )
+        for number, expert in enumerate(experts, 1)
+    ]
+    return f"{single_line(info.name)}: {len(rows)} experts\n{table(EXPERT_HEADER, rows)}" if rows else ""
 
 
 def _first(labels: tuple[str, ...] | None, shown: int = 3, width: int = 20) -> str | None:

@@ -23,7 +23,7 @@ from .common import (
 )
 
 
-#: Mean probability of the intended class below which an adapter's images are told to be doubtful.
+#: Mean probability of the intended class below which an adapter's images are reported as doubtful.
 LOW_CONFIDENCE = 0.5
 
 EPILOG = """\

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
 import logging
 import os
 import shlex
@@ -85,10 +86,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     with 2.
     """
     if sys.stderr is None:  # `2>&-`; its number is taken, or the next file that is opened would get all messages
-        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
     if sys.stdout is None:  # `>&-`
         note("lora-recycle: error: stdout is closed. Send it to a file, or to /dev/null.")
         return 1
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # one in ASCII or latin-1 shows as escapes what it cannot hold
+            stream.reconfigure(errors="backslashreplace")
     argv = sys.argv[1:] if argv is None else list(argv)
     args = _parsed(argv)
     args.debug, args.quiet = getattr(args, "debug", False), getattr(args, "quiet", False)

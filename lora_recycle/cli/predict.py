@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from ..runtime.terminal import csv_cell, single_line
 from .common import (
     META_LORA_HELP,
@@ -52,6 +52,9 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
         "--support", metavar="FOLDER", help="folder of examples with one folder per class, or a parquet file"
     )
     parser.add_argument("images", nargs="+", metavar="IMAGES", help="image files and folders of images")
+    parser.add_argument(
+        "--domain", metavar="NAME", help="with --support: the domain of MODEL to use, or shared (default: chosen)"
+    )
     parser.add_argument("--head", metavar="NAME", help="few-shot head (default: the one MODEL was saved with)")
     forms = parser.add_mutually_exclusive_group()
     forms.add_argument("--json", action="store_true", help="print all class probabilities as JSON")
@@ -83,8 +86,10 @@ def run(args: argparse.Namespace) -> None:
     )
     failures: dict[int, str] | None = {} if args.skip_errors else None
     if support:
-        model.fit(*support, failures=failures)
+        model.fit(*support, failures=failures, domain=args.domain)
         _notify(failures)
+    elif args.domain:
+        raise ConfigError("--domain is chosen when examples are shown; it goes with --support.")
     elif not model.label_names:
         raise DataError(f"{args.model} was saved without a task: pass examples with --support FOLDER.")
     probabilities = model.predict_proba(paths, failures=failures, progress=not args.quiet and len(paths) > 64)
@@ -92,6 +97,8 @@ def run(args: argparse.Namespace) -> None:
     if failures and len(failures) == len(paths):
         raise DataError(f"None of the {_images(len(paths))} can be read.")
     read = [number for number in range(len(paths)) if not failures or number not in failures]
+    if model.domain is not None and not args.quiet:
+        note(f"Domain: {single_line(model.domain.name)}")
     _print(args, [paths[number] for number in read], probabilities[read], model.label_names)
     hint(f"lora-recycle evaluate {shlex.quote(named)} --data FOLDER measures the accuracy on labelled images.")
 

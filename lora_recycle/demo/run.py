@@ -142,9 +142,9 @@ def _real_images(data: Sequence[str | Path], pool: AdapterPool) -> list[Labelled
 def _invert(
     pool: AdapterPool, config: InversionConfig, output: Path, progress: bool
 ) -> tuple[SurrogateDataset, list[float]]:
-    """The surrogate data and the mean loss of each iteration, which lies beside the shards for the next run."""
+    """The surrogate data and the mean loss of each iteration, which is stored beside the shards for the next run."""
     inverter, path = LoRAInverter(pool, config), output / "surrogate" / "losses.json"
-    curves: dict[str, list[float]] = json.loads(path.read_text()) if path.is_file() else {}
+    curves: dict[str, list[float]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     def remember(name: str, _: Shard) -> None:
         curves[name] = inverter.losses
@@ -168,7 +168,7 @@ def _train(trainer: MetaLoRATrainer, work: Path, progress: bool) -> None:
     identity = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     marker = work / _MARKER
     # the marker says that the demo trained here; checkpoints of another training stay
-    stale = marker.is_file() and marker.read_text() != identity
+    stale = marker.is_file() and marker.read_text(encoding="utf-8") != identity
     if stale or not work.exists():
         claim_output(work, CHECKPOINTS)
         atomic_write(marker, identity.encode())

@@ -100,7 +100,7 @@ class Checkpoints:
     ) -> tuple[int, dict[str, list[float]]]:
         """Set all to the newest sound checkpoint; return the step to go on with and the losses before it.
 
-        Without a checkpoint nothing is set, and the step is 0. Damaged ones that are newer are told and deleted.
+        Without a checkpoint nothing is set, and the step is 0. Damaged ones that are newer are reported and deleted.
 
         Raises:
             ConfigError: it is of another recipe, pool or surrogate data, or of an earlier version.

@@ -37,6 +37,12 @@ class DistillationConfig(RecipeConfig):
         "fraction of the distilled change that is kept; the rest of the weight goes to init, if that is an average. A "
         "LORA then starts to learn from the group sum. 1: start to learn from init and keep everything",
     )
+    experts: bool = field(
+        True,
+        "beside the meta-LoRA keep an expert for each domain of a mixed pool, the average of its adapters, from which "
+        "each task chooses; a pool of one domain has none",
+    )
+    expert_rank: int = field(32, "most that an expert's rank may be; it is exact where its adapters need less")
     first_layer: int = field(
         0,
         "first layer that learns; the activations that enter it are computed once and stored on disk",
@@ -105,7 +111,7 @@ class DistillationConfig(RecipeConfig):
         weights = ("relational_weight", "kl_weight", "interpolation_weight")
         for name in ("steps", "first_layer", *weights, "max_grad_norm", "patience"):
             self.require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
-        counts = ("rank", "max_teachers", "episodes", "shots", "queries", "save_steps", "eval_steps")
+        counts = ("rank", "expert_rank", "max_teachers", "episodes", "shots", "queries", "save_steps", "eval_steps")
         for name in (*counts, "gradient_accumulation_steps"):
             self.require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         self.require(

@@ -16,8 +16,8 @@ from ..errors import DataError
 from ..fewshot.accuracy import prototype_accuracy
 from ..fewshot.episodes import EpisodeSet, sample_episodes
 from ..runtime.heartbeat import beat
+from ..surrogate.dataset import evenly_spread
 from .surrogate_images import SurrogateImages
-from .teachers import spread
 
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def hold_out(groups: list[list[int]], images: SurrogateImages, share: float) -> 
     for group in large:
         usable = [i for i in group if len(_classes(images.shards[i].labels)) > 1]
         most = min(max(1, round(share * len(group))), max(1, MOST_ADAPTERS // len(large)))
-        held_out += spread(torch.tensor(usable), most).tolist()
+        held_out += [usable[i] for i in evenly_spread(len(usable), most).tolist()]
     return sorted(held_out)
 
 

@@ -80,7 +80,7 @@ def reproduce(
 
     Raises:
         AdapterError: there is no sidecar, it does not say how the meta-LoRA was made, or the weights are coded.
-        DataError: a source adapter is not to be had with the recorded bytes.
+        DataError: a source adapter is not available with the recorded bytes.
         StorageError: `output` holds something else than an earlier reproduction, or cannot be written.
     """
     name, revision = one_id(str(resolve_meta_lora(meta_lora)))

@@ -8,7 +8,7 @@ from ..backbones.token_selection import take_patches
 from ..errors import DataError
 from ..pool.pool import AdapterPool
 from ..surrogate.dataset import SurrogateDataset
-from ..surrogate.shards import ShardRows
+from ..surrogate.shards import ShardRows, check_alike
 
 
 class SurrogateImages:
@@ -64,7 +64,26 @@ def match_shards(pool: AdapterPool, surrogate: SurrogateDataset, use_masks: bool
         )
     order = [by_hash[info.sha256] for info in pool.infos]
     shards = [surrogate.shard_rows(i, verify=True) for i in order]
+    check_alike(shards)
+    _check_fits(shards, pool, use_masks)
     return SurrogateImages(shards, [surrogate.manifest["shards"][i]["sha256"] for i in order], use_masks)
+
+
+def _check_fits(shards: list[ShardRows], pool: AdapterPool, use_masks: bool) -> None:
+    """Raise `DataError` where the backbone takes images of another size, or has fewer patches than masks name."""
+    pixels, size = shards[0].tensors["pixels"], pool.backbone.image_size
+    for shard in shards if use_masks else ():
+        kept = shard.tensors.get("kept_tokens")
+        if kept is not None and (last := int(kept.read_range(0, len(kept)).max())) >= pool.backbone.num_patches:
+            raise DataError(
+                f"{kept.path}: kept_tokens names patch {last}, but {pool.backbone.name} has the patches 0 to "
+                f"{pool.backbone.num_patches - 1}. Run invert on this pool."
+            )
+    if pixels.shape[2:] != (size, size):
+        raise DataError(
+            f"{pixels.path}: its images have {pixels.shape[2]} x {pixels.shape[3]} pixels, but {pool.backbone.name} "
+            f"takes {size} x {size}. Run invert on this pool."
+        )
 
 
 def leave_out(

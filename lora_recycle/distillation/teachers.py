@@ -21,6 +21,7 @@ from ..runtime.array_files import RowFile, open_rows, write_rows
 from ..runtime.files import atomic_write
 from ..runtime.heartbeat import Heartbeat, beat
 from ..runtime.launch import claim_indices
+from ..surrogate.dataset import evenly_spread
 from .config import DistillationConfig
 from .surrogate_images import SurrogateImages
 
@@ -51,14 +52,7 @@ def choose_teachers(members: list[int], most: int) -> list[int]:
 
     The same for all images of the group: the means of different teachers could not be compared.
     """
-    return spread(torch.tensor(members), most).tolist()
-
-
-def spread(values: torch.Tensor, most: int) -> torch.Tensor:
-    """At most `most` of (N,) values, evenly over them."""
-    if len(values) <= most:
-        return values
-    return values[torch.linspace(0, len(values) - 1, most).round().long()]
+    return [members[i] for i in evenly_spread(len(members), most).tolist()]
 
 
 def teach(
@@ -82,7 +76,7 @@ def teach(
     votes = path.with_suffix(".json")
     if not votes.is_file():
         _ask(pool, images, members, rows, teachers, path, progress, batch_size)
-    votes_by_class = {(t, s, c): d for t, s, c, d in json.loads(votes.read_text())}
+    votes_by_class = {(t, s, c): d for t, s, c, d in json.loads(votes.read_text(encoding="utf-8"))}
     return TeacherGroup(teachers, rows, open_rows(path), votes_by_class)
 
 
@@ -160,7 +154,7 @@ def _views(
 def _join(blocks: list[RowFile], path: Path) -> None:
     """Concatenate the teachers' features, (N, D) each, to (N, T x D), compressed where that is much."""
     count, width = len(blocks[0]), sum(block.shape[1] for block in blocks)
-    sample = torch.linspace(0, count - 1, min(count, _SAMPLE)).round().long()
+    sample = evenly_spread(count, _SAMPLE)
     directions = principal_directions(torch.cat([block.read(sample) for block in blocks], 1))
     chunks = (
         torch.cat([block.read_range(start, start + _CHUNK) for block in blocks], 1)

@@ -24,6 +24,7 @@ from .batches import Batch, Prefetcher
 from .callbacks import ProgressBar, TrainerCallback
 from .checkpoints import OUTPUT, Checkpoints
 from .config import DistillationConfig
+from .experts import expert_networks
 from .losses import weighted_losses
 from .parallel import ParallelStudent
 from .preparation import Store, prepare
@@ -170,6 +171,8 @@ class MetaLoRATrainer:
         """The student as the model that users load; its sidecar says where it came from."""
         settings = sidecar_settings(self.pool, self.surrogate, self.config, self.selection, self.accelerator)
         model = self.student.to_model(settings)
+        if self.config.experts:
+            model.domain_networks = expert_networks(self.pool, model.backbone, self.config.expert_rank)
         if self.surrogate is not None:
             model.picture = self.surrogate.picture()
         return model

@@ -24,7 +24,7 @@ from ..runtime.files import tensors_sha256
 from ..runtime.terminal import single_line
 from .cells import Cell, data_checksum, identity
 from .engine import POOLLESS, EvaluationEngine
-from .recipe import TUNED, BenchmarkRecipe, DataSpec, PoolSpec
+from .recipe import STATIC, TUNED, BenchmarkRecipe, DataSpec, PoolSpec
 
 
 @dataclasses.dataclass
@@ -122,7 +122,7 @@ class Benchmark:
             for method in self._methods(self.recipe.pools[name]):
                 base = method.partition(" + ")[0]
                 poolless = method in POOLLESS or base == "frozen"
-                meta = base if base in own.models else base.removesuffix(TUNED)
+                meta = base if base in own.models else base.removesuffix(TUNED).removesuffix(STATIC)
                 if meta in self.recipe.meta_loras and meta not in own.models:
                     continue  # of another pool
                 if poolless and not first:
@@ -168,7 +168,8 @@ class Benchmark:
         }
         asked |= {"episodes": engine.count(method, shots), "method": method, **sums}
         own = identity(data_sum, backbone_sum, engine.settings(method), asked)
-        kind = "tuned" if engine.tunes(method) else "meta-lora" if base in engine.models else "rival"
+        meta = base.removesuffix(STATIC)
+        kind = "tuned" if engine.tunes(method) else "meta-lora" if {base, meta} & {*engine.models} else "rival"
         kind = "frozen" if method == "frozen" else kind
         transductive = engine.transductive(method)
         return Cell(label, method, engine.data.name, pool, numbers.ways, shots, kind, transductive, own)

@@ -4,32 +4,40 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import Counter
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from tqdm.auto import tqdm
 
 from ..backbones.backbone import Backbone, extract_features
 from ..fewshot.accuracy import ensemble_accuracy, head_accuracy, prototype_accuracy
+from ..fewshot.domains import SHARED, DomainRule
 from ..fewshot.episodes import EpisodeSet
 from ..fewshot.heads import HEADS, make_head
 from ..finetuning import TaskTuning, TaskTuningConfig, tuning_methods
 from ..images.labelled import LabelledImages
 from ..merging import MergingMethod, Selection, tuning_free_methods
+from ..modeling.domains import FROZEN
 from ..modeling.meta_lora import MetaLoRAForFewShotClassification
 from ..modeling.tuning import default_config
 from ..pool.pool import AdapterPool
 from .config import FROZEN_METHODS
 from .memory import peak_bytes
-from .recipe import TUNED
+from .recipe import STATIC, TUNED
 from .selection import selected_accuracy
 from .tuned import MetaLoRATuning, tuned_accuracy
 
 
 #: Methods that use the backbone alone, whatever the pool.
 POOLLESS = {*FROZEN_METHODS, "linear-probe", "full-tuning", "lora-linear"}
+
+
+#: (E,) accuracies, in per cent, of features (N, D) on episodes.
+Score: TypeAlias = Callable[[torch.Tensor, EpisodeSet], torch.Tensor]
 
 
 @dataclasses.dataclass
@@ -51,11 +59,21 @@ class NetworkFeatures:
     bytes: dict[int, int]
 
 
+def _score(method: str, model: MetaLoRAForFewShotClassification | None) -> Score:
+    """How the features of a method are judged: by its head, or by prototypes."""
+    head, settings = method.partition(" + ")[2], model.settings if model else {}
+    if head:
+        return partial(head_accuracy, head=make_head(head, settings))
+    return partial(prototype_accuracy, **FROZEN_METHODS.get(method, {"metric": settings.get("metric", "cosine")}))
+
+
 class EvaluationEngine:
     """Runs methods on one data set. Features that several methods share are computed once.
 
     A method is one of `config.all_methods()`, a model's name, either `frozen` or a model with a head (`frozen + lda`),
-    a method that tunes (`finetuning.tuning_methods`), or a model that is tuned (`meta-lora-tuned`).
+    a method that tunes (`finetuning.tuning_methods`), or a model whose shared network is tuned (`meta-lora-tuned`). A
+    model with experts classifies each episode with the network that its support set chooses; under its name and
+    `-shared` it always uses the shared one.
 
     Args:
         data: the images.
@@ -87,6 +105,8 @@ class EvaluationEngine:
         self.tuning, self.tuning_episodes, self.batch_size, self.bar = tuning or {}, tuning_episodes, batch_size, bar
         self.baselines = tuning_free_methods(seed)
         self._features: dict[str, NetworkFeatures] = {}
+        #: of models with experts, by method and shots: how many episodes chose each domain
+        self.chosen: dict[tuple[str, int], Counter[str]] = {}
 
     def tunes(self, method: str) -> bool:
         return method in tuning_methods() or (method.endswith(TUNED) and method.removesuffix(TUNED) in self.models)
@@ -107,11 +127,12 @@ class EvaluationEngine:
             return {"kind": type(tuning).__name__, **own, **tuning.config.to_dict()}
         if method in self.baselines:
             return {"kind": type(self.baselines[method]).__name__, **vars(self.baselines[method])}
-        base, _, head = method.partition(" + ")
-        trained = self.models[base].settings if base in self.models else {}
-        known = ("metric", "temperature", "head_parameters")
+        model, chooses = self._model(method)
+        trained = model.settings if model else {}
+        known = ("metric", "temperature", "head_parameters", *(["domains"] if chooses else []))
         learned = {key: trained[key] for key in known if key in trained}
-        return {"head": head, **FROZEN_METHODS.get(method, {}), **learned}
+        rule = {"rule": dataclasses.asdict(DomainRule())} if chooses else {}
+        return {"head": method.partition(" + ")[2], **FROZEN_METHODS.get(method, {}), **learned, **rule}
 
     def accuracies(self, method: str, shots: int) -> torch.Tensor:
         """(E,) accuracies of a method that does not tune, in per cent."""
@@ -159,20 +180,54 @@ class EvaluationEngine:
             if choice is None:
                 accuracies = ensemble_accuracy(features, drawn)
                 return accuracies, networks, images * len(networks), time.perf_counter() - started
-            accuracies, looks = selected_accuracy(features, drawn, choice)
+            accuracies, looks, _ = selected_accuracy(features, drawn, choice)
             # the support set goes through the networks that the choice asks, the queries through one
             support = drawn.ways * shots
             return accuracies, networks, looks * support + images - support, time.perf_counter() - started
-        base, _, head = method.partition(" + ")
-        network = self._features_of(base if base in self.models else "frozen", measure_memory)
-        settings = self.models[base].settings if base in self.models else {}
+        model, chooses = self._model(method)
+        score = _score(method, model)
+        if model is not None and chooses:
+            return self._chosen(method, model, shots, score, measure_memory)
+        network = self._features_of(FROZEN if model is None else self._name(model), measure_memory)
         started = time.perf_counter()
-        if head:
-            accuracies = head_accuracy(network.features, drawn, make_head(head, settings))
-        else:
-            options = FROZEN_METHODS.get(method, {"metric": settings.get("metric", "cosine")})
-            accuracies = prototype_accuracy(network.features, drawn, **options)
+        accuracies = score(network.features, drawn)
         return accuracies, [network], images, time.perf_counter() - started
+
+    def _chosen(
+        self,
+        method: str,
+        model: MetaLoRAForFewShotClassification,
+        shots: int,
+        score: Score,
+        measure_memory: bool,
+    ) -> tuple[torch.Tensor, list[NetworkFeatures], float, float]:
+        """As `_scored`, of a model with experts: support images go through all networks, queries through one."""
+        drawn, experts = self.episodes[shots], model.domain_networks
+        assert experts is not None
+        names, source = [SHARED, FROZEN, *experts.names], self._name(model)
+        networks = [self._features_of(source, measure_memory), self._features_of(FROZEN, False)]
+        networks += [self._features_of(source, False, name) for name in experts.names]
+
+        def choice(look: Callable[[int], torch.Tensor], labels: torch.Tensor) -> int:
+            return names.index(experts.choose({name: look(i) for i, name in enumerate(names)}, labels).name)
+
+        started = time.perf_counter()
+        found = selected_accuracy([network.features for network in networks], drawn, choice, score)
+        seconds = time.perf_counter() - started
+        self.chosen[method, shots] = Counter(names[i] for i in found.chosen.tolist())
+        support, images = drawn.ways * shots, len(self._images_of_a_task(shots))
+        return found.accuracies, networks, found.looks * support + images - support, seconds
+
+    def _model(self, method: str) -> tuple[MetaLoRAForFewShotClassification | None, bool]:
+        """The model of a method that does not tune, None for the bare backbone's, and whether each task chooses."""
+        base = method.partition(" + ")[0]
+        model = self.models.get(base)
+        if model is None:
+            return self.models.get(base.removesuffix(STATIC)), False
+        return model, bool(model.domains)
+
+    def _name(self, model: MetaLoRAForFewShotClassification) -> str:
+        return next(name for name, own in self.models.items() if own is model)
 
     def _features_of_baseline(
         self, method: str, baseline: MergingMethod, pool: AdapterPool, measure_memory: bool
@@ -189,12 +244,14 @@ class EvaluationEngine:
                 self._features[keys[-1]] = features
         return [self._features[key] for key in keys]
 
-    def _features_of(self, source: str, measure_memory: bool) -> NetworkFeatures:
-        if source not in self._features:
-            backbone = self.backbone if source == "frozen" else self.models[source].backbone
+    def _features_of(self, source: str, measure_memory: bool, domain: str = SHARED) -> NetworkFeatures:
+        """Of the bare backbone, `FROZEN`, or of a model's network for a domain."""
+        key = source if domain == SHARED else f"{source}: {domain}"
+        if key not in self._features:
+            backbone = self.backbone if source == FROZEN else self.models[source].network(domain)
             self._expect(1)
-            self._features[source] = self._forward(nullcontext(backbone), measure_memory)
-        return self._features[source]
+            self._features[key] = self._forward(nullcontext(backbone), measure_memory)
+        return self._features[key]
 
     def _forward(self, network: AbstractContextManager[Backbone], measure_memory: bool) -> NetworkFeatures:
         with network as backbone:

@@ -18,6 +18,7 @@ from ..pool.pool import AdapterPool
 from ..runtime.terminal import single_line
 from .config import EvaluationConfig
 from .engine import EvaluationEngine
+from .recipe import STATIC
 from .results import summarise
 
 
@@ -31,6 +32,8 @@ class Evaluation:
     rows: list[dict[str, Any]]
     accuracies: dict[tuple[int, str], torch.Tensor]
     notes: list[str]
+    #: of a model with experts, for each number of shots: the share of tasks that chose each domain
+    domains: list[str] = dataclasses.field(default_factory=list)
 
 
 def evaluate(
@@ -43,6 +46,9 @@ def evaluate(
     progress: bool = False,
 ) -> Evaluation:
     """Compare the frozen backbone, the meta-LoRA and, with a pool, ways to use it without tuning.
+
+    A meta-LoRA with experts classifies each episode with the network that its support set chooses; `meta-lora-shared`
+    is its shared network on all of them.
 
     Features of every image are computed once for each network of a method; all methods see the same episodes.
 
@@ -60,7 +66,7 @@ def evaluate(
         DataError: too few classes or images for an episode, or too few queries for a head.
     """
     config = config or EvaluationConfig()
-    methods = _methods(config, model is not None, pool is not None)
+    methods = _methods(config, model, pool is not None)
     for head in config.heads:
         make_head(head, model.settings if model else {})  # an unknown name is an error before any forward
     if backbone is None and pool is not None:
@@ -90,16 +96,22 @@ def evaluate(
         for method in methods:
             accuracies |= {(k, method): engine.accuracies(method, k) for k in drawn}
             engine.forget(method)
-    rows, notes = [], []
+    rows, notes, chosen_domains = [], [], []
     for k in config.shots:
         rows += summarise({m: accuracies[k, m] for m in methods}, data.name, config.ways, k)
         notes += drawn[k].notes
-    return Evaluation(rows, accuracies, notes)
+        if chosen := engine.chosen.get((META_LORA, k)):
+            shares = ", ".join(f"{name} {count / chosen.total():.0%}" for name, count in chosen.most_common())
+            chosen_domains.append(f"{META_LORA}, {k} shot{'s' * (k > 1)}: domains that the tasks chose: {shares}.")
+    return Evaluation(rows, accuracies, notes, chosen_domains)
 
 
-def _methods(config: EvaluationConfig, has_model: bool, has_pool: bool) -> list[str]:
+def _methods(config: EvaluationConfig, model: MetaLoRAForFewShotClassification | None, has_pool: bool) -> list[str]:
     methods = ["frozen", *config.chosen_methods(has_pool), *(f"frozen + {head}" for head in config.heads)]
-    return methods + [META_LORA, *(f"{META_LORA} + {head}" for head in config.heads)] * has_model
+    if model is None:
+        return methods
+    static = [META_LORA + STATIC] if model.domains else []
+    return [*methods, *static, META_LORA, *(f"{META_LORA} + {head}" for head in config.heads)]
 
 
 def _bare(model: MetaLoRAForFewShotClassification) -> Backbone:

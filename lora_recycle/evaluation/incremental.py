@@ -1,6 +1,6 @@
 """Few-shot class-incremental learning (FSCIL): a base session of many classes, then sessions of a few new ones.
 
-The protocol of TOPIC (arXiv 2004.10956): after each session all classes seen so far are told apart, without the images
+The protocol of TOPIC (arXiv 2004.10956): after each session all classes so far are distinguished, without the images
 of earlier sessions. Heads learn by adding up statistics, which is what `add_classes` does.
 """
 

@@ -17,6 +17,8 @@ from .config import FROZEN_METHODS, EpisodeConfig
 
 #: Ends the name of a meta-LoRA that is tuned on each support set.
 TUNED = "-tuned"
+#: Behind the name of a meta-LoRA that has experts: its shared network alone, whatever a task would choose.
+STATIC = "-shared"
 _SECTIONS = ("data", "pools", "tuning")
 
 
@@ -119,13 +121,15 @@ class BenchmarkRecipe:
 
     def _check(self, where: str) -> None:
         baselines, tuned = set(tuning_free_methods()), set(tuning_methods())
-        bases = {"frozen", *self.meta_loras}
+        static = {name + STATIC for name in self.meta_loras}
+        bases = {"frozen", *self.meta_loras, *static}
         taken = self.meta_loras & (baselines | tuned | set(FROZEN_METHODS))
         if taken:
             raise ConfigError(
                 f"{where}: a meta-LoRA cannot be named {sorted(taken)[0]!r}, because a method has that name."
             )
-        known = baselines | tuned | set(FROZEN_METHODS) | self.meta_loras | {name + TUNED for name in self.meta_loras}
+        known = baselines | tuned | set(FROZEN_METHODS) | self.meta_loras | static
+        known |= {name + TUNED for name in self.meta_loras}
         for name, pool in self.pools.items():
             if more := sorted(set(pool.methods) - {"frozen", "average", *self.episodes.methods}):
                 raise ConfigError(f"{where}: pools: {name}: {more[0]!r} is not one of the recipe's methods.")

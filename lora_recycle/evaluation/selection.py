@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -11,17 +12,27 @@ from ..fewshot.episodes import EpisodeSet
 from ..merging.base import Choice
 
 
+class Selected(NamedTuple):
+    """(E,) per-episode accuracies, the mean number of networks that a support set was shown to, and int64 (E,), the
+    network that each chose."""
+
+    accuracies: torch.Tensor
+    looks: float
+    chosen: torch.Tensor
+
+
 def selected_accuracy(
-    features: Sequence[torch.Tensor], episodes: EpisodeSet, choice: Choice
-) -> tuple[torch.Tensor, float]:
-    """Accuracy, in per cent, of the cosine prototypes of the network that each episode's support set chooses.
+    features: Sequence[torch.Tensor],
+    episodes: EpisodeSet,
+    choice: Choice,
+    score: Callable[[torch.Tensor, EpisodeSet], torch.Tensor] = prototype_accuracy,
+) -> Selected:
+    """Accuracy, in per cent, of the network that each episode's support set chooses.
 
     Args:
         features (`Sequence[torch.Tensor]`): T tensors (N, D), one for each network.
         choice: as a [`Selection`] makes it.
-
-    Returns:
-        (E,) per-episode accuracy, and the mean number of networks that a support set was shown to.
+        score: (E,) accuracy of features on episodes; by default of cosine prototypes.
 
     Raises:
         DataError: features that are not finite.
@@ -32,8 +43,8 @@ def selected_accuracy(
     for number in set(chosen):
         own = [i for i, c in enumerate(chosen) if c == number]
         part = EpisodeSet([episodes.episodes[i] for i in own], episodes.ways, episodes.shots)
-        accuracies[own] = prototype_accuracy(features[number], part)
-    return accuracies, sum(looks) / len(looks)
+        accuracies[own] = score(features[number], part)
+    return Selected(accuracies, sum(looks) / len(looks), torch.tensor(chosen))
 
 
 def _chosen(

@@ -14,13 +14,14 @@ from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard,
 
 from .licenses import inherited_license
 from .markdown import block, code, text
-from .repo_files import PICTURE_FILE
+from .repo_files import PICTURE_FILE, expert_folder
 
 
 TEMPLATES = Path(__file__).with_name("templates")
 #: Path in the repo of the table that `datasets.load_dataset` opens.
 TABLE_FILE = "data/train.parquet"
 
+_MAX_REPO_ID = 200
 _REPO_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 #: The Hub's size categories and their upper ends.
 _SIZES = {"n<1K": 10**3, "1K<n<10K": 10**4, "10K<n<100K": 10**5, "100K<n<1M": 10**6, "1M<n<10M": 10**7}
@@ -29,7 +30,8 @@ _SIZES |= {"10M<n<100M": 10**8, "100M<n<1B": 10**9, "1B<n<10B": 10**10}
 
 def is_repo_id(name: str | None) -> bool:
     """Whether `name` can be a repo on the Hub: no folder of this machine, and of the right form."""
-    return isinstance(name, str) and _REPO_ID.fullmatch(name) is not None and not Path(name).is_dir()
+    plausible = isinstance(name, str) and len(name) <= _MAX_REPO_ID and _REPO_ID.fullmatch(name)
+    return bool(plausible) and not Path(str(name)).is_dir()
 
 
 def usage_lines(name: str) -> str:
@@ -59,14 +61,14 @@ def meta_lora_card(
     Args:
         name (`str`): repo id or folder name.
         settings (`dict`): the sidecar. The card reads `sources`, `distillation`, `judged`, `inversion`,
-            `versions`, `num_classes` of a fitted task and, if it was evaluated, `results` (rows of
+            `versions`, `domains`, `num_classes` of a fitted task and, if it was evaluated, `results` (rows of
             `evaluation.results.summarise`).
         picture (`bool`): whether `PICTURE_FILE` is beside it.
         bits (`int`, *optional*): bits per weight, if they are coded and so not a plain PEFT adapter.
     """
     sources, results = settings.get("sources") or [], settings.get("results") or []
     distillation, inversion = settings.get("distillation"), settings.get("inversion")
-    judged = settings.get("judged") or {}
+    judged, experts = settings.get("judged") or {}, (settings.get("domains") or {}).get("experts") or []
     kept, blend = judged.get("best_step"), judged.get("best_blend") or [1.0, 0.0]  # None: the last step
     fields, license_note = inherited_license([source.get("license") for source in sources])
     header = ModelCardData(
@@ -96,6 +98,7 @@ def meta_lora_card(
         usage=block(usage_lines(name), "python"),
         picture=PICTURE_FILE if picture else None,
         results=[_result_row(row) for row in results],
+        domains=[_domain_row(number, row) for number, row in enumerate(experts, 1)],
         sources=[_source_row(source) for source in sources],
         license_note=license_note,
         recipe=_yaml({k: v for k, v in (("invert", inversion), ("distill", distillation)) if v}),
@@ -252,6 +255,13 @@ def _result_row(row: dict[str, Any]) -> list[str]:
     accuracy = f"{row['accuracy']:.2f} ± {row['ci95']:.2f}"
     delta = f"{row['delta_vs_frozen']:+.2f} ± {row['delta_ci95']:.2f}" if row["method"] != "frozen" else "-"
     return [*map(text, (row["method"], row["data"], _task(row), row["episodes"])), accuracy, delta]
+
+
+def _domain_row(number: int, expert: dict[str, Any]) -> list[str]:
+    """Name, adapters, and folder of one expert."""
+    adapters = ", ".join(text(adapter["name"]) for adapter in expert["adapters"])
+    use = "only compared with" if expert["role"] == "compared" else "yes"
+    return [text(expert["name"]), adapters, use, code(expert_folder(number))]
 
 
 def _source_row(source: dict[str, Any]) -> list[str]:

@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 from huggingface_hub import (
     HfApi,
     RepoFile,
     RepoFolder,
     get_cached_repo_tree,
+    get_session,
     hf_hub_download,
     is_offline_mode,
     snapshot_download,
@@ -46,9 +47,19 @@ from ..runtime.files import file_sha256
 
 #: Seconds between the attempts of a request that the client does not repeat.
 WAITS = (1, 2, 4)
+#: Most seconds that the Hub may ask for before the next attempt. It counts requests over five minutes.
+MAX_WAIT = 300
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 
 Answer = TypeVar("Answer")
+
+
+class HubOptions(TypedDict, total=False):
+    """How files are fetched: what `from_pretrained` takes of the Hub's client, handed on as it is."""
+
+    token: Any  # a string, True for the stored one, False for none
+    cache_dir: str | Path | None
+    local_files_only: bool
 
 
 def fetch(
@@ -132,6 +143,7 @@ def resolve_commit(
 
 def repeated(request: Callable[[], Answer]) -> Answer:
     """The answer to a request that the client makes only once: tried again where the Hub is busy or unreachable."""
+    _limit_waits()
     for wait in WAITS:
         try:
             return request()
@@ -144,9 +156,25 @@ def repeated(request: Callable[[], Answer]) -> Answer:
                 if cause.response.status_code not in _TRANSIENT:
                     raise
                 header = cause.response.headers.get("Retry-After", "")
-                seconds = int(header) if header.isdecimal() else wait
+                seconds = int(header) if header.isdecimal() else wait  # at most MAX_WAIT, or it would not be there
         time.sleep(seconds)
     return request()
+
+
+def _limit_waits() -> None:
+    """See to it that neither the client nor this module sleeps for as long as a server likes."""
+    session = get_session()
+    hooks = session.event_hooks
+    if _drop_long_waits not in hooks.get("response", ()):
+        session.event_hooks = {**hooks, "response": [*hooks.get("response", ()), _drop_long_waits]}
+
+
+def _drop_long_waits(response: Any) -> None:
+    """Take out headers that ask to wait for more than `MAX_WAIT` seconds: the usual few attempts are made instead."""
+    for name, pattern in (("Retry-After", r"\s*(\d+)\s*"), ("RateLimit", r".*\bt\s*=\s*(\d+).*")):
+        found = re.fullmatch(pattern, response.headers.get(name, ""))
+        if found and (len(found[1]) > 9 or int(found[1]) > MAX_WAIT):
+            del response.headers[name]
 
 
 def explain(error: BaseException, local_files_only: bool = False) -> str:

@@ -18,8 +18,16 @@ SIDECAR_FILE = "meta_lora_config.json"
 TASK_FILE = "few_shot_task.safetensors"
 #: The grid of surrogate images beside a meta-LoRA's, or surrogate data's, card.
 PICTURE_FILE = "surrogate.png"
+#: The experts of a meta-LoRA lie in numbered folders of this one, each a plain PEFT adapter.
+EXPERTS_FOLDER = "experts"
+MAX_EXPERTS = 16
 MAX_PICTURE_BYTES = 10 * 1024**2
 MAX_CLASSES = 100_000
+
+
+def expert_folder(number: int) -> str:
+    """Folder of an expert in the repo, numbered from 1 on in the order of the sidecar."""
+    return f"{EXPERTS_FOLDER}/{number}"
 
 
 def checked_file(folder: Path, name: str, where: str) -> Path:

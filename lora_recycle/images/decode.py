@@ -10,15 +10,17 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..errors import DataError
+from ..runtime.untrusted import open_regular
+from .modes import check_sides, is_large, to_rgb
 
 
 #: What is opened, where this Pillow knows it: formats that it decodes itself. For others, such as EPS, it starts
@@ -26,44 +28,9 @@ from ..errors import DataError
 FORMATS = frozenset(
     ("AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 )
-_WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
-#: Pixels from which on one picture is decoded at a time, whatever the number of threads: memory stays bounded.
-_LARGE = 2**25
 _HALF_LEVEL = 0.5 / 255
+#: Whatever the number of threads: memory stays bounded.
 _one_large_picture = threading.Lock()
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Upright RGB of any PIL mode.
-
-    What is transparent shows white. Grey values of 16 bits, and floating-point ones up to 1, are scaled to 0-255.
-    Of an animation it is the frame that PIL stands at, the first one of an opened file.
-    """
-    image.load()  # before anything else: a second attempt at a truncated file would pass, half empty
-    with contextlib.suppress(Exception):  # metadata that cannot be read spoil no pixels
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":  # PIL would clip at 255: 16-bit X-rays would turn white
-        image = _in_bytes(image)
-    elif image.mode in _WITH_ALPHA or ("transparency" in image.info and image.mode in ("1", "L", "P", "RGB")):
-        image = _on_white(image)
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _in_bytes(image: Image.Image) -> Image.Image:
-    values = np.nan_to_num(np.asarray(image, dtype=np.float32))
-    most = 65535 if image.mode.startswith("I;16") else values.max(initial=0)
-    least = 1.0 if image.mode == "F" else 255.0
-    top = next(top for top in (least, 255.0, 65535.0) if most <= top or top == 65535.0)
-    return Image.fromarray((values.clip(0, top) * (255.0 / top)).round().astype(np.uint8))
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    if image.mode == "La":  # PIL goes to RGBA from LA only
-        image = image.convert("LA")
-    image = image.convert("RGBA")
-    white = Image.new("RGBA", image.size, "white")
-    white.alpha_composite(image)
-    return white
 
 
 def to_picture(image: Any, where: str | None = None, at_least: int | None = None) -> Image.Image:
@@ -72,21 +39,23 @@ def to_picture(image: Any, where: str | None = None, at_least: int | None = None
 
     Args:
         where: what errors call it; by default its path, where it has one.
-        at_least: a JPEG whose sides are both 2, 4 or 8 times as long may come smaller, which decodes much faster.
+        at_least: sides that the picture keeps. A JPEG may come at a half, a fourth or an eighth of its size, which
+            decodes much faster, and a picture of more than `LARGE` pixels at a whole part of it.
 
     Raises:
-        DataError: it is damaged, empty, larger than Pillow's limit, of no known format, or no image at all.
+        DataError: it is damaged, empty, larger than Pillow's limit, too long, of no known format, no regular
+            file, or no image at all.
     """
     if isinstance(image, (str, Path)):
         image = local_path(image)
     where = where or (str(image) if isinstance(image, Path) else None)
     try:
         if isinstance(image, (bytes, Path)):
-            return _opened(io.BytesIO(image) if isinstance(image, bytes) else image, at_least)
+            with io.BytesIO(image) if isinstance(image, bytes) else open_regular(image) as file:
+                return _opened(file, at_least)
         image = _from_pixels(image)
-        if 0 in image.size:
-            raise DataError(f"it has no pixels ({image.width} x {image.height})")
-        return to_rgb(image)
+        check_sides(image.size)
+        return to_rgb(image, at_least)
     except DataError as error:
         if where is None:
             raise
@@ -95,14 +64,14 @@ def to_picture(image: Any, where: str | None = None, at_least: int | None = None
         raise DataError(f"{where or 'An image'}: not a readable image ({_reason(error, image)}).") from error
 
 
-def _opened(file: Path | io.BytesIO, at_least: int | None) -> Image.Image:
+def _opened(file: BinaryIO, at_least: int | None) -> Image.Image:
     Image.init()
     with Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN]) as opened:
+        check_sides(opened.size)
         if at_least is not None:
             opened.draft(None, (at_least, at_least))
-        large = opened.width * opened.height > _LARGE
-        with _one_large_picture if large else contextlib.nullcontext():
-            return to_rgb(opened)
+        with _one_large_picture if is_large(opened) else contextlib.nullcontext():
+            return to_rgb(opened, at_least)
 
 
 def to_uint8(pixels: torch.Tensor) -> torch.Tensor:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..errors import DataError
+from ..errors import DataError, first_line
 from .decode import FORMATS
+from .table_checks import MAX_ROWS, check_inside, check_parquet
 
 
 IMAGE_COLUMNS = ("image", "img")
@@ -70,7 +71,7 @@ def open_source(
     if folder.is_dir():
         return _open_folder(folder.resolve(), split, labelled, order)
     if _HUB_ID.fullmatch(str(path)) and not str(path).endswith(".parquet"):
-        return _table(_read_hub(str(path), split, order), str(path), labelled)
+        return _table(_read_hub(str(path), split, order), str(path), labelled, _caches())
     raise DataError(f"{path}: no such file or folder. Expected {_EXPECTED}.")
 
 
@@ -116,10 +117,12 @@ def _fetch_paths(paths: list[Path]) -> Callable[[list[int]], Iterator[tuple[str,
 def _read_parquet(files: list[Path]) -> Any:
     from datasets import load_dataset
 
+    for file in files:
+        check_parquet(file)
     try:
         return load_dataset("parquet", data_files=[str(file) for file in files], split="train")
     except Exception as error:  # pyarrow and datasets share no base error
-        raise DataError(f"{files[0]}: not a readable parquet file ({_first_line(error)}).") from error
+        raise DataError(f"{files[0]}: not a readable parquet file ({first_line(error)}).") from error
 
 
 def _read_saved(folder: Path, split: str | None, order: Sequence[str]) -> Any:
@@ -127,8 +130,10 @@ def _read_saved(folder: Path, split: str | None, order: Sequence[str]) -> Any:
 
     try:
         loaded = load_from_disk(str(folder))
+        for part in loaded.values() if isinstance(loaded, dict) else [loaded]:
+            part.data.validate(full=True)  # Arrow reads beyond its buffers where its offsets lie
     except Exception as error:  # pyarrow and datasets share no base error
-        raise DataError(f"{folder}: not a readable saved data set ({_first_line(error)}).") from error
+        raise DataError(f"{folder}: not a readable saved data set ({first_line(error)}).") from error
     return _one_split(loaded, split, folder, order)
 
 
@@ -141,9 +146,17 @@ def _read_hub(name: str, split: str | None, order: Sequence[str]) -> Any:
     except Exception as error:  # network, hub and datasets errors share no base
         raise DataError(
             f"{name}: no such file or folder, and no data set of that name could be loaded from the Hub "
-            f"({_first_line(error)}). Expected {_EXPECTED}."
+            f"({first_line(error)}). Expected {_EXPECTED}."
         ) from error
     return _one_split(loaded, split, name, order)
+
+
+def _caches() -> list[Path]:
+    """Where files lie that were downloaded from the Hub."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    return [Path(config.HF_DATASETS_CACHE), Path(constants.HF_HUB_CACHE)]
 
 
 def _ask_hub(name: str) -> None:
@@ -187,24 +200,34 @@ def is_dataset(value: Any) -> bool:
     return datasets is not None and isinstance(value, (datasets.Dataset, datasets.DatasetDict))
 
 
-def _table(dataset: Any, name: str, labelled: bool) -> ImageSource:
-    """The source behind a `datasets.Dataset`: its image column left encoded, its label column as integers."""
+def _table(dataset: Any, name: str, labelled: bool, roots: Sequence[Path] | None = None) -> ImageSource:
+    """The source behind a `datasets.Dataset`: its image column left encoded, its label column as integers.
+
+    Args:
+        roots: folders that hold the images that it names; any, for a table of this machine, which `datasets` writes
+            with the paths of images.
+    """
     from datasets import Image as ImageFeature
 
     if not len(dataset):
         raise DataError(f"{name}: the data set has no rows.")
+    if len(dataset) > MAX_ROWS:
+        raise DataError(f"{name}: the data set has {len(dataset)} rows, more than {MAX_ROWS}.")
     typed = [column for column, feature in dataset.features.items() if isinstance(feature, ImageFeature)]
     image = _column(dataset, typed, IMAGE_COLUMNS, name, "an image column")
     try:
         encoded = dataset.select_columns([image]).cast_column(image, ImageFeature(decode=False))
     except Exception as error:  # pyarrow and datasets share no base error
-        raise DataError(f"{name}: column {image!r} holds no images ({_first_line(error)}).") from error
+        raise DataError(f"{name}: column {image!r} holds no images ({first_line(error)}).") from error
 
     def fetch(indices: list[int]) -> Iterator[tuple[str, bytes | str | None]]:
         batches = encoded.select(indices).iter(batch_size=512)
         cells = (cell or {} for batch in batches for cell in batch[image])
         for index, cell in zip(indices, cells, strict=True):
-            yield f"{name}, row {index}", cell.get("bytes") or cell.get("path")
+            where, path = f"{name}, row {index}", cell.get("path")
+            if path and not cell.get("bytes") and roots is not None:
+                check_inside(path, roots, where)
+            yield where, cell.get("bytes") or path
 
     labels, label_names = _labels(dataset, name) if labelled else (None, None)
     return ImageSource(name, len(dataset), fetch, labels, label_names)
@@ -221,6 +244,10 @@ def _labels(dataset: Any, name: str) -> tuple[torch.Tensor, list[str | int]]:
     if missing:
         raise DataError(f"{name}: {missing} of {len(values)} images have no label in column {column!r}.")
     if column in typed:
+        if values and max(values) >= len(feature.names):
+            raise DataError(
+                f"{name}: column {column!r} holds the label {max(values)}, but has {len(feature.names)} names."
+            )
         return torch.tensor(values), list(feature.names)
     if not isinstance(values[0], (int, str)):
         raise DataError(f"{name}: column {column!r} must hold one integer or string a row, got {feature}.")
@@ -237,10 +264,6 @@ def _column(dataset: Any, typed: list[str], names: tuple[str, ...], where: str, 
         return (usual or typed)[0]
     columns = ", ".join(dataset.column_names)
     raise DataError(f"{where}: expected {what} (by type, or named {' or '.join(names)}), found columns {columns}.")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def images_below(folder: Path, complaint: str) -> list[Path]:

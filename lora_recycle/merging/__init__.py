@@ -7,7 +7,7 @@ from .class_statistics import ClassStatistics
 from .controls import RandomAverage, shuffled_heads
 from .dare import Dare
 from .ensemble import Ensemble
-from .groups import GroupSum, NearestGroup, Restored, Undiluted, separability
+from .groups import GroupSum, NearestGroup, Restored, Undiluted
 from .knots import Knots
 from .magnitude import MagnitudePruning
 from .ties import Ties
@@ -50,7 +50,6 @@ __all__ = [
     "Selection",
     "Ties",
     "Undiluted",
-    "separability",
     "shuffled_heads",
     "tuning_free_methods",
 ]

@@ -37,7 +37,7 @@ class MergingMethod(abc.ABC):
 
     @abc.abstractmethod
     def networks(self, pool: AdapterPool) -> Iterator[AbstractContextManager[Backbone]]:
-        """The networks, to be entered and left one after another. They are the pool's own backbone in other clothes.
+        """The networks, to be entered and left one after another. They are the pool's own backbone with other weights.
 
         Raises:
             AdapterError: an adapter changes no weights (`Adapter.peft_layers`), and the method needs changes.

@@ -1,4 +1,4 @@
-"""Low-rank changes worn beside the weights instead of inside them: (B, A) on a module add x A^T B^T to its output."""
+"""Low-rank changes applied beside the weights, not inside them: (B, A) on a module add x A^T B^T to its output."""
 
 from __future__ import annotations
 

@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import torch
-import torch.nn.functional as F
 
 from ..backbones.backbone import Backbone
-from ..errors import DataError
+from ..fewshot.domains import separability
 from ..pool.pool import AdapterPool
 from .base import Changes, Choice, Merge, Selection, add_scaled, dense_changes
 
@@ -72,29 +71,3 @@ class NearestGroup(Selection):
     def choice(self, pool: AdapterPool) -> Choice:
         groups = len(pool.groups())
         return lambda look, labels: int(torch.stack([separability(look(g), labels) for g in range(groups)]).argmax())
-
-
-def separability(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cosine similarity between images of one class, less that between images of different classes.
-
-    Fisher's criterion, within against between classes, in the geometry of cosine prototypes. An image is as similar
-    to itself as can be, which is all that is known of a class with one image: where no class has two, the mean within
-    is 1, and the networks are compared by how far they keep the classes apart.
-
-    Args:
-        features (`torch.Tensor`): (S, D).
-        labels (`torch.Tensor`): int64 (S,).
-
-    Returns:
-        `torch.Tensor`: a scalar in [-2, 2].
-
-    Raises:
-        DataError: all images are of one class.
-    """
-    unit = F.normalize(features.float(), dim=-1)
-    similarities, same = unit @ unit.T, labels[:, None] == labels
-    if same.all():
-        raise DataError("separability needs support images of at least 2 classes, got 1.")
-    pairs = same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-    within = similarities[pairs].mean() if pairs.any() else similarities.new_ones(())
-    return within - similarities[~same].mean()

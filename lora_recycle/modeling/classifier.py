@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..errors import AdapterError, DataError
+from ..fewshot.domains import SHARED, DomainChoice
 from ..fewshot.heads import FewShotHead
 from ..fewshot.prototypes import prototype_logits
 from ..runtime.outputs import check_file
@@ -35,10 +36,33 @@ class FewShotClassifier:
     _task: FewShotTask | None = None
 
     def embed(
-        self, images: Any, batch_size: int = 64, *, failures: dict[int, str] | None = None, progress: bool = False
+        self,
+        images: Any,
+        batch_size: int = 64,
+        *,
+        failures: dict[int, str] | None = None,
+        progress: bool = False,
+        domain: str | None = None,
     ) -> torch.Tensor:
-        """Images to embeddings (N, D) on the model's device, without those that `failures` takes."""
+        """Images to embeddings (N, D) on the model's device, without those that `failures` takes.
+
+        Args:
+            domain: whose network embeds them; by default that of the fitted task.
+        """
         raise NotImplementedError
+
+    def _choice(
+        self, images: Any, names: list[Any], failures: dict[int, str] | None, domain: str | None
+    ) -> tuple[torch.Tensor, list[Any], DomainChoice | None]:
+        """Support images and their labels, without those that `failures` takes: embeddings by the network of the
+        domain that they choose, or of the one given, and which that is."""
+        raise NotImplementedError
+
+    @property
+    def domain(self) -> DomainChoice | None:
+        """The domain of the fitted task, with the scores that it was chosen by; None before `fit`, and of a model
+        without experts."""
+        return None if self._task is None else self._task.domain
 
     @property
     def label_names(self) -> list[Any]:
@@ -51,22 +75,33 @@ class FewShotClassifier:
         return self.head.prototypes(self._fitted().statistics)
 
     def fit(
-        self: Self, images: Any, labels: Sequence[Any] | None = None, *, failures: dict[int, str] | None = None
+        self: Self,
+        images: Any,
+        labels: Sequence[Any] | None = None,
+        *,
+        failures: dict[int, str] | None = None,
+        domain: str | None = None,
     ) -> Self:
         """Learn a task from its support images: one forward pass, no tuning.
+
+        A meta-LoRA with experts looks at them once through each of its networks, and keeps the one of the domain that
+        they belong to; `model.domain` says which. Predictions cost one forward pass either way.
 
         Args:
             images: with `labels`, images in any form. Without, what has labels: a folder of class folders, a parquet
                 file, a saved or loaded data set (its train split, if it has several), or a Hub data set id.
             labels: names or numbers, one for each image.
             failures: takes the images that cannot be read, which are left out.
+            domain (`str`, *optional*): one of `model.domains`, where the choice is not left to the images.
 
         Raises:
+            ConfigError: the model has no such domain.
             DataError: no images, another number of labels, one class only, or a class whose images all failed.
         """
         images, names = support_set(images, labels)
         require_two_classes(names)
-        self._task = FewShotTask.fitted(*self._embedded(images, names, failures), self.head)
+        features, kept, chosen = self._choice(images, names, failures, domain)
+        self._task = FewShotTask.fitted(features, kept, self.head, domain=chosen)
         return self
 
     def add_classes(
@@ -74,11 +109,13 @@ class FewShotClassifier:
     ) -> Self:
         """Add classes to a fitted task, or images to its classes, without seeing the earlier images again.
 
-        What it takes is what `fit` takes.
+        What it takes is what `fit` takes. The task keeps its domain: what is known of the earlier images is known by
+        that network alone. Where the new classes are of another kind, fit all of them together.
         """
         task = self._fitted()
         images, names = support_set(images, labels)
-        self._task = FewShotTask.fitted(*self._embedded(images, names, failures), self.head, task)
+        features = self._seen(images, failures, task.network).float()
+        self._task = FewShotTask.fitted(features, without_failures(names, failures or {}), self.head, task)
         return self
 
     @torch.inference_mode()
@@ -94,7 +131,7 @@ class FewShotClassifier:
             failures: takes the images that cannot be read; their rows are NaN.
         """
         task = self._fitted()
-        return self._probabilities(task, self._seen(images, failures, progress), failures)
+        return self._probabilities(task, self._seen(images, failures, task.network, progress), failures)
 
     @torch.inference_mode()
     def probabilities(self, features: torch.Tensor) -> torch.Tensor:
@@ -117,7 +154,8 @@ class FewShotClassifier:
             reject_below (`float`, *optional*): an image less similar than that to the nearest prototype (see
                 `similarity`) gets None: it may belong to none of the classes.
         """
-        task, features = self._fitted(), self._seen(images, failures)
+        task = self._fitted()
+        features = self._seen(images, failures, task.network)
         labels = best_labels(task, self._probabilities(task, features, failures), failures)
         if reject_below is None:
             return labels
@@ -135,7 +173,7 @@ class FewShotClassifier:
             failures: takes the images that cannot be read; their values are NaN.
         """
         task = self._fitted()
-        return _with_failures(self._similarity(task, self._seen(images, failures)), failures)
+        return _with_failures(self._similarity(task, self._seen(images, failures, task.network)), failures)
 
     def _similarity(self, task: FewShotTask, features: torch.Tensor) -> torch.Tensor:
         prototypes = self.head.prototypes(task.statistics).to(features.device)
@@ -148,18 +186,11 @@ class FewShotClassifier:
             return torch.full((len(failures or ()), len(task.label_names)), torch.nan)
         return _with_failures(finite(probabilities_of(task, features, self.head)), failures)
 
-    def _seen(self, images: Any, failures: dict[int, str] | None, progress: bool = False) -> torch.Tensor:
-        """Embeddings of the images that can be read."""
+    def _seen(self, images: Any, failures: dict[int, str] | None, domain: str, progress: bool = False) -> torch.Tensor:
+        """Embeddings of the images that can be read, by the network of a domain."""
         if failures is not None:
             failures.clear()  # of an earlier call
-        return self.embed(images, failures=failures, progress=progress)
-
-    def _embedded(
-        self, images: Any, names: list[Any], failures: dict[int, str] | None
-    ) -> tuple[torch.Tensor, list[Any]]:
-        """Embeddings of the images that can be read, float32, and their labels."""
-        features = self._seen(images, failures)
-        return features.float(), without_failures(names, failures or {})
+        return self.embed(images, failures=failures, progress=progress, domain=domain)
 
     def _fitted(self) -> FewShotTask:
         if self._task is None:
@@ -214,9 +245,21 @@ class SharedTask(FewShotClassifier):
         return self.model.head
 
     def embed(
-        self, images: Any, batch_size: int = 64, *, failures: dict[int, str] | None = None, progress: bool = False
+        self,
+        images: Any,
+        batch_size: int = 64,
+        *,
+        failures: dict[int, str] | None = None,
+        progress: bool = False,
+        domain: str | None = None,
     ) -> torch.Tensor:
-        return self.model.embed(images, batch_size, failures=failures, progress=progress)
+        own = SHARED if self._task is None else self._task.network
+        return self.model.embed(images, batch_size, failures=failures, progress=progress, domain=domain or own)
+
+    def _choice(
+        self, images: Any, names: list[Any], failures: dict[int, str] | None, domain: str | None
+    ) -> tuple[torch.Tensor, list[Any], DomainChoice | None]:
+        return self.model._choice(images, names, failures, domain)
 
     def save(self, path: str | Path) -> None:
         """Write the task alone, one safetensors file, for `model.load_task`.
@@ -227,30 +270,3 @@ class SharedTask(FewShotClassifier):
         task = self._fitted()
         check_file(path, holds_task, "a fitted task")
         save_task(Path(path), task)
-
-
-@torch.inference_mode()
-def mixed_probabilities(
-    tasks: Sequence[FewShotClassifier], features: torch.Tensor
-) -> list[tuple[FewShotTask, torch.Tensor]]:
-    """For each query of (N, D), which belongs to the task of its place: what that task knows, and (classes,)."""
-    rows: dict[FewShotClassifier, list[int]] = {}
-    for number, task in enumerate(tasks):
-        rows.setdefault(task, []).append(number)
-    fitted = [task._fitted() for task in rows]
-    order, sizes = [row for own in rows.values() for row in own], [len(own) for own in rows.values()]
-    parts = features[order].split(sizes)
-    scores = [
-        known.logits(part, task.head).float().softmax(-1)
-        for task, known, part in zip(rows, fitted, parts, strict=True)
-    ]
-    # one copy from the device, not one for each task
-    flat = finite(torch.cat([score.flatten() for score in scores]).cpu())
-    probabilities = [
-        row
-        for score, part in zip(scores, flat.split([s.numel() for s in scores]), strict=True)
-        for row in part.view_as(score)
-    ]
-    known = [task for task, size in zip(fitted, sizes, strict=True) for _ in range(size)]
-    places = sorted(range(len(order)), key=order.__getitem__)
-    return [(known[place], probabilities[place]) for place in places]

@@ -46,6 +46,11 @@ class ExportableModel(Protocol):
     head: FewShotHead
     _task: FewShotTask | None
 
+    def network(self) -> Backbone: ...
+
+    @property
+    def domains(self) -> list[str]: ...
+
     @property
     def label_names(self) -> list[Any]: ...
 
@@ -55,10 +60,11 @@ class ExportableModel(Protocol):
 def export(model: ExportableModel, folder: str | os.PathLike[str], format: str = "onnx") -> dict[str, Any]:
     """Write a model for use without this library, load it again and compare what it says.
 
-    The adapter is folded into a float32 copy of the weights; `model` stays as it is. The graph of a fitted model takes
-    normalised images `pixel_values` (B, 3, S, S), any B, to `probabilities` (B, C), that of an unfitted one to
-    `embeddings` (B, D). A transformers checkpoint is the network alone, without the fitted task, with `pooler_output`
-    as the embedding whatever the family.
+    The adapter is folded into a float32 copy of the weights; `model` stays as it is. Of a model with experts that is
+    the one of the fitted task's domain, of an unfitted model the shared one; `export.json` says which. The graph of a
+    fitted model takes normalised images `pixel_values` (B, 3, S, S), any B, to `probabilities` (B, C), that of an
+    unfitted one to `embeddings` (B, D). A transformers checkpoint is the network alone, without the fitted task,
+    with `pooler_output` as the embedding whatever the family.
 
     Args:
         model: with a head that is not transductive, where it is fitted.
@@ -76,13 +82,14 @@ def export(model: ExportableModel, folder: str | os.PathLike[str], format: str =
     _check(model, format)
     check_output(Path(folder), output_kind(format))
     plain = copy.deepcopy(model).to(device="cpu", dtype=torch.float32).merge()
+    domain = plain._merged_domain if plain.domains else None
     if format == "transformers":
         plain._task = None
     graph, folder = _Graph(plain).eval(), Path(folder)
-    described = {"format": format, **_described(plain, graph)}
+    described = {"format": format, **_described(plain, graph, domain)}
     if format != "transformers":  # where a file of its own says it
         described["image"] = image_settings(model.backbone)
-    # no description lies beside a model of another export
+    # no description stays beside a model of another export
     with replacing_files(folder, removes=[DESCRIPTION_FILE]) as new, torch.no_grad():
         run = _WRITERS[format](graph, new)
         described["checked"] = _compared(graph, run)
@@ -119,7 +126,7 @@ class _Graph(nn.Module):
 
     def __init__(self, model: ExportableModel):
         super().__init__()
-        self.backbone, self.head, self.task = model.backbone, model.head, model._task
+        self.backbone, self.head, self.task = model.network(), model.head, model._task
         if self.task is not None:  # views of larger tensors would be written whole
             prepared = {name: value.cpu().contiguous().clone() for name, value in self.task.prepared.items()}
             self.task = dataclasses.replace(self.task, prepared=prepared)
@@ -144,7 +151,8 @@ def _write_torch(graph: _Graph, folder: Path) -> Run:
     path, written = folder / TORCH_FILE, io.BytesIO()
     torch.export.save(_traced(graph), written)  # to a file it would not say why that cannot be written
     path.write_bytes(written.getbuffer())
-    return torch.export.load(path).module()
+    with path.open("rb") as file:  # under an ASCII locale torch takes no path with other letters
+        return torch.export.load(file).module()
 
 
 def _write_onnx(graph: _Graph, folder: Path) -> Run:
@@ -184,13 +192,14 @@ _WRITERS: dict[str, Callable[[_Graph, Path], Run]] = {
 }
 
 
-def _described(model: ExportableModel, graph: _Graph) -> dict[str, Any]:
+def _described(model: ExportableModel, graph: _Graph, domain: str | None) -> dict[str, Any]:
     size = model.backbone.image_size
     return {
         "input": {"name": "pixel_values", "shape": ["batch", 3, size, size], "dtype": "float32"},
         "output": {"name": graph.output, "shape": ["batch", len(model.label_names) or model.backbone.hidden_size]},
         "label_names": model.label_names or None,
         "base_model": backbone_name(model.backbone.name),
+        **({"domain": domain} if domain else {}),
         "versions": {"lora_recycle": __version__, "torch": str(torch.__version__)},
     }
 

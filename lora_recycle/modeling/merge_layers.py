@@ -1,4 +1,4 @@
-"""A worn adapter folded into the weights, its layers taken off: the forward is the bare backbone's again."""
+"""An adapter folded into the weights, its layers taken off: the forward is the bare backbone's again."""
 
 from __future__ import annotations
 

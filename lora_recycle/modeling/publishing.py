@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..adapters.experts import EXPERT_FILES, DomainEntries, pull_experts, read_domains
 from ..adapters.files import check_task, checksums
 from ..adapters.pull import AdapterInfo, pull_adapter, read_tensors
 from ..adapters.quantization import check_bits, weights_bytes
@@ -18,15 +19,18 @@ from ..hub.repo_files import (
     CARD_FILE,
     CODES_FILE,
     CONFIG_FILE,
+    EXPERTS_FOLDER,
     PICTURE_FILE,
     SIDECAR_FILE,
     TASK_FILE,
     WEIGHTS_FILE,
+    expert_folder,
     optional_file,
 )
 from ..hub.upload import push_files, without_local_paths
 from ..runtime.files import creating_folder
 from ..runtime.outputs import check_output
+from ..runtime.terminal import utf8
 from .sidecar import read_picture, read_sidecar, task_file
 
 
@@ -54,6 +58,7 @@ def push_adapter_folder(
     files = adapter_files(info, repo_id, bits)
     message = commit_message or f"Upload {'meta-LoRA' if SIDECAR_FILE in files else 'adapter'} with lora-recycle"
     replaces = [WEIGHTS_FILE, CODES_FILE, SIDECAR_FILE, TASK_FILE, PICTURE_FILE]
+    replaces += [f"{EXPERTS_FOLDER}/*/{name}" for name in EXPERT_FILES]
     return push_files(repo_id, files, replaces=replaces, commit_message=message, **options)
 
 
@@ -73,7 +78,10 @@ def adapter_files(info: AdapterInfo, name: str, bits: int | None = None) -> dict
     if bits is not None:
         check_bits(bits)
         del files[info.file]
-        file, content = weights_bytes(read_tensors(info), bits, info.config)
+        try:
+            file, content = weights_bytes(read_tensors(info), bits, info.config)
+        except AdapterError as error:
+            raise AdapterError(f"{info.where}: {info.file}: {error}") from error
         files[file] = content
         info = dataclasses.replace(info, file=file, bits=bits if file == CODES_FILE else None)
     settings = without_local_paths(read_sidecar(info.path / SIDECAR_FILE))
@@ -82,6 +90,9 @@ def adapter_files(info: AdapterInfo, name: str, bits: int | None = None) -> dict
     if settings:
         check_task(info.path, info.where, settings)
         settings["checksums"] = _checksums(info, files)
+        if (domains := read_domains(settings, info.where)) is not None:
+            files |= _expert_files(pull_experts(info, domains, {}), bits)
+            settings["domains"] = _with_checksums(domains, files).to_dict()
         files[SIDECAR_FILE] = json.dumps(settings, indent=1, allow_nan=False).encode()
         files[CARD_FILE] = _card(info, name, settings, PICTURE_FILE in files)
     elif CARD_FILE in files:
@@ -104,7 +115,37 @@ def write_adapter(info: AdapterInfo, folder: str | Path, bits: int) -> None:
     files = adapter_files(info, folder.name, bits)
     with creating_folder(folder) as new:
         for name, content in files.items():
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
             (new / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+
+
+def _expert_files(experts: list[AdapterInfo], bits: int | None) -> dict[str, Path | bytes]:
+    """The files of the experts by their place in the repo, their weights in so many bits."""
+    files: dict[str, Path | bytes] = {}
+    for number, expert in enumerate(experts, 1):
+        folder = expert_folder(number)
+        files[f"{folder}/{CONFIG_FILE}"] = expert.path / CONFIG_FILE
+        if bits is None:
+            files[f"{folder}/{expert.file}"] = expert.path / expert.file
+        else:
+            file, content = weights_bytes(read_tensors(expert), bits, expert.config)
+            files[f"{folder}/{file}"] = content
+    return files
+
+
+def _with_checksums(domains: DomainEntries, files: dict[str, Path | bytes]) -> DomainEntries:
+    """The entries with the checksums of weights that are written in other bits."""
+    entries = []
+    for number, entry in enumerate(domains.experts, 1):
+        stated = {CONFIG_FILE: entry.checksums[CONFIG_FILE]}
+        for file in (WEIGHTS_FILE, CODES_FILE):
+            content = files.get(f"{expert_folder(number)}/{file}")
+            if isinstance(content, bytes):
+                stated[file] = hashlib.sha256(content).hexdigest()
+            elif content is not None:
+                stated[file] = entry.checksums[file]
+        entries.append(dataclasses.replace(entry, checksums=stated))
+    return dataclasses.replace(domains, experts=entries)
 
 
 def _checksums(info: AdapterInfo, files: dict[str, Path | bytes]) -> dict[str, str]:
@@ -125,9 +166,9 @@ def _names(info: AdapterInfo) -> list[str]:
 def _card(info: AdapterInfo, repo_id: str, settings: dict[str, Any], picture: bool) -> bytes:
     try:
         card = meta_lora_card(repo_id, info.base_model, info.base_revision, info.rank, settings, picture, info.bits)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise AdapterError(f"{info.where}: {SIDECAR_FILE} lacks what a card tells ({error!r}).") from error
-    return card.encode()
+    return utf8(card)
 
 
 def _with_base(info: AdapterInfo) -> bytes:

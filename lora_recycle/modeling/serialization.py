@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any, Protocol
 
 from peft import PeftModel
 
+from ..adapters.experts import EXPERT_FILES, DomainEntries
 from ..adapters.files import checksums
 from ..adapters.peft_wrap import Layers
 from ..adapters.quantization import check_bits, store_weights
 from ..backbones.backbone import Backbone
-from ..errors import AdapterError
+from ..errors import AdapterError, StorageError
+from ..fewshot.domains import SHARED
 from ..fewshot.heads import FewShotHead
 from ..hub.card_files import read_card
 from ..hub.embedded import backbone_name
-from ..hub.repo_files import CARD_FILE, CODES_FILE, PICTURE_FILE, SIDECAR_FILE, TASK_FILE, WEIGHTS_FILE, optional_file
+from ..hub.repo_files import (
+    CARD_FILE,
+    CODES_FILE,
+    EXPERTS_FOLDER,
+    PICTURE_FILE,
+    SIDECAR_FILE,
+    TASK_FILE,
+    WEIGHTS_FILE,
+    expert_folder,
+    optional_file,
+)
 from ..runtime.files import remove_abandoned, replacing_files
 from ..runtime.outputs import OutputKind, check_output, holds_json
+from ..runtime.terminal import utf8
 from ..version import __version__
+from .domains import DomainNetworks
 from .merge_layers import worn_for_saving
 from .sidecar import FORMAT_VERSION
 from .task import FewShotTask, save_task
@@ -40,14 +56,16 @@ class SavableModel(Protocol):
     picture: bytes | None
     head: FewShotHead
     _task: FewShotTask | None
+    domain_networks: DomainNetworks | None
     _merged: Layers
+    _merged_domain: str
 
 
 def write_meta_lora(model: SavableModel, folder: str | Path, bits: int | None = None, card: str | None = None) -> None:
     """Write a model to a folder that is new, empty, or holds a meta-LoRA already.
 
     All files are written beside their places first. The sidecar takes its place before any other, with the checksums
-    of what is to come, and the weights after all others: where that is cut short, the folder is told to be damaged,
+    of what is to come, and the weights after all others: where that is cut short, the folder is reported as damaged,
     and never read as a mixture.
 
     Args:
@@ -64,30 +82,63 @@ def write_meta_lora(model: SavableModel, folder: str | Path, bits: int | None = 
         check_bits(bits)
     check_output(folder, OUTPUT)
     remove_abandoned(folder, "files")
-    with replacing_files(folder, _place, removes=_OPTIONAL) as new:
+    with replacing_files(folder, _place, removes=[*_OPTIONAL, *_expert_files(folder)]) as new:
         if card is None and (earlier := _card_in(folder)) is not None:
-            (new / CARD_FILE).write_text(earlier, encoding="utf-8")  # PEFT only adds to a card that is there
-        _write_adapter(model, new)
+            (new / CARD_FILE).write_bytes(utf8(earlier))  # PEFT only adds to a card that is there
+        domains = _write_experts(model, new, bits)
+        _write_adapter(model, SHARED, model.peft_model, new)
         store_weights(new, bits)
         if card is not None:
-            (new / CARD_FILE).write_text(card, encoding="utf-8")
+            (new / CARD_FILE).write_bytes(utf8(card))
         if model._task is not None:
             save_task(new / TASK_FILE, model._task)
         if model.picture is not None:
             (new / PICTURE_FILE).write_bytes(model.picture)
         settings = model.settings | _own_settings(model) | {"checksums": checksums(new)}
+        settings = {key: value for key, value in settings.items() if key != "domains"} | domains
         (new / SIDECAR_FILE).write_text(json.dumps(settings, indent=1, allow_nan=False), encoding="utf-8")
+    _remove_empty_folders(folder)
 
 
 def _place(name: str) -> tuple[bool, bool, str]:
     return name != SIDECAR_FILE, name in (WEIGHTS_FILE, CODES_FILE), name
 
 
-def _write_adapter(model: SavableModel, folder: Path) -> None:
-    config: Any = model.peft_model.peft_config["default"]  # of the class of its type
+def _write_experts(model: SavableModel, folder: Path, bits: int | None) -> dict[str, Any]:
+    """Each expert in its folder; gives what the sidecar says of them."""
+    if model.domain_networks is None:
+        return {}
+    entries = []
+    for number, network in enumerate(model.domain_networks, 1):
+        own = folder / expert_folder(number)
+        _write_adapter(model, network.expert.name, network.peft_model, own)
+        (own / CARD_FILE).unlink()  # PEFT's; the root's card describes the experts too
+        store_weights(own, bits)
+        entries.append(dataclasses.replace(network.entry, checksums=checksums(own)))
+    return {"domains": DomainEntries(entries, model.domain_networks.reference_spread).to_dict()}
+
+
+def _expert_files(folder: Path) -> list[str]:
+    """Files of experts that lie there now."""
+    found = sorted(folder.glob(f"{EXPERTS_FOLDER}/*"))
+    if outside := [path for path in (folder / EXPERTS_FOLDER, *found) if path.is_symlink()]:
+        raise StorageError(f"{outside[0]}: is a link, and experts are only written to folders. Take it out.")
+    numbered = [own.name for own in found if own.is_dir() and own.name.isdecimal()]
+    return [f"{EXPERTS_FOLDER}/{number}/{name}" for number in numbered for name in EXPERT_FILES]
+
+
+def _remove_empty_folders(folder: Path) -> None:
+    for path in (*folder.glob(f"{EXPERTS_FOLDER}/*/"), folder / EXPERTS_FOLDER):
+        with contextlib.suppress(OSError):
+            path.rmdir()  # only an empty one goes
+
+
+def _write_adapter(model: SavableModel, domain: str, peft_model: PeftModel, folder: Path) -> None:
+    config: Any = peft_model.peft_config["default"]  # of the class of its type
     config.base_model_name_or_path = backbone_name(config.base_model_name_or_path)
     config.target_modules = sorted(config.target_modules)  # PEFT writes a set in any order
-    with worn_for_saving(model.peft_model, model._merged) as worn:
+    merged = model._merged if model._merged_domain == domain else {}
+    with worn_for_saving(peft_model, merged) as worn:
         # no embedding layers: PEFT would ask the Hub whether the base's vocabulary grew
         worn.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
 

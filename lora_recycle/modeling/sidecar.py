@@ -8,11 +8,12 @@ from typing import Any
 
 from PIL import Image
 
+from ..adapters.experts import read_domains
 from ..adapters.files import check_task, read_sidecar_json
 from ..adapters.pull import AdapterInfo
 from ..errors import AdapterError, ConfigError
 from ..fewshot.heads import make_head
-from ..hub.download import fetch
+from ..hub.download import HubOptions, fetch
 from ..hub.repo_files import MAX_PICTURE_BYTES, PICTURE_FILE, TASK_FILE, optional_file
 from ..runtime.untrusted import MAX_TENSOR_BYTES
 
@@ -48,6 +49,7 @@ def read_sidecar(path: Path, head: str | None = None) -> dict[str, Any]:
             f"{path}: temperature must be a positive number, {_LEAST} to {_MOST}, got {_short(temperature)}."
         )
     _check_head(head or settings.get("head", "prototypes"), settings, path)
+    read_domains(settings, str(path.parent))
     return settings
 
 
@@ -68,7 +70,7 @@ def _upgraded(settings: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _check_head(name: str, settings: dict[str, Any], path: Path) -> None:
-    """Raises `AdapterError` where the head cannot be made, so that it is told with the file."""
+    """Raises `AdapterError` where the head cannot be made, so that the error names the file."""
     every = settings.get("head_parameters", {})
     if not isinstance(every, dict) or not all(isinstance(one, dict) for one in every.values()):
         raise AdapterError(f"{path}: head_parameters must hold an object for each head.")
@@ -112,7 +114,7 @@ def read_picture(info: AdapterInfo) -> bytes | None:
     return data
 
 
-def task_file(info: AdapterInfo, settings: dict[str, Any], hub: dict[str, Any]) -> Path | None:
+def task_file(info: AdapterInfo, settings: dict[str, Any], hub: HubOptions) -> Path | None:
     """Where the fitted task lies, None where there is none; fetched from the Hub only where the sidecar announces it.
 
     Raises:

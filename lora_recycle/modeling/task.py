@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import AdapterError
+from ..fewshot.domains import SHARED, DomainChoice
 from ..fewshot.heads import HEADS, FewShotHead
 from ..hub.repo_files import MAX_CLASSES
 from ..runtime.files import atomic_save_tensors, read_header
@@ -31,17 +34,30 @@ class FewShotTask:
         label_names: C labels, as the user gave them.
         statistics: what the head keeps of the support set, so that images can be added later.
         prepared: what the head scores queries with.
+        domain: whose network saw the images; None of a model without experts, which has one network.
     """
 
     label_names: list[Any]
     statistics: dict[str, torch.Tensor]
     prepared: dict[str, torch.Tensor]
+    domain: DomainChoice | None = None
+
+    @property
+    def network(self) -> str:
+        """Name of the network whose embeddings it takes."""
+        return SHARED if self.domain is None else self.domain.name
 
     @classmethod
     def fitted(
-        cls, features: torch.Tensor, labels: list[Any], head: FewShotHead, earlier: FewShotTask | None = None
+        cls,
+        features: torch.Tensor,
+        labels: list[Any],
+        head: FewShotHead,
+        earlier: FewShotTask | None = None,
+        domain: DomainChoice | None = None,
     ) -> FewShotTask:
-        """Embeddings (N, D) and their N labels, added to those of an `earlier` task."""
+        """Embeddings (N, D) by the network of `domain` and their N labels, added to those of an `earlier` task, which
+        keeps its domain."""
         known = earlier.label_names if earlier else []
         check_labels([*known, *labels])
         names = known + sorted(set(labels) - set(known), key=lambda label: (str(type(label)), label))
@@ -50,7 +66,7 @@ class FewShotTask:
         statistics = head.statistics(features, index, len(names))
         if earlier:
             statistics = head.merged(earlier.statistics, statistics)
-        return cls(names, statistics, head.prepare(statistics))
+        return cls(names, statistics, head.prepare(statistics), earlier.domain if earlier else domain)
 
     def logits(self, features: torch.Tensor, head: FewShotHead) -> torch.Tensor:
         """(Q, D) to (Q, C), float32."""
@@ -61,7 +77,10 @@ class FewShotTask:
 def save_task(path: Path, task: FewShotTask) -> None:
     """Write a task atomically."""
     tensors = {name: value.cpu().contiguous() for name, value in task.statistics.items()}
-    atomic_save_tensors(path, tensors, json.dumps({"label_names": task.label_names}))
+    header: dict[str, Any] = {"label_names": task.label_names}
+    if task.domain is not None:
+        header["domain"] = dataclasses.asdict(task.domain)
+    atomic_save_tensors(path, tensors, json.dumps(header))
 
 
 def holds_task(path: Path) -> bool:
@@ -72,14 +91,18 @@ def holds_task(path: Path) -> bool:
         return False
 
 
-def load_task(path: Path, head: FewShotHead, width: int) -> FewShotTask | None:
+def load_task(path: Path, head: FewShotHead, width: int, domains: Sequence[str] = ()) -> FewShotTask | None:
     """Read a task on embeddings of `width` numbers, of which nothing is trusted.
+
+    Args:
+        domains: of the model, see [`MetaLoRAForFewShotClassification.domains`].
 
     Returns:
         None where there is no file, or, with a warning, where another kind of head fitted it.
 
     Raises:
-        AdapterError: the file is damaged, or does not hold plain names and such statistics as the head keeps.
+        AdapterError: the file is damaged, does not hold plain names and such statistics as the head keeps, or is of a
+            domain that the model has not.
     """
     if not path.is_file():
         return None
@@ -92,16 +115,33 @@ def load_task(path: Path, head: FewShotHead, width: int) -> FewShotTask | None:
             )
             return None
         with safe_open(path, "pt") as file:
-            names = parse_json((file.metadata() or {})["header"])["label_names"]
+            header = parse_json((file.metadata() or {})["header"])
+            names, domain = header["label_names"], _domain(header.get("domain"), domains)
             _check_names(names)
             _check_shapes(shapes, head, len(names), width)
             statistics = {name: file.get_tensor(name) for name in shapes}
         _check_values(statistics, len(names))
         prepared = head.prepare(statistics)
         _check_finite(prepared)  # finite numbers may be too large
-        return FewShotTask(names, statistics, prepared)
+        return FewShotTask(names, statistics, prepared, domain)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise AdapterError(f"{path}: the fitted task cannot be read ({error!r}). Delete the file.") from error
+
+
+def _domain(found: Any, domains: Sequence[str]) -> DomainChoice | None:
+    """Raises `KeyError`, `TypeError` or `ValueError` where it is no choice of one of `domains`."""
+    if found is None:
+        return None
+    name, scores = found["name"], found["scores"]
+    if not isinstance(scores, dict):
+        raise ValueError("the scores of its domains are no object")
+    if name not in domains:
+        raise ValueError(f"it is of the domain {str(name)[:80]!r}; this meta-LoRA has {', '.join(domains) or 'none'}")
+    numbers = [value for row in scores.values() for value in (row["separability"], row["displacement"])]
+    if not set(scores) <= set(domains) or not all(isinstance(v, float) and math.isfinite(v) for v in numbers):
+        raise ValueError("the scores of its domains are no numbers")
+    kept = ("separability", "displacement")
+    return DomainChoice(name, {expert: {key: row[key] for key in kept} for expert, row in scores.items()})
 
 
 def _is_of_another_head(shapes: dict[str, tuple[int, ...]], head: FewShotHead) -> bool:

@@ -14,6 +14,8 @@ from ..adapters.adapter import Adapter
 
 #: Numbers of one block of factors (or of changes), about: 16 MB. Blocks are what is in memory at a time.
 BLOCK_NUMBERS = 2**22
+#: Where the similarity of two merges falls by more than this factor, the tree is cut.
+CUT = 1.5
 #: Rows of one block of factors; the products of two blocks are (ROWS, ROWS).
 BLOCK_ROWS = 512
 
@@ -126,7 +128,42 @@ def average_linkage_groups(similarity: torch.Tensor, max_groups: int = 8) -> lis
     top = merged_at[-(max_groups + 1) :]
     ratio = top[:-1] / top[1:]
     best = int(ratio.argmax())
-    count = len(top) - best if ratio[best] > 1.5 else 1
+    count = len(top) - best if ratio[best] > CUT else 1
     label = fcluster(tree, count, criterion="maxclust")
     groups = [[i for i, v in enumerate(label) if v == g] for g in sorted(set(label))]
     return sorted(groups, key=lambda group: (-len(group), group))
+
+
+def split_group(similarity: torch.Tensor, group: list[int]) -> list[list[int]] | None:
+    """The two halves that average linkage makes of a group last, the more uniform one first; None where the group is
+    uniform itself.
+
+    Each half has at least two adapters, and the least similar of its own merges is more similar than the halves are to
+    each other, by the factor at which [`average_linkage_groups`] cuts.
+
+    Args:
+        similarity: (T, T), of all adapters.
+        group: indices of one group.
+    """
+    from scipy.cluster.hierarchy import fcluster, linkage
+
+    if len(group) < 4:
+        return None
+    own = similarity[group][:, group]
+
+    def merges(members: list[int]) -> list[float]:
+        """Similarities of all merges of some members of the group, falling in the order of the tree."""
+        pairs = torch.cat([1 - own[i, [j for j in members if j > i]] for i in members[:-1]])
+        return (1 - torch.tensor(linkage(pairs.clamp_min(0).numpy(), method="average")[:, 2])).tolist()
+
+    pairs = torch.cat([1 - own[i, i + 1 :] for i in range(len(own))])
+    label = fcluster(linkage(pairs.clamp_min(0).numpy(), method="average"), 2, criterion="maxclust")
+    halves = [[i for i, v in enumerate(label) if v == g] for g in sorted(set(label))]
+    if len(halves) < 2 or min(map(len, halves)) < 2:
+        return None
+    apart = max(merges(list(range(len(own))))[-1], 1e-4)
+    inner = [min(merges(half)) for half in halves]
+    if min(inner) <= CUT * apart:
+        return None
+    ordered = sorted(zip(inner, halves, strict=True), key=lambda pair: -pair[0])
+    return [[group[i] for i in half] for _, half in ordered]

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from ..adapters.weight_deltas import ChangeSum
 from ..adapters.zero_shot_heads import PROMPT, give_heads
 from ..backbones.backbone import Backbone
 from ..errors import AdapterError
+from ..hub.download import HubOptions
 from .clustering import average_linkage_groups, similarity_of_changes
 
 
@@ -86,7 +87,7 @@ class AdapterPool:
             AdapterError: an adapter is missing, damaged, or made for another base model; or all are skipped.
             ConfigError: `on_error` is neither `"raise"` nor `"skip"`, or the class names or the prompt are no good.
         """
-        hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        hub = HubOptions(token=token, cache_dir=cache_dir, local_files_only=local_files_only)
         bad = BadAdapters(on_error)
         infos = pull_adapters(sources, bad, progress=progress, **hub)
         infos = name_classes(infos, class_names, [name for name, _ in bad.skipped])
@@ -146,7 +147,7 @@ class AdapterPool:
         """The backbone with one adapter, or the exact average of several (all by default), folded into its weights.
 
         The forward costs what the bare backbone costs. The original weights come back bit by bit. An adapter that
-        is no change of weights (`Adapter.peft_layers`) is worn as PEFT's own layers instead, alone only.
+        is no change of weights (`Adapter.peft_layers`) is applied as PEFT's own layers instead, alone only.
 
         Raises:
             AdapterError: several adapters, of which one is no change of weights.

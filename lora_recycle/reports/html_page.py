@@ -15,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..runtime.files import atomic_write
+from ..runtime.terminal import utf8
 
 
 _GENERATOR = Markup('<meta name="generator" content="lora-recycle">')
@@ -50,7 +51,7 @@ def page(title: str, sections: Sequence[tuple[str, str]], style: str = "", patte
 
 def write_page(path: str | Path, title: str, sections: Sequence[tuple[str, str]]) -> Path:
     """Write a page whose charts may hatch, atomically, and return its path."""
-    atomic_write(Path(path), page(title, sections, patterns=True).encode())
+    atomic_write(Path(path), utf8(page(title, sections, patterns=True)))
     return Path(path)
 
 

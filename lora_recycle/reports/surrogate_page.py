@@ -14,7 +14,7 @@ from ..backbones.backbone import Backbone, extract_features
 from ..backbones.base_models import CONFIG_FILES, BaseModel
 from ..errors import DataError
 from ..images.labelled import LabelledImages
-from ..surrogate.dataset import SurrogateDataset
+from ..surrogate.dataset import SurrogateDataset, evenly_spread
 from .charts import charts, scatter
 from .gallery import gallery
 from .html_page import paragraph, preformatted, table, write_page
@@ -48,18 +48,18 @@ def map_images(surrogate: SurrogateDataset, real: LabelledImages | None = None) 
         DataError: a shard is damaged, or the real images are of another size.
     """
     pixels, labels = [], []
-    chosen = _spread(surrogate.num_shards, MAP_CLASSES)
+    chosen = evenly_spread(surrogate.num_shards, MAP_CLASSES).tolist()
     for number in chosen:
         shard = surrogate.shard(number)
         present = shard.labels.unique()
-        for label in present[_spread(len(present), MAP_CLASSES // len(chosen))].tolist():
+        for label in present[evenly_spread(len(present), MAP_CLASSES // len(chosen))].tolist():
             rows = (shard.labels == label).nonzero().flatten()[:MAP_IMAGES]
             pixels.append(shard.pixels[rows])
             labels += [f"{shard.label_names[label]} ({shard.adapter['name']})"] * len(rows)
     kinds = ["surrogate"] * len(labels)
     if real is not None:
         classes = real.by_class()
-        for label in [list(classes)[i] for i in _spread(len(classes), MAP_CLASSES)]:
+        for label in [list(classes)[i] for i in evenly_spread(len(classes), MAP_CLASSES)]:
             rows = classes[label][:MAP_IMAGES]
             pixels.append(real.pixels[rows])
             labels += [f"{real.label_names[label]} ({real.name})"] * len(rows)
@@ -108,7 +108,7 @@ def read_patch_size(surrogate: SurrogateDataset) -> int | None:
     """Side of the patches of the backbone that the data was made on, from its configuration alone.
 
     Returns:
-        None where the manifest names no backbone, or one whose configuration is not to be had.
+        None where the manifest names no backbone, or one whose configuration is not available.
     """
     base = surrogate.manifest.get("backbone", {})
     try:
@@ -140,9 +140,9 @@ def _maps(images: MapImages, views: Sequence[tuple[str, Backbone]]) -> Markup:
 def _agreement(surrogate: SurrogateDataset, views: Sequence[tuple[str, Backbone]]) -> Markup:
     """How often each view finds the same image nearest as the adapter that the images are of."""
     parts: dict[str, list[float]] = {name: [] for name, _ in views}
-    for number in _spread(surrogate.num_shards, MAP_CLASSES):
+    for number in evenly_spread(surrogate.num_shards, MAP_CLASSES).tolist():
         shard = surrogate.shard(number)
-        rows = _spread(len(shard), AGREEMENT_IMAGES)
+        rows = evenly_spread(len(shard), AGREEMENT_IMAGES)
         if len(rows) > 1:
             for name, backbone in views:
                 features = extract_features(backbone, shard.pixels[rows])
@@ -156,8 +156,3 @@ def _share(features: torch.Tensor, images: MapImages, kind: str) -> str:
     rows = [i for i, other in enumerate(images.kinds) if other == kind]
     share = share_nearest_to_own(features[rows], [images.labels[i] for i in rows])
     return "-" if share is None else f"{100 * share:.1f}"
-
-
-def _spread(count: int, most: int) -> list[int]:
-    """At most `most` of the numbers 0 to `count` - 1, at even distances."""
-    return torch.linspace(0, count - 1, min(count, most)).round().int().tolist() if count else []

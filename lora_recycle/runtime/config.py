@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import yaml
 
-from ..errors import ConfigError
+from ..errors import ConfigError, first_line
 
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # of typing itself from Python 3.11 on
+
+
+#: Counts and seeds beyond it fit no tensor.
+_MOST = 2**63 - 1
 
 
 @dataclasses.dataclass
@@ -100,8 +104,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:  # brackets nested a thousand deep
-        raise ConfigError(f"{path}: not valid YAML ({str(error).splitlines()[0]}).") from error
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # brackets nested a thousand deep, dates, long numbers
+        raise ConfigError(f"{path}: not valid YAML ({first_line(error)}).") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -113,7 +121,7 @@ def _key(key: Any, hint: type, where: str) -> Any:
     """A key of a mapping: JSON and the command line make a string of a number."""
     try:
         return hint(key)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ConfigError(f"{where}: expected {hint.__name__} as key, got {key!r}.") from None
 
 
@@ -131,10 +139,14 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             return float(value)  # YAML reads 1e-3 as a string
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     elif hint is int and isinstance(value, float) and value.is_integer():
-        return int(value)
+        return _coerce(int(value), hint, where)
+    elif hint is int and isinstance(value, int) and abs(value) > _MOST:
+        raise ConfigError(
+            f"{where}: must lie between -{_MOST} and {_MOST}, got a number of {value.bit_length()} bits."
+        )
     elif origin is None and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     if isinstance(value, float) and hint is float:

@@ -56,20 +56,23 @@ def replacing_files(folder: Path, order: Callable[[str], Any] = str, removes: Se
     """A folder to write to, whose files then take their places in `folder`, each whole or absent. As `replacing`.
 
     Args:
-        order: sorts the names of what was written; a run that is killed leaves the later ones as they were.
+        order: sorts the names of what was written, `a/b` below a folder; a run that is killed leaves the later ones
+            as they were.
         removes: names that are deleted in `folder`, where they are not written anew, before a file takes its place.
     """
     with refusals_explained(folder), _partial_folder(folder / "files") as partial:
         (partial / "new").mkdir()
         yield partial / "new"
-        written = sorted((partial / "new").iterdir(), key=lambda path: order(path.name))
-        for path in written:
-            _finish(path)
+        new = partial / "new"
+        names = sorted((p.relative_to(new).as_posix() for p in new.rglob("*") if p.is_file()), key=order)
+        for name in names:
+            _finish(new / name)
         for name in removes:
-            if not (partial / "new" / name).exists():
+            if not (new / name).exists():
                 (folder / name).unlink(missing_ok=True)
-        for path in written:
-            os.replace(path, folder / path.name)
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(new / name, folder / name)
 
 
 @contextlib.contextmanager
@@ -95,6 +98,7 @@ def creating_folder(folder: Path) -> Iterator[Path]:
 
 def check_writable(folder: Path) -> None:
     """Raise `StorageError` where no file can be written in `folder`, which is made where it is not there yet."""
+    remove_abandoned(folder, "files")
     with replacing_files(folder):
         pass
 

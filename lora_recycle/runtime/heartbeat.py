@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from ..errors import ProcessError
-from .launch import collective_timeout, first_line, lost_the_others, process_state, shared_store
+from ..errors import ProcessError, first_line
+from .launch import collective_timeout, lost_the_others, process_state, shared_store
 from .terminal import single_line
 
 
@@ -119,9 +119,16 @@ class Heartbeat:
             return
         self.beat(_WAITING)
         self._meetings += 1
-        self._store.set(f"here/{self._meetings}/{self._rank}", "")
-        keys = [f"here/{self._meetings}/{rank}" for rank in range(self._size)]
-        while not self._store.check(keys):
+        self._meet(self._store, "here")
+        if self._rank:
+            self._store.set(f"seen/{self._meetings}/{self._rank}", "")
+        else:  # the store goes with this process, which therefore leaves last
+            self._meet(self._store, "seen")
+
+    def _meet(self, store: torch.distributed.Store, place: str) -> None:
+        store.set(f"{place}/{self._meetings}/{self._rank}", "")
+        keys = [f"{place}/{self._meetings}/{rank}" for rank in range(self._size)]
+        while not store.check(keys):
             if silent := self.silent(self._limit):
                 raise ProcessError(
                     f"{self.stage}: {'; '.join(silent.values())}. What was finished is kept; run the command again."

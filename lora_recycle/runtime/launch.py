@@ -12,7 +12,7 @@ import torch.distributed
 from accelerate import Accelerator, PartialState
 from accelerate.utils import parse_flag_from_env
 
-from ..errors import ConfigError, ProcessError
+from ..errors import ConfigError, ProcessError, first_line
 
 
 #: Environment variable: seconds that processes wait for each other before the run stops with an error.
@@ -33,7 +33,7 @@ _calls = itertools.count()
 
 
 def process_state() -> PartialState:
-    """Number and rank of this process. On CPU, accelerate only sees the others when it is told that it is on CPU.
+    """Number and rank of this process. On CPU, accelerate sees the others only where it knows that it is on CPU.
 
     Raises:
         ConfigError: more processes were asked for or started than accelerate sees: each would do all the work, or
@@ -74,7 +74,7 @@ def choose_device(name: str | None = None) -> torch.device:
         return torch.empty(0, device=wanted).device
     except (RuntimeError, AssertionError) as error:
         os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
-        raise ConfigError(f"--device {name}: not to be had on this machine ({first_line(error)}).") from error
+        raise ConfigError(f"--device {name}: not available on this machine ({first_line(error)}).") from error
 
 
 def lost_the_others(error: BaseException) -> bool:
@@ -82,11 +82,6 @@ def lost_the_others(error: BaseException) -> bool:
     return isinstance(error, torch.distributed.DistError) or (
         isinstance(error, RuntimeError) and "gloo" in str(error).lower()
     )
-
-
-def first_line(error: BaseException) -> str:
-    """What the backends say, without their traces."""
-    return str(error).strip().splitlines()[0]
 
 
 def collective_timeout() -> float:

@@ -86,7 +86,7 @@ def _find(folder: Path, mark: str, leader: str) -> str:
 
 def _holds(path: Path, mark: str) -> bool:
     try:
-        return path.read_text() == mark
+        return path.read_text(encoding="utf-8") == mark
     except OSError:
         return False
 

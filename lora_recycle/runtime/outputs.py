@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import StorageError
 from .files import OWN_PREFIX, atomic_write, check_writable, is_partial, refusals_explained, remove_abandoned
-from .untrusted import parse_json, read_text
+from .untrusted import check_utf8, parse_json, read_text
 
 
 #: Says what a folder is for, from before the first result is in it.
@@ -51,6 +51,10 @@ def check_output(folder: str | Path, kind: OutputKind | None = None) -> None:
         StorageError: it holds something that this library did not write as such, or is no folder.
     """
     folder = Path(folder)
+    try:
+        check_utf8(folder.absolute())
+    except ValueError as error:
+        raise StorageError(f"{folder}: {error}.") from error
     if not os.path.lexists(folder):
         return
     with refusals_explained(folder):

@@ -56,6 +56,6 @@ def hardware(device: torch.device, num_processes: int = 1, mixed_precision: str 
 def _processor() -> str:
     """The CPU's model; Linux tells it in a file alone."""
     cpu_info = Path("/proc/cpuinfo")
-    lines = cpu_info.read_text(errors="replace").splitlines() if cpu_info.is_file() else []
+    lines = cpu_info.read_text(encoding="utf-8", errors="replace").splitlines() if cpu_info.is_file() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.processor() or platform.machine()

@@ -82,6 +82,6 @@ def only_run_in(folder: str | Path | None, kind: OutputKind | None = None, *, ne
 
 def _owner(folder: Path) -> str:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        owner = json.loads((folder / OWNER_FILE).read_text())
+        owner = json.loads((folder / OWNER_FILE).read_text(encoding="utf-8"))
         return f" (process {int(owner['pid'])} on {str(owner['host'])[:200]})"
     return ""

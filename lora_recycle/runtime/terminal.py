@@ -25,6 +25,11 @@ def single_line(text: str) -> str:
     return printable(text).replace("\t", "\\t").replace("\n", "\\n")
 
 
+def utf8(text: str) -> bytes:
+    r"""A page or a card as UTF-8, which holds no lone surrogates: those are shown as escapes, as in `\udcff`."""
+    return text.encode("utf-8", errors="backslashreplace")
+
+
 def csv_cell(text: str) -> str:
     """As `single_line`, after an apostrophe where a spreadsheet would take the cell for a formula."""
     return f"'{single_line(text)}" if text.startswith(_FORMULA) else single_line(text)

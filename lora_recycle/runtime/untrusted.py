@@ -7,11 +7,13 @@ neither minutes nor gigabytes.
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
 import os
 import re
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,19 +67,46 @@ def path_inside(folder: Path, name: str) -> Path | None:
 
 
 def _link_roots(folder: Path) -> list[Path]:
-    """Where a file of `folder` may really lie: in it or, for `<cache>/<repo>/snapshots/<commit>`, among blobs."""
+    """Where a file of `folder` may really lie: in it or, for `<cache>/<repo>/snapshots/<commit>` and what is below,
+    among blobs."""
     folder = folder.resolve()
-    repo = folder.parent.parent
-    cached = folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name) and "--" in repo.name
-    return [folder, repo / "blobs", repo.parent / "blobs"] if cached else [folder]  # the last: shared by several repos
+    for commit in (folder, *folder.parents):
+        repo = commit.parent.parent
+        if commit.parent.name == "snapshots" and _COMMIT.fullmatch(commit.name) and "--" in repo.name:
+            return [folder, repo / "blobs", repo.parent / "blobs"]  # the last: shared by several repos
+    return [folder]
+
+
+def check_utf8(path: Path) -> None:
+    """Raise `ValueError` where the path is not UTF-8: safetensors opens no such file."""
+    try:
+        os.fsencode(path).decode("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError("its path is not UTF-8, which safetensors needs; rename it") from None
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read its bytes.
+
+    Raises:
+        ValueError: it is a FIFO, a socket or a device, where a reader might wait forever or find no end.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise ValueError("it is not a regular file")
 
 
 def read_text(path: Path, most: int = MAX_TEXT_BYTES) -> str:
     """The file as UTF-8. Raises `ValueError` where it is longer than `most` bytes."""
-    size = path.stat().st_size
-    if size > most:
-        raise ValueError(f"{size} bytes, more than {most}")
-    with path.open("rb") as file:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise ValueError(f"{size} bytes, more than {most}")
         data = file.read(size + 1)
     if len(data) > size:
         raise ValueError("it grows while it is read")
@@ -180,8 +209,8 @@ class SafetensorsHeader:
 
 def read_safetensors_header(path: Path) -> SafetensorsHeader:
     """The header of a file: names once, few and short, sizes whole numbers, and all of it within bounds."""
-    with path.open("rb") as file:
-        return _read_header(file, path.stat().st_size)
+    with open_regular(path) as file:
+        return _read_header(file, os.fstat(file.fileno()).st_size)
 
 
 def parse_safetensors_header(data: bytes) -> SafetensorsHeader:
@@ -259,9 +288,17 @@ def check_settings(config: dict[str, Any]) -> None:
     for key in ("base_model_name_or_path", "revision"):
         if not isinstance(config.get(key), (str, type(None))):
             raise ValueError(f"{key} must be a string, got {config[key]!r}")
+        check_file_name(config.get(key) or "", key)
     for key, value in config.items():
         if not _FREE_SETTINGS.search(key):
             _check_sizes(key, value, _MAX_LONG_SETTING if key in _LONG_SETTINGS else MAX_SIZE_SETTING)
+
+
+def check_file_name(name: str, what: str) -> None:
+    """Refuse a name that the system would not look for as a folder."""
+    longest = max(len(part.encode("utf-8", "surrogatepass")) for part in name.split("/"))
+    if longest > 255 or len(name) > 2000 or "\0" in name:
+        raise ValueError(f"{what} is no name of a folder or a repo: {name[:80]!r}... ({len(name)} characters)")
 
 
 def check_pattern(pattern: str) -> str:

@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import json
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,14 +22,17 @@ import torch
 
 from ..errors import AdapterError, DataError
 from ..hub.cards import TABLE_FILE, is_repo_id, surrogate_card
-from ..hub.download import fetch
+from ..hub.download import HubOptions, fetch
 from ..hub.picture_grid import picture_grid
 from ..hub.repo_files import PICTURE_FILE
 from ..hub.upload import push_files, without_local_paths
 from ..runtime.files import atomic_write, file_sha256, read_header, save_sealed
 from ..runtime.outputs import OutputKind, holds_json
-from ..runtime.untrusted import MAX_FILE_BYTES, MAX_TEXT_BYTES, parse_json, path_inside, read_text
-from .shards import TENSORS, ShardRows, check_manifest, open_shard
+from ..runtime.terminal import utf8
+from ..runtime.untrusted import MAX_FILE_BYTES, MAX_TEXT_BYTES, check_utf8, parse_json, path_inside, read_text
+from .manifest import check_manifest
+from .shards import TENSORS, ShardRows, check_alike, open_shard
+from .table import to_table
 
 
 if TYPE_CHECKING:
@@ -110,7 +112,10 @@ def save_shard(path: Path, shard: Shard, config_id: str) -> None:
 
 def load_shard(path: Path) -> Shard:
     """Read one shard. Raises `DataError` where it is missing, damaged or of another form."""
-    rows = open_shard(path)
+    return _in_memory(open_shard(path))
+
+
+def _in_memory(rows: ShardRows) -> Shard:
     return Shard(rows.adapter, **{name: file.read_range(0, len(rows)) for name, file in rows.tensors.items()})
 
 
@@ -119,6 +124,11 @@ def shard_config_id(path: Path) -> str | None:
     with contextlib.suppress(OSError, KeyError, ValueError):
         return read_header(path)["config_id"]
     return None
+
+
+def evenly_spread(count: int, most: int) -> torch.Tensor:
+    """At most `most` of the numbers 0 to `count` - 1, at even distances: int64 (M,)."""
+    return torch.linspace(0, max(count - 1, 0), min(count, most)).round().long()
 
 
 class SurrogateDataset:
@@ -149,13 +159,14 @@ class SurrogateDataset:
             DataError: there is none, it cannot be fetched whole, or its manifest is damaged.
         """
         folder = Path(repo_or_path)
-        hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        hub = HubOptions(token=token, cache_dir=cache_dir, local_files_only=local_files_only)
         if not folder.is_dir():
             try:
                 folder = fetch(str(repo_or_path), REPO_FILES, revision, **hub, repo_type="dataset", progress=progress)
             except AdapterError as error:
                 raise DataError(str(error)) from error
         try:
+            check_utf8(folder.absolute())
             path = path_inside(folder, MANIFEST) or folder / MANIFEST
             manifest = parse_json(read_text(path, MAX_MANIFEST_BYTES))
             if manifest["format_version"] > FORMAT_VERSION:
@@ -177,11 +188,15 @@ class SurrogateDataset:
 
     def shard(self, index: int, verify: bool = False) -> Shard:
         """One adapter's images; `verify` compares the file with the manifest's checksum."""
-        return load_shard(self._path(index, verify))
+        return _in_memory(self.shard_rows(index, verify))
 
     def shard_rows(self, index: int, verify: bool = False) -> ShardRows:
         """The same, left on disk: its rows are read when they are asked for."""
-        return open_shard(self._path(index, verify))
+        path, number = self._path(index, verify), self.manifest["shards"][index]["num_images"]
+        rows = open_shard(path)
+        if len(rows) != number:
+            raise DataError(f"{path}: holds {len(rows)} images, not {number} as {MANIFEST} says. Run invert again.")
+        return rows
 
     def _path(self, index: int, verify: bool) -> Path:
         entry = self.manifest["shards"][index]
@@ -198,12 +213,13 @@ class SurrogateDataset:
 
     def sample(self, count: int) -> SurrogateSample:
         """About `count` images spread over the adapters and their classes, as pages and cards show them."""
-        number = min(self.num_shards, count)
+        shown = evenly_spread(self.num_shards, count).tolist()
+        rows = [self.shard_rows(i) for i in shown]
+        check_alike(rows)
         images, labels, kept, confidence = [], [], [], []
-        for i in torch.linspace(0, self.num_shards - 1, number).round().int().tolist():
-            shard = self.shard(i)
+        for shard in map(_in_memory, rows):
             order = shard.labels.argsort(stable=True)  # by class, so that even steps show many classes
-            chosen = order[torch.linspace(0, len(order) - 1, min(count // number, len(order))).round().long()]
+            chosen = order[evenly_spread(len(order), count // len(shown))]
             images.append(shard.pixels[chosen])
             labels += [f"{shard.label_names[c]} ({shard.adapter['name']})" for c in shard.labels[chosen].tolist()]
             kept.append(None if shard.kept_tokens is None else shard.kept_tokens[chosen])
@@ -243,7 +259,7 @@ class SurrogateDataset:
         files: dict[str, Path | bytes] = {e["file"]: self.folder / e["file"] for e in self.manifest["shards"]}
         files[MANIFEST] = json.dumps(manifest, indent=1, allow_nan=False).encode()
         files[PICTURE_FILE] = self.picture()
-        files["README.md"] = surrogate_card(repo_id, manifest, picture=True).encode()
+        files["README.md"] = utf8(surrogate_card(repo_id, manifest, picture=True))
         with tempfile.TemporaryDirectory() as folder:
             files[TABLE_FILE] = Path(folder) / "train.parquet"
             self.to_dataset().to_parquet(files[TABLE_FILE])
@@ -261,27 +277,7 @@ class SurrogateDataset:
 
     def to_dataset(self) -> datasets.Dataset:
         """A `datasets.Dataset` with `image`, `label` (`ClassLabel`, "<adapter>/<class>") and `adapter`."""
-        import datasets
-        from PIL import Image
-
-        shards = [self.shard(i) for i in range(self.num_shards)]
-        names = [f"{shard.adapter['name']}/{name}" for shard in shards for name in shard.label_names]
-        offsets = [0]
-        for shard in shards:
-            offsets.append(offsets[-1] + len(shard.label_names))
-
-        def rows() -> Iterator[dict[str, Any]]:
-            for shard, offset in zip(shards, offsets, strict=False):
-                for pixels, label in zip(shard.pixels, shard.labels.tolist(), strict=True):
-                    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-                    yield {"image": image, "label": offset + label, "adapter": shard.adapter["name"]}
-
-        features = {
-            "image": datasets.Image(),
-            "label": datasets.ClassLabel(names=names),
-            "adapter": datasets.Value("string"),
-        }
-        return datasets.Dataset.from_list(list(rows()), features=datasets.Features(features))
+        return to_table([self.shard(i) for i in range(self.num_shards)])
 
 
 def write_manifest(folder: Path, header: dict[str, Any], files: list[Path]) -> SurrogateDataset:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path, PurePosixPath
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from ..errors import DataError
 from ..runtime.array_files import RowFile, safetensors_rows
 from ..runtime.untrusted import parse_json, read_safetensors_header
+from .manifest import check_source
 
 
 #: type and number of dimensions of each tensor of a shard; `kept_tokens` only where tokens were pruned
@@ -75,62 +77,44 @@ def _check(shard: ShardRows) -> None:
     classes = shard.tensors["teacher_logits"].shape[1]
     if labels and len(labels) != classes:
         raise ValueError(f"{len(labels)} labels for {classes} classes")
+    height, width = shard.tensors["pixels"].shape[2:]
     small = {name: rows for name, rows in shard.tensors.items() if name != "pixels"}
     for start in range(0, count, _CHUNK):
-        check_values({name: rows.read_range(start, start + _CHUNK) for name, rows in small.items()})
-
-
-_NUMBERS = (int, float)
+        check_values({name: rows.read_range(start, start + _CHUNK) for name, rows in small.items()}, height * width)
 
 
 def read_shard_header(text: str) -> dict[str, Any]:
     """The adapter that a shard's header names. Raises `ValueError` where it names none."""
     header = parse_json(text)
-    return _adapter(header.get("adapter") if isinstance(header, dict) else None)
+    return check_source(header.get("adapter") if isinstance(header, dict) else None)
 
 
-def check_values(tensors: dict[str, torch.Tensor]) -> None:
-    """Raises `ValueError` where the numbers of some rows of a shard cannot be those of surrogate images."""
+def check_values(tensors: dict[str, torch.Tensor], most_patches: int) -> None:
+    """Raises `ValueError` where the numbers of some rows of a shard cannot be those of surrogate images.
+
+    Args:
+        most_patches: more than an image can have.
+    """
     for name, values in tensors.items():
         if values.is_floating_point() and not values.isfinite().all():
             raise ValueError(f"tensor {name} holds NaN or infinity")
     labels, classes = tensors["labels"], tensors["teacher_logits"].shape[1]
     if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise ValueError(f"labels must lie in 0 to {classes - 1}, got {int(labels.min())} to {int(labels.max())}")
-    if (tensors.get("kept_tokens", labels) < 0).any():
-        raise ValueError("kept_tokens must not be negative")
+    kept = tensors.get("kept_tokens")
+    if kept is not None and not ((kept >= 0) & (kept < most_patches)).all():
+        raise ValueError(
+            f"kept_tokens must lie in 0 to {most_patches - 1}, got {int(kept.min())} to {int(kept.max())}"
+        )
 
 
-def check_manifest(manifest: Any) -> None:
-    """Raises `ValueError` where a manifest lacks what reading the data set needs, or leads out of its folder."""
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("shards"), list) or not manifest["shards"]:
-        raise ValueError("it lists no shards")
-    for key in ("config", "backbone"):
-        if not isinstance(manifest.get(key, {}), dict):
-            raise ValueError(f"{key} must be a JSON object")
-    for entry in manifest["shards"]:
-        if not isinstance(entry, dict):
-            raise ValueError("a shard's entry must be a JSON object")
-        _adapter(entry.get("adapter"))
-        for key, kinds in (("num_images", int), ("accuracy", _NUMBERS), ("confidence", _NUMBERS), ("sha256", str)):
-            if not isinstance(entry.get(key), kinds):
-                raise ValueError(f"{key} of a shard is {entry.get(key)!r}")
-        file = PurePosixPath(entry["file"] if isinstance(entry.get("file"), str) else "/")
-        if file.is_absolute() or ".." in file.parts or "\\" in str(file) or file.suffix != ".safetensors":
-            raise ValueError(f"it names a file outside the folder, or no shard: {entry.get('file')!r}")
-
-    failed = manifest.get("failed", [])
-    if not isinstance(failed, list) or not all(
-        isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("name", "sha256", "reason"))
-        for entry in failed
-    ):
-        raise ValueError("failed must list adapters by name, sha256 and reason")
-
-
-def _adapter(entry: Any) -> dict[str, Any]:
-    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("name", "sha256")):
-        raise ValueError("it names no adapter with its checksum")
-    labels = entry.get("labels")
-    if labels is not None and not (isinstance(labels, list) and all(isinstance(name, str) for name in labels)):
-        raise ValueError("labels of an adapter must be names")
-    return entry
+def check_alike(shards: Sequence[ShardRows]) -> None:
+    """Raise `DataError` where images, features or masks of shards differ in size, and so fit no common batch."""
+    for name in ("pixels", "teacher_features", _OPTIONAL):
+        rows = [shard.tensors[name] for shard in shards if name in shard.tensors]
+        other = next((one for one in rows if one.shape[1:] != rows[0].shape[1:]), None)
+        if other is not None:
+            raise DataError(
+                f"{other.path}: {name} of an image has the shape {other.shape[1:]}, but {rows[0].shape[1:]} in "
+                f"{rows[0].path.name}. All shards must come from one run of invert."
+            )

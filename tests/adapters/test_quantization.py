@@ -222,3 +222,53 @@ def spoil_metadata(data, rng):
     header["__metadata__"]["header"] = json.dumps(spoil_json(inner, rng, ["bits", "shapes", "codes"]))
     text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + data[8 + length :]
+
+
+A, B = "m.lora_A.weight", "m.lora_B.weight"
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2, 1])
+@pytest.mark.parametrize(
+    ("size_b", "size_a"), [(1e30, 1e30), (1e-30, 1e-35), (1e25, 1e-25), (1.0, 1e-40), (1e37, 1e-37)]
+)
+def test_numbers_whose_squares_overflow_or_vanish(bits, size_b, size_a):
+    generator = torch.Generator().manual_seed(3)
+    b, a = torch.randn(32, 4, generator=generator), torch.randn(4, 32, generator=generator)
+    sound = decode(weights_bytes({A: a, B: b}, bits, {"peft_type": "LORA"})[1])
+    found = decode(weights_bytes({A: a * size_a, B: b * size_b}, bits, {"peft_type": "LORA"})[1])
+    gaps = [
+        torch.linalg.norm(one[B].double() @ one[A].double() / size - b.double() @ a.double())
+        for one, size in ((sound, 1.0), (found, size_b * size_a))
+    ]
+    assert gaps[1] < gaps[0] * 1.5 + 0.05 * torch.linalg.norm(b @ a) or size_a < 1e-37  # few digits are left there
+    assert all(tensor.isfinite().all() for tensor in found.values())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(tmp_path, bad, capsys):
+    save_adapter(tmp_path / "a")
+    tensors = load_file(tmp_path / "a" / PLAIN)
+    name = next(key for key in tensors if key.endswith("lora_B.weight"))
+    tensors[name][0, 0] = bad
+    save_file(tensors, tmp_path / "a" / PLAIN, metadata={"format": "pt"})
+    assert main(["quantize", str(tmp_path / "a"), "--bits", "4", "--output", str(tmp_path / "b")]) == 1
+    assert f"error: a: {PLAIN}: {name} holds NaN, infinity, or numbers too large" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
+def test_factors_of_every_form_are_coded_or_refused():
+    generator = torch.Generator().manual_seed(0)
+    for trial in range(60):
+        shape = torch.randint(1, 9, (3,), generator=generator).tolist()
+        b, a = torch.randn(shape[:2], generator=generator), torch.randn(shape[1:], generator=generator)
+        for factor in (b, a):  # rows of nothing, equal numbers, and one that outweighs all others
+            kind = trial % 5
+            factor *= {0: 1, 1: (factor > 1.5), 2: 0}.get(kind, 1)
+            factor += float(kind == 3)
+            factor.view(-1)[0] += 1e30 if kind == 4 else 0
+        try:
+            tensors = decode(weights_bytes({A: a, B: b}, 2 ** (trial % 4), {"peft_type": "LORA"})[1])
+        except AdapterError as error:
+            assert "numbers too large" in str(error) and trial % 5 == 4
+        else:
+            assert all(tensor.isfinite().all() for tensor in tensors.values())

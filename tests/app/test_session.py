@@ -5,6 +5,7 @@ import zipfile
 
 import pytest
 import torch
+from helpers_domains import mixed_model
 from helpers_tiny import SIZES, random_pixels, shake, tiny_backbone, tiny_processor
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
@@ -12,6 +13,8 @@ from lora_recycle.app.answers import answers_html
 from lora_recycle.app.session import Answer, FewShotSession, patch_attention
 from lora_recycle.backbones.backbone import Backbone
 from lora_recycle.errors import DataError
+from lora_recycle.fewshot.domains import DomainChoice
+from lora_recycle.modeling import domains
 from lora_recycle.modeling.meta_lora import MetaLoRAForFewShotClassification
 
 
@@ -104,3 +107,18 @@ def test_answers_are_written_out_and_escaped():
     page = answers_html([Answer(random_pixels(1)[0], dict.fromkeys(names, 1 / 7), attention)], 16)
     assert "<b>cat" not in page and "&lt;b&gt;cat" in page and "14.3%" in page
     assert "Half of the attention lies on 1 of 4 patches" in page and "2 less likely classes" in page
+
+
+def test_the_page_says_which_domain_answers(tiny_backbone_path, toy_data, monkeypatch):
+    model = mixed_model(tiny_backbone_path)
+    monkeypatch.setattr(domains, "choose_domain", lambda *args: DomainChoice("birds"))
+    session = FewShotSession(model)
+    for name in ("n0", "n3"):
+        session.add_class(name, list(toy_data.pixels[toy_data.by_class()[toy_data.label_names.index(name)][:2]]))
+    (answer,) = session.classify([toy_data.pixels[5]])
+    assert answer.domain == "birds" and "<p>By the examples: domain birds.</p>" in answers_html([answer], 8)
+    expected = model.fit(*session._support(), domain="birds").predict_proba(toy_data.pixels[5:6])
+    probabilities = [answer.probabilities[name] for name in model.label_names]
+    assert probabilities == pytest.approx(expected[0].tolist(), abs=1e-5)
+    monkeypatch.setattr(domains, "choose_domain", lambda *args: DomainChoice("shared"))
+    assert "no domain of the adapters" in answers_html(session.classify([toy_data.pixels[5]]), 8)

@@ -141,10 +141,18 @@ def test_evaluate_prints_a_table_and_writes_json(evaluate_arguments, work, tmp_p
     code, out, err = run(*evaluate_arguments, *options)
     rows = json.loads((tmp_path / "new" / "rows.json").read_text())["rows"]
     assert code == 0
-    assert [r["method"] for r in rows] == ["frozen", "frozen-centred", "average", "ensemble", "random", "meta-lora"]
+    assert [r["method"] for r in rows] == [
+        "frozen",
+        "frozen-centred",
+        "average",
+        "ensemble",
+        "random",
+        "meta-lora-shared",
+        "meta-lora",
+    ]
     keys = ["method", "data", "ways", "shots", "episodes", "accuracy", "ci95", "delta_vs_frozen", "delta_ci95"]
     assert all(list(row) == keys and row["episodes"] == 20 and row["data"] == "photos" for row in rows)
-    assert len(out.splitlines()) == 7 and "± " in out
+    assert len(out.splitlines()) == 8 and "± " in out
     assert "fewer queries, 7 at least" in err
 
 
@@ -153,6 +161,7 @@ def test_evaluate_without_a_pool_leaves_its_methods_out(evaluate_arguments, work
     assert code == 0 and [line.split()[0] for line in out.splitlines()[1:]] == [
         "frozen",
         "frozen-centred",
+        "meta-lora-shared",
         "meta-lora",
     ]
 
@@ -172,7 +181,7 @@ def test_predict_by_another_head(work, run, fails):
 def test_evaluate_judges_the_methods_asked_for(evaluate_arguments, work, run, fails):
     code, out, _ = run(*evaluate_arguments, "--methods", "ties", "frozen-euclidean", "--pool", work / "pool")
     methods = [line.split()[0] for line in out.splitlines()[1:]]
-    assert code == 0 and methods == ["frozen", "ties", "frozen-euclidean", "meta-lora"]
+    assert code == 0 and methods == ["frozen", "ties", "frozen-euclidean", "meta-lora-shared", "meta-lora"]
     assert "ties needs a pool" in fails(*evaluate_arguments, "--no-pool", "--methods", "ties")
 
 
@@ -208,8 +217,8 @@ def test_demo_writes_table_results_and_report_and_resumes(work, tmp_path, run):
     command = ["demo", "--pool", work / "pool", "--recipe", recipe, "--output", output, "--quiet"]
     code, out, err = run(*command, "--data", work / "photos")
     rows = json.loads((output / "results.json").read_text())["rows"]
-    assert code == 0 and {row["data"] for row in rows} == {"digits", "photos"} and len(rows) == 24
-    assert out.count("meta-lora") == 4 and "from_pretrained(" in err
+    assert code == 0 and {row["data"] for row in rows} == {"digits", "photos"} and len(rows) == 28
+    assert out.count("meta-lora") == 8 and "from_pretrained(" in err
     page = (output / "report.html").read_text()
     assert page.count("its kept patches") == 24 and "inversion, mean of 3 adapters" in page and "relational" in page
     assert "## Results" in (output / "meta_lora" / "README.md").read_text()

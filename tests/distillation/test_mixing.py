@@ -23,7 +23,7 @@ KEPT = mix(0.25)
 
 @pytest.fixture(autouse=True)
 def two_groups(tiny_pool, monkeypatch):
-    monkeypatch.setattr(tiny_pool, "groups", lambda: GROUPS)
+    monkeypatch.setattr(tiny_pool, "groups", lambda *_: GROUPS)
 
 
 def recipe(**changes):
@@ -177,7 +177,7 @@ def test_others_learn_from_their_start_and_keep_it_all(tiny_pool, tiny_surrogate
 
 
 def test_in_the_loss_each_image_counts_the_same_or_each_group(tiny_pool, tiny_surrogate, monkeypatch):
-    monkeypatch.setattr(tiny_pool, "groups", lambda: [[0, 1, 2], [3]])
+    monkeypatch.setattr(tiny_pool, "groups", lambda *_: [[0, 1, 2], [3]])
     weights = {}
     for balance in ("images", "groups"):
         trainer = MetaLoRATrainer(tiny_pool, tiny_surrogate, recipe(groups="auto", balance=balance))

@@ -69,7 +69,7 @@ def test_each_episode_is_judged_on_the_network_that_it_chooses():
         assert labels.tolist() == [0, 1] and torch.equal(look(0), look(0))
         return 0 if look(0).sum() > 0 else 1 + int(look(1).sum() > 0)
 
-    found, looks = selected_accuracy(members, drawn, choice)
+    found, looks, _ = selected_accuracy(members, drawn, choice)
     second = torch.stack([members[1][e.support.flatten()].sum() for e in drawn])
     chosen = torch.where(first > 0, 0, torch.where(second > 0, 2, 1))
     assert found.tolist() == [accuracies[chosen[e], e].item() for e in range(8)]

@@ -1,6 +1,9 @@
 """Adapters pulled from a Hub that misbehaves: never half of one, never two commits of one, never wrong bytes."""
 
+import errno
 import hashlib
+import os
+import pathlib
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -205,3 +208,40 @@ def test_offline_the_cache_is_used_and_the_hub_left_alone(hub, org_a, monkeypatc
     ):
         pull_adapter("org/b")
     assert hub.requests == []
+
+
+@pytest.mark.parametrize("stated", [10**12, "9" * 5000, 301])
+def test_a_hub_that_asks_for_ages_is_not_waited_for(hub, org_a, tmp_path, monkeypatch, stated):
+    waits = []
+    for module in (download, huggingface_hub.utils._http):
+        monkeypatch.setattr(module, "time", SimpleNamespace(sleep=waits.append))
+    hub.fail_next(INFO, status=429, retry_after=stated)  # ours to repeat
+    hub.fail_next("GET .*/tree/", status=429, retry_after=stated)  # the client's
+    hub.fail_next(f"^GET .*{WEIGHTS}", status=503, retry_after=stated)
+    assert pull_adapter("org/a", cache_dir=tmp_path).revision == org_a
+    assert waits and max(waits) <= 60
+
+
+def test_a_hub_that_asks_for_minutes_is_waited_for():
+    response = SimpleNamespace(headers={"Retry-After": "300", "RateLimit": '"api";r=0;t=299'})
+    download._drop_long_waits(response)
+    assert len(response.headers) == 2
+    response.headers["RateLimit"] = '"api";r=0;t=99999'
+    download._drop_long_waits(response)
+    assert list(response.headers) == ["Retry-After"]
+
+
+def test_a_cache_that_is_read_only(hub, org_a, tmp_path, monkeypatch):
+    pull_adapter("org/a", cache_dir=tmp_path / "full")
+    refused = PermissionError(errno.EROFS, "Read-only file system", str(tmp_path))
+
+    def refuse(*names, **options):
+        raise refused
+
+    for name in ("mkdir", "makedirs", "replace", "rename", "symlink"):  # root may write anywhere
+        monkeypatch.setattr(os, name, refuse)
+    monkeypatch.setattr(pathlib.Path, "mkdir", refuse)
+    with pytest.raises(AdapterError, match="^org/a: .*[Rr]ead-only"):
+        pull_adapter("org/a", cache_dir=tmp_path / "empty")
+    assert pull_adapter("org/a", cache_dir=tmp_path / "full", local_files_only=True).revision == org_a
+    assert pull_adapter("org/a", cache_dir=tmp_path / "full").revision == org_a

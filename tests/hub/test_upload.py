@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -321,3 +322,38 @@ def test_files_are_removed_in_the_same_commit(hub):
     push_files("org/d", {"a/2": b"1"}, repo_type="dataset", replaces=["a/*"])
     assert hub.files("org/d", repo_type="dataset").keys() == {".gitattributes", "a/2", "b"}
     assert len(commits(hub, "org/d", "dataset")) == 2
+
+
+LARGE = {"adapter_model.safetensors": b"w" * 100_000, "adapter_config.json": b"{}"}
+
+
+def test_a_push_that_is_killed_between_upload_and_commit(hub):
+    """What was uploaded is no part of the repo without a commit, and is not uploaded again."""
+    child = []
+    hub.on_request("^POST .*/commit/", lambda: os.kill(child[0], signal.SIGKILL))
+    child.append(os.fork())
+    if not child[0]:
+        try:
+            push_files("org/d", dict(LARGE))
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child[0], 0)[1]) == -signal.SIGKILL
+    assert hub.exists("org/d") and hub.count("^PUT /lfs") == 1
+    push_files("org/d", dict(LARGE))
+    assert hub.files("org/d").items() >= LARGE.items() and hub.count("^PUT /lfs") == 1
+    assert len(commits(hub, "org/d")) <= 2  # the Hub may have made the commit whose answer nobody heard
+
+
+def test_a_push_that_is_interrupted_between_upload_and_commit(hub, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(HfApi, "create_commit", interrupted_at_the_commit)
+        with pytest.raises(KeyboardInterrupt):
+            push_files("org/d", dict(LARGE))
+    assert hub.count("^PUT /lfs") == 1 and not hub.exists("org/d")
+    push_files("org/d", dict(LARGE))
+    assert len(commits(hub, "org/d")) == 1
+
+
+def interrupted_at_the_commit(self, repo_id, operations, *, repo_type, **options):
+    self.preupload_lfs_files(repo_id, operations, repo_type=repo_type)
+    raise KeyboardInterrupt

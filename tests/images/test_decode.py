@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from lora_recycle.errors import DataError
-from lora_recycle.images import decode
+from lora_recycle.images import decode, modes
 from lora_recycle.images.decode import decoded, to_picture
 from lora_recycle.images.sources import images_below
 
@@ -259,14 +259,14 @@ def test_what_goes_wrong_in_our_own_code_is_not_called_a_broken_image(tmp_path):
 
 
 def test_one_large_picture_is_decoded_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(decode, "_LARGE", 100)
+    monkeypatch.setattr(modes, "LARGE", 100)
     monkeypatch.setattr(decode, "WORKERS", 8)
     inside, most, original = [], [], decode.to_rgb
 
-    def watched(image):
+    def watched(image, at_least=None):
         inside.append(image)
         most.append(len(inside))
-        found = original(image)
+        found = original(image, at_least)
         inside.remove(image)
         return found
 

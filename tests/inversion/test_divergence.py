@@ -12,7 +12,7 @@ from lora_recycle.inversion.batch import InversionBatch
 from lora_recycle.inversion.config import InversionConfig
 from lora_recycle.inversion.inverter import LoRAInverter
 from lora_recycle.surrogate.dataset import SurrogateDataset
-from lora_recycle.surrogate.shards import check_manifest
+from lora_recycle.surrogate.manifest import check_manifest
 
 
 def quick(**changes):

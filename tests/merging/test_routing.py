@@ -9,6 +9,7 @@ from peft.tuners.lora.config import ArrowConfig
 
 from lora_recycle.backbones.backbone import extract_features
 from lora_recycle.errors import AdapterError, ConfigError, DataError
+from lora_recycle.fewshot.domains import separability
 from lora_recycle.inversion.config import InversionConfig
 from lora_recycle.inversion.inverter import LoRAInverter
 from lora_recycle.merging import (
@@ -17,7 +18,6 @@ from lora_recycle.merging import (
     Ensemble,
     NearestGroup,
     RandomAverage,
-    separability,
     shuffled_heads,
 )
 from lora_recycle.merging.arrow import first_direction
@@ -91,17 +91,6 @@ def test_the_first_direction_is_that_of_the_dense_change(shapes):
 def test_routing_settings_out_of_range(settings):
     with pytest.raises(ConfigError, match="top_k must be at least 1 and temperature above 0"):
         Arrow(**settings)
-
-
-def test_separability_by_hand():
-    features = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0], [3.0, 4.0]])
-    labels = torch.tensor([0, 0, 1, 1])
-    # within: 1 and 0.8; between: 0, 0.6 twice
-    assert separability(features, labels).item() == pytest.approx(0.9 - 0.3, abs=1e-6)
-    assert separability(features[1:3], labels[1:3]).item() == pytest.approx(1.0)
-    assert separability(features[[0, 3]], torch.tensor([5, 2])).item() == pytest.approx(0.4, abs=1e-6)
-    with pytest.raises(DataError, match="at least 2 classes"):
-        separability(features, torch.zeros(4, dtype=torch.long))
 
 
 @pytest.mark.parametrize("shots", [1, 3])

@@ -21,6 +21,7 @@ CONFIGS = {
 def wearing(config) -> MetaLoRAForFewShotClassification:
     """A tiny model whose adapter changes much."""
     backbone = tiny_backbone()
+    torch.manual_seed(0)  # of the adapter's own beginning
     peft_model, generator = get_peft_model(backbone.model, config), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in peft_model.parameters():

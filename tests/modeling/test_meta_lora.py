@@ -159,7 +159,7 @@ def test_a_prediction_sees_one_task_though_another_is_fitted_meanwhile(model, to
 def test_fit_is_one_forward(model, toy_data, monkeypatch):
     batches, features = [], model.features
     monkeypatch.setattr(
-        model, "features", lambda pixel_values: batches.append(len(pixel_values)) or features(pixel_values)
+        model, "features", lambda pixel_values, *_: batches.append(len(pixel_values)) or features(pixel_values)
     )
     model.fit(*pictures(toy_data, [0, 1, 2]))
     assert batches == [6]

@@ -195,7 +195,7 @@ def test_photos_larger_than_memory_should_hold_come_one_batch_at_a_time(photos, 
     model, batches = wrapped(backbone), []
     files, labels = files_and_labels(photos / "train")
     features = model.features
-    monkeypatch.setattr(model, "features", lambda x: batches.append(tuple(x.shape)) or features(x))
+    monkeypatch.setattr(model, "features", lambda x, *_: batches.append(tuple(x.shape)) or features(x))
     embedded = model.embed(files, batch_size=4)
     assert batches == [(4, 3, 32, 32), (4, 3, 32, 32), (1, 3, 32, 32)]
     expected = backbone.processor(images=[Image.open(file) for file in files], return_tensors="pt")["pixel_values"]

@@ -137,3 +137,18 @@ def test_settings_of_earlier_versions_are_read_where_they_changed_nothing():
     assert InversionConfig.from_dict({"hard_weight": 0.0, "hard_reference": "average", "lr": 0.1}).lr == 0.1
     with pytest.raises(ConfigError, match="old.json: hard_weight was removed, as it made results worse"):
         InversionConfig.from_dict({"hard_weight": 5.0}, where="old.json")
+
+
+@pytest.mark.parametrize("text", ["lr: 1" + "0" * 400, "steps: 1" + "0" * 400, "steps: -1" + "0" * 30])
+def test_numbers_that_no_computer_holds(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="DistillationConfig.(lr: expected float|steps: must lie between)"):
+        DistillationConfig.from_yaml(path)
+
+
+@pytest.mark.parametrize("text", ["steps: 1" + "0" * 5000, "start: 2026-99-99", "[" * 3000])
+def test_yaml_that_python_cannot_hold(tmp_path, text):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="recipe.yaml: not valid YAML"):
+        read_yaml(tmp_path / "recipe.yaml")

@@ -26,6 +26,6 @@ def test_accelerate_is_told_of_a_name():
 
 @pytest.mark.parametrize("name", ["quantum", "cuda:99"])
 def test_a_device_that_is_not_there_is_refused(name):
-    with pytest.raises(ConfigError, match=f"--device {name}: not to be had on this machine"):
+    with pytest.raises(ConfigError, match=f"--device {name}: not available on this machine"):
         choose_device(name)
     assert "ACCELERATE_TORCH_DEVICE" not in os.environ

@@ -16,9 +16,10 @@ from lora_recycle.adapters.pull import pull_adapter
 from lora_recycle.adapters.quantization import read_coded_header
 from lora_recycle.errors import AdapterError, DataError
 from lora_recycle.hub.card_files import read_card
+from lora_recycle.hub.cards import is_repo_id
 from lora_recycle.hub.repo_files import CODES_FILE
 from lora_recycle.runtime import untrusted
-from lora_recycle.runtime.untrusted import parse_json, read_safetensors_header
+from lora_recycle.runtime.untrusted import check_settings, parse_json, read_safetensors_header
 from lora_recycle.surrogate.dataset import SurrogateDataset
 
 
@@ -214,3 +215,10 @@ def test_one_parser_says_what_safetensors_says(tmp_path):
     data = (tmp_path / "file").read_bytes()[header.size :]
     for name, entry in header.tensors.items():
         assert data[entry.begin : entry.end] == tensors[name].numpy().tobytes()
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "org/" + "é" * 200, "a/" * 1500, "a\0b"])
+def test_names_that_no_folder_has(name):
+    with pytest.raises(ValueError, match="base_model_name_or_path is no name of a folder or a repo"):
+        check_settings({"base_model_name_or_path": name})
+    assert not is_repo_id("a" * 5000)

@@ -180,7 +180,7 @@ def test_a_folder_that_is_not_there(tmp_path):
             {"kept_tokens": torch.zeros(5, 2, dtype=torch.int16)},
             "tensor kept_tokens has the wrong type or number of rows",
         ),
-        ({"kept_tokens": torch.full((6, 2), -1, dtype=torch.int16)}, "kept_tokens must not be negative"),
+        ({"kept_tokens": torch.full((6, 2), -1, dtype=torch.int16)}, "kept_tokens must lie in 0 to 63, got -1 to -1"),
         ({"adapter": {"name": "x"}}, "it names no adapter with its checksum"),
         ({"adapter": {"name": "x", "sha256": "y", "labels": [{}, 1, 2]}}, "labels of an adapter must be names"),
         ({"adapter": {"name": "x", "sha256": "y", "labels": ["a"]}}, "1 labels for 3 classes"),

@@ -18,10 +18,14 @@ from test_fuzz import respoil, spoil_bytes, spoil_config, spoil_header, spoil_nu
 
 from lora_recycle.errors import LoRARecycleError
 from lora_recycle.fewshot.heads import make_head
+from lora_recycle.hub.cards import surrogate_card
 from lora_recycle.hub.upload import without_local_paths
 from lora_recycle.modeling.sidecar import read_sidecar
 from lora_recycle.modeling.task import FewShotTask, load_task, save_task
-from lora_recycle.surrogate.dataset import Shard, SurrogateDataset, save_shard, write_manifest
+from lora_recycle.runtime.files import file_sha256
+from lora_recycle.runtime.terminal import utf8
+from lora_recycle.surrogate.dataset import MANIFEST, Shard, SurrogateDataset, save_shard, write_manifest
+from lora_recycle.surrogate.table import told_apart
 
 
 SIDECAR = "meta_lora_config.json"
@@ -80,6 +84,21 @@ def read_surrogate(folder: Path) -> None:
     shards = [data.shard(i) for i in range(data.num_shards)]
     assert sum(len(shard) for shard in shards) >= 0 and data.sample(9) and without_local_paths(data.manifest)
     assert all(shard.label_names for shard in shards)
+    assert all(shard.confidences.isfinite().all() and shard.accuracy <= 1 for shard in shards)
+    assert len(set(told_apart([name for shard in shards for name in shard.label_names]))) >= 1
+    assert utf8(surrogate_card("org/data", without_local_paths(data.manifest)))
+    for number in range(data.num_shards):
+        with contextlib.suppress(LoRARecycleError):  # not all checksums were repaired
+            data.shard_rows(number, verify=True)
+
+
+def repair(folder: Path) -> None:
+    """The checksums of the manifest, as a hostile author would."""
+    with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError, OSError):
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        for entry in manifest["shards"]:
+            entry["sha256"] = file_sha256(folder / entry["file"])
+        (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
 
 
 def read_settings(folder: Path) -> None:
@@ -122,13 +141,15 @@ def fuzz(folder: Path, inputs: int, seed: int = 0, first: int = 0) -> dict[str, 
         names = rng.sample(sorted(sound), rng.choice((1, 1, 2, 5)))
         for name in names:
             (folder / name).write_bytes(spoil(name, sound[name], rng))
+        if rng.random() < 0.7:
+            repair(folder)
         try:
             found = attempt(folder, names)
         except Exception as error:
             raise AssertionError(f"input {number} of seed {seed}: {type(error).__name__}: {error}") from error
         for name in found:
             refused[name] += 1
-        for name in names:
+        for name in (*names, MANIFEST):
             (folder / name).write_bytes(sound[name])
     return refused
 
