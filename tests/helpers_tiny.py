@@ -49,6 +49,7 @@ def shake(model: torch.nn.Module, seed: int = 0, scale: float = 0.1) -> torch.nn
 @torch.no_grad()
 def tiny_vit(seed: int = 0, **changes) -> ViTModel:
     """Its weights are uniform numbers, which are the same on every processor to the bit; normal ones are not."""
+    torch.manual_seed(seed)  # of what the caller adds to it
     model, generator = ViTModel(ViTConfig(**(SIZES | changes)), add_pooling_layer=False), torch.Generator()
     generator.manual_seed(seed)
     for name, parameter in model.named_parameters():

@@ -133,7 +133,7 @@ def test_a_fresh_process_predicts_the_same_bit_for_bit(hub, model, tmp_path):
     assert "few_shot_task.safetensors" in hub.files("org/meta")
     assert "It includes a fitted task with 3 classes" in hub.files("org/meta")["README.md"].decode()
     torch.save([pixels, support], tmp_path / "in.pt")
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
     command = [sys.executable, "-c", SCRIPT, tmp_path / "in.pt", tmp_path / "out.pt"]
     subprocess.run(command, check=True, env=environment, timeout=120)
     probabilities, labels, features, again = torch.load(tmp_path / "out.pt", weights_only=True)

@@ -21,10 +21,13 @@ Q0, LABELS = "layers.0.attention.q_proj", torch.tensor([0, 1, 0, 1, 0, 1])
 
 @pytest.fixture
 def owned(images):
-    """Four adapters; the head of each was made of the features that it gives to its own six images, `images[t]`."""
-    generator = torch.Generator().manual_seed(7)  # images of which each set is nearest to its own head
+    """Four adapters; the head of each was made of the features that it gives to its own six images, `images[t]`.
+
+    They change so little that the bare backbone sees an adapter's images much as it does, and its head matches best.
+    """
+    generator = torch.Generator().manual_seed(1)
     sets = [images] + [torch.randint(0, 256, images.shape, generator=generator, dtype=torch.uint8) for _ in range(3)]
-    factors = [random_factors({Q0: (32, 4, 32)}, seed=t, scale=0.5) for t in range(4)]
+    factors = [random_factors({Q0: (32, 4, 32)}, seed=t, scale=0.1) for t in range(4)]
     adapters = [planted_adapter(f"a{t}", own) for t, own in enumerate(factors)]
     pool, owners = AdapterPool(tiny_backbone(), adapters), []
     for t, own in enumerate(sets):
