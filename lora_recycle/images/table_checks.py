@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,9 @@ def _text_bytes(file: Any, most: int) -> int:
     for name in [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]:
         file.seek(0)
         reader = pq.ParquetFile(file, read_dictionary=[name])  # repeated values stay as small as they are in the file
-        for batch in reader.iter_batches(_ROWS_AT_A_TIME, columns=[name]):
+        # each row group has its own dictionary, and Arrow joins no structs of two
+        groups = (reader.iter_batches(_ROWS_AT_A_TIME, [i], [name]) for i in range(reader.num_row_groups))
+        for batch in itertools.chain.from_iterable(groups):
             values = batch.column(0)
             for part in name.split(".")[1:]:
                 values = pc.struct_field(values, part) if hasattr(values.type, "get_field_index") else values
