@@ -18,7 +18,8 @@ from ..fewshot.domains import SHARED, DomainChoice
 from ..fewshot.heads import HEADS, FewShotHead
 from ..hub.repo_files import MAX_CLASSES
 from ..runtime.files import atomic_save_tensors, read_header
-from ..runtime.untrusted import parse_json, read_safetensors_header
+from ..runtime.untrusted import parse_json
+from ..runtime.untrusted_tensors import read_safetensors_header
 from .support import check_labels
 
 
