@@ -47,7 +47,7 @@ class FewShotOutput(ModelOutput):
     prototypes: torch.Tensor | None = None
 
 
-class MetaLoRAForFewShotClassification(AdaptedNetworks, FewShotClassifier, TaskServer):
+class MetaLoRAForFewShotClassification(AdaptedNetworks, TaskServer):
     """A frozen ViT with a meta-LoRA applied, and a few-shot head on its embeddings (prototypes by default).
 
     A meta-LoRA made from a pool of several domains also has experts: further networks on the same weights. `fit`

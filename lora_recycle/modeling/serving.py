@@ -16,17 +16,14 @@ from .preprocessing import as_batch, pixel_batches
 from .task import FewShotTask, load_task
 
 
-class TaskServer:
+class TaskServer(FewShotClassifier):
     """A model that serves many tasks on one backbone."""
 
     backbone: Backbone
-    head: FewShotHead
 
     @property
     def domains(self) -> list[str]:
-        raise NotImplementedError
-
-    def embed(self, images: Any, batch_size: int = 64, *, domain: str | None = None) -> torch.Tensor:
+        """As of [`MetaLoRAForFewShotClassification`]."""
         raise NotImplementedError
 
     def _embeddings(self, pixel_values: torch.Tensor, domain: str | None = None) -> torch.Tensor:
