@@ -119,7 +119,7 @@ class MetaLoRATrainer:
     def train(self, output_dir: str | Path | None = None, *, progress: bool = True, resume: bool = True) -> Student:
         """Run all steps and return the student that is best on held-out adapters, which may be the average.
 
-        With `output_dir`, checkpoints lie there, and a run that was killed goes on as if nothing had been; Ctrl-C and
+        With `output_dir`, checkpoints are written there and a killed run resumes exactly where it stopped; Ctrl-C and
         SIGTERM end it after a step that is saved. With `resume=False` the checkpoints there are deleted first.
 
         Raises:
@@ -215,9 +215,9 @@ class MetaLoRATrainer:
             getattr(callback, event)(self, *values)
 
     def prepare(self, output_dir: str | Path | None = None, *, progress: bool = True) -> int:
-        """Everything before the first step: data checked, teachers asked, optimiser made, checkpoint loaded.
+        """All work before the first step: check data, query teachers, create the optimiser, load a checkpoint.
 
-        Returns the step to go on with. What the teachers said lies in `output_dir`, in a temporary folder without.
+        Returns the step to resume at. The teachers' outputs are stored in `output_dir`, or in a temporary folder.
         """
         state, shown = self.accelerator, progress and self.accelerator.is_main_process
         if output_dir is None:

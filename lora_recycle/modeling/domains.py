@@ -26,9 +26,9 @@ FROZEN = "frozen"
 
 
 def bare_copy(backbone: Backbone) -> Backbone:
-    """A backbone without an adapter on the same weights in memory, whether `backbone` wears one or not.
+    """The backbone without any adapter, sharing its weights in memory.
 
-    Networks that stand side by side need no switching, so that threads may each use another one.
+    Separate networks need no switching, so threads can use different ones at once.
     """
     tensors = [*backbone.parameters(), *backbone.buffers()]
     memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}

@@ -43,11 +43,11 @@ class AdaptedNetworks(nn.Module):
 
     @property
     def domains(self) -> list[str]:
-        """What `fit` chooses from, `shared` and the experts; empty where there are no experts."""
+        """The domains that `fit` chooses from: `shared` and the experts. Empty without experts."""
         return [] if self.domain_networks is None else [SHARED, *self.domain_networks.names]
 
     def network(self, domain: str | None = None) -> Backbone:
-        """The backbone that wears the adapter of a domain, by default of the fitted task's.
+        """The backbone with the adapter of a domain applied; by default the domain of the fitted task.
 
         Raises:
             ConfigError: there is no such domain, or another one is folded into the weights that all share.
@@ -76,13 +76,13 @@ class AdaptedNetworks(nn.Module):
         """Fold the meta-LoRA into the backbone's weights, for use: a forward then costs what the bare backbone's does.
 
         Answers stay the same up to rounding. Fitting and saving go on as before (the adapter is kept beside the
-        weights and saved as it is), training does not. There is no way back but to load the model again.
+        weights and saved as it is), training does not. To undo it, load the model again.
 
         Of a model with experts it is the network of the fitted task's domain, of an unfitted one the shared network,
         and from then on `fit` keeps to it: fit first, then merge.
 
         Raises:
-            AdapterError: the adapter is of a type that is no change of weights; it stays as it was.
+            AdapterError: the adapter's type cannot be merged into weights; the model is unchanged.
         """
         if not self._merged:
             domain = self._current()

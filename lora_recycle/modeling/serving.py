@@ -30,11 +30,11 @@ class TaskServer(FewShotClassifier):
         raise NotImplementedError
 
     def new_task(self) -> SharedTask:
-        """A task of its own on this model's backbone, to be fitted: what many users or many problems need at once."""
+        """A new, unfitted task on this model's backbone, for serving many users or many problems at once."""
         return SharedTask(self)
 
     def load_task(self, path: str | Path) -> SharedTask:
-        """A task that `SharedTask.save` wrote, of which nothing is trusted.
+        """Load a task that `SharedTask.save` wrote. The file is not trusted.
 
         Raises:
             AdapterError: it is damaged, or fits another backbone.

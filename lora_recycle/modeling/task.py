@@ -93,7 +93,7 @@ def holds_task(path: Path) -> bool:
 
 
 def load_task(path: Path, head: FewShotHead, width: int, domains: Sequence[str] = ()) -> FewShotTask | None:
-    """Read a task on embeddings of `width` numbers, of which nothing is trusted.
+    """Read a task on embeddings of `width` numbers from a file that is not trusted.
 
     Args:
         domains: of the model, see [`MetaLoRAForFewShotClassification.domains`].
