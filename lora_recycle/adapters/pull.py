@@ -18,7 +18,8 @@ from ..errors import AdapterError
 from ..hub.licenses import read_license
 from ..hub.repo_files import CODES_FILE, CONFIG_FILE, WEIGHTS_FILE
 from ..runtime.files import file_sha256
-from ..runtime.untrusted import check_utf8, count
+from ..runtime.untrusted_files import check_utf8
+from ..runtime.untrusted_tensors import count
 from .files import (
     check_checksums,
     download,

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..errors import AdapterError, ConfigError
 from ..hub.download import HubOptions, explain, repeated
-from ..runtime.untrusted import read_text
+from ..runtime.untrusted_files import read_text
 from .pull import AdapterInfo, find_adapters, pull_adapter
 
 

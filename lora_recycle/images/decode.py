@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from ..errors import DataError
-from ..runtime.untrusted import open_regular
+from ..runtime.untrusted_files import open_regular
 from .modes import check_sides, is_large, to_rgb
 
 

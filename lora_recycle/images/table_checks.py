@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..runtime.untrusted import open_regular
+from ..runtime.untrusted_files import open_regular
 
 
 MAX_ROWS = 2**22

@@ -109,8 +109,8 @@ class FewShotClassifier:
     ) -> Self:
         """Add classes to a fitted task, or images to its classes, without seeing the earlier images again.
 
-        What it takes is what `fit` takes. The task keeps its domain: what is known of the earlier images is known by
-        that network alone. Where the new classes are of another kind, fit all of them together.
+        It takes the same images and labels as `fit`. The task keeps its domain, because only that network has embedded
+        the earlier images. If the new classes are of another kind, fit all classes together.
         """
         task = self._fitted()
         images, names = support_set(images, labels)
@@ -166,8 +166,8 @@ class FewShotClassifier:
     def similarity(self, images: Any, *, failures: dict[int, str] | None = None) -> torch.Tensor:
         """Cosine of each image's embedding to that of the nearest prototype: (N,), float32 on the CPU.
 
-        It tells images of no class better than the probability does, which only says which class is nearer
-        (docs/more.md). What is low depends on backbone and task: look at it for images of your own.
+        It separates images of no class better than the probability does, which only says which class is nearer
+        (docs/more.md). Which value is low depends on backbone and task; check it on your own images.
 
         Args:
             failures: takes the images that cannot be read; their values are NaN.
@@ -265,7 +265,7 @@ class SharedTask(FewShotClassifier):
         """Write the task alone, one safetensors file, for `model.load_task`.
 
         Raises:
-            StorageError: a file is there that is no task, or nothing can be written.
+            StorageError: the path holds a file that is not a task, or it cannot be written.
         """
         task = self._fitted()
         check_file(path, holds_task, "a fitted task")

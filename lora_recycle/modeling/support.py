@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import DataError
 from ..images.decode import local_path
 from ..images.sources import ImageSource, dataset_source, is_dataset, open_source
@@ -40,6 +42,19 @@ def require_two_classes(labels: Sequence[Any]) -> None:
     """Raise `DataError` where there is one class only."""
     if len(set(labels)) < 2:
         raise DataError("A support set needs at least two classes, or there is nothing to tell apart.")
+
+
+def class_numbers(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Labels of support images as int64 (S,). Raises `DataError` unless there is one for each image, and they number
+    two or more classes from 0 on, each present."""
+    labels = torch.as_tensor(labels)
+    if len(labels) != len(images) or not len(labels):
+        raise DataError(f"{len(images)} support images, but {len(labels)} labels.")
+    present = labels.unique()
+    require_two_classes(present.tolist())
+    if not torch.equal(present.cpu(), torch.arange(len(present))):
+        raise DataError(f"Support labels must number the classes 0 to {len(present) - 1}, got {present.tolist()}.")
+    return labels.long()
 
 
 def _labelled_source(images: Any) -> ImageSource:

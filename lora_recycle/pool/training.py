@@ -93,7 +93,7 @@ def split_task(
 def start_head(view: Backbone, head: torch.nn.Linear, train: Task, held: Task) -> float:
     """Set the head to the nearest prototype of what it reads on the frozen backbone, so that tuning starts from that.
 
-    Returns the held-out accuracy of frozen prototypes with cosine (per cent): what an adapter must beat.
+    Returns the held-out accuracy (per cent) of cosine prototypes on the frozen backbone, which an adapter must beat.
     """
     (images, labels), (held_images, held_labels) = train, held
     features, read = _features_and_head_inputs(view, images)

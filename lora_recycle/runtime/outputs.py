@@ -12,7 +12,8 @@ from typing import Any
 
 from ..errors import StorageError
 from .files import OWN_PREFIX, atomic_write, check_writable, is_partial, refusals_explained, remove_abandoned
-from .untrusted import check_utf8, parse_json, read_text
+from .untrusted import parse_json
+from .untrusted_files import check_utf8, read_text
 
 
 #: Says what a folder is for, from before the first result is in it.
