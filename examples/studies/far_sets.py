@@ -6,8 +6,8 @@
 
 writes `DATA/textures/test.parquet` and `DATA/emoji/test.parquet`. A class of textures is one picture, its images are
 random squares of half the side (a quarter of the area), as the Brodatz album is used. A class of emoji is a Unicode
-subcategory (`animal-bird`, `food-fruit`), its images are the emoji of it as four companies draw them, on white. Classes
-with fewer than 20 images are left out, all but 40 images of a class, and all but 100 classes. Every run draws the same.
+subcategory (`animal-bird`), its images are the emoji of it as four companies draw them, on white. Classes with fewer
+than 20 images are left out, all but 40 images of a class, and all but 100 classes. Every run draws the same.
 """
 
 import argparse
