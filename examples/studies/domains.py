@@ -4,12 +4,12 @@
         --figure docs/figures/domains.svg                                                            # 15 minutes
 
 5-way, 1,000 episodes, 15 queries, at most 40 images a class, on the validation and the test splits of the embedded
-pool's data sets and on three sets of other kinds. Omniglot_small has no validation split; the 33 characters of its
-training split that no adapter saw stand in for it. DATA holds `<set>/<split>.parquet`. The experts are the exact
-averages of the pool's domains, before they are cut to a rank. Features lie in `--work`, so that a run that was cut
-short goes on. The rows: the shared network
-alone; the pool's exact average; the average of the nearest of the three groups; the average of the domain's own
-adapters, which knows the domain; the best network of each episode, which knows the answers; and the choice of `fit`.
+pool's data sets and on five sets of other kinds. Omniglot_small has no validation split; the 33 characters of its
+training split that no adapter saw stand in for it. DATA holds `<set>/<split>.parquet`; far_sets.py makes the last two.
+The experts are the exact averages of the pool's domains, before they are cut to a rank. Features are kept in `--work`,
+so a run that was cut short continues. The rows: the shared network alone; the pool's exact average; the average of the
+nearest of the three groups; the average of the domain's own adapters, which knows the domain; the best network of each
+episode, which knows the answers; and the choice of `fit`.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from lora_recycle.runtime.files import atomic_save_tensors, atomic_write
 
 
 HOME = ("cifar_fs", "mini_imagenet", "vgg_flower", "omniglot_small")
-FAR = ("chestx", "isic", "crop_diseases")
+FAR = ("chestx", "isic", "crop_diseases", "textures", "emoji")
 #: Characters of the training split that no adapter of the embedded pool saw.
 HELD_BACK = 33
 AVERAGE, GROUP = "average", "group "
