@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 
 import torch
-from domains import splits
+from common import validation_sets
 
 from lora_recycle import AdapterPool, DistillationConfig, MetaLoRAForFewShotClassification, MetaLoRATrainer
 from lora_recycle.backbones.backbone import extract_features
@@ -58,10 +58,10 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     pool = AdapterPool.from_pretrained(pool_path())
     size, resample = pool.backbone.image_size, int(pool.backbone.processor.resample)
-    data = {one.name: one for one in splits(args.data, size, resample) if one.name.endswith("/validation")}
+    data = {one.name.split("/")[0]: one for one in validation_sets(args.data, size, resample, each=40)}
     surrogate, rows = SurrogateDataset.from_pretrained(args.surrogate), []
     for expert, group in pool_domains(pool):
-        images, own = data[f"{expert.name}/validation"], pool.subset(group)
+        images, own = data[expert.name], pool.subset(group)
         features = {f"scale {scale}": scaled_features(own, scale, images.pixels) for scale in (1.0, *SCALES)}
         model = distilled(own, surrogate, args.work / expert.name)
         features["distilled"] = extract_features(model.network(), images.pixels)
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
             drawn = sample_episodes(images.labels, 5, shots, 15, args.episodes, 0, images.label_names, images.name)
             accuracies = {name: prototype_accuracy(values, drawn) for name, values in features.items()}
             average = accuracies.pop("scale 1.0")
-            row = {"data": images.name, "shots": shots, "adapters": len(group)}
+            row = {"domain": expert.name, "shots": shots, "adapters": len(group)}
             row["gain"] = confidence(average - prototype_accuracy(frozen, drawn))
             row["over the average"] = {name: confidence(values - average) for name, values in accuracies.items()}
             rows.append(row)
