@@ -30,6 +30,11 @@ def utf8(text: str) -> bytes:
     return text.encode("utf-8", errors="backslashreplace")
 
 
+def counted(number: int, thing: str, plural: str | None = None) -> str:
+    """`1 image`, `2 images`; `2 classes` where the plural is given."""
+    return f"{number} {thing if number == 1 else plural or thing + 's'}"
+
+
 def csv_cell(text: str) -> str:
     """As `single_line`, after an apostrophe where a spreadsheet would take the cell for a formula."""
     return f"'{single_line(text)}" if text.startswith(_FORMULA) else single_line(text)
