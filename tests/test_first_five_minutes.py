@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lora_recycle import MetaLoRAForFewShotClassification
 from lora_recycle.app.session import FewShotSession
 from lora_recycle.cli.common import table
-from lora_recycle.cli.main import main
+from lora_recycle.cli.main import build_parser, main
 from lora_recycle.errors import DataError
 from lora_recycle.hub.embedded import backbone_path, meta_lora_path
 from lora_recycle.images import decode
@@ -309,9 +309,7 @@ def test_json_never_takes_an_image_for_its_file(photos, files, run):
     assert code == 0 and [row["label"] for row in json.loads(out)] == ["cat", "dog"]
 
 
-def test_every_verb_that_ends_has_json(run, capsys):
-    from lora_recycle.cli.main import build_parser
-
+def test_every_verb_that_ends_has_json():
     verbs = build_parser()._subparsers._group_actions[0].choices
     actions = {name: verb._option_string_actions.get("--json") for name, verb in verbs.items()}
     assert {name for name, action in actions.items() if action is None} == {"app"}
@@ -345,9 +343,17 @@ def test_what_does_not_fit_as_columns_is_a_list():
     assert shown == ["file               n", "photo…G_0412.jpg  12"] and len(shown[1]) == 20
 
 
-def test_no_arguments_print_the_help(run):
-    code, out, err = run()
-    assert code == 2 and out == "" and "usage: lora-recycle" in err and "exit codes" in err and "predict" in err
+def test_no_arguments_print_the_help(run, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run()
+    out, err = capsys.readouterr()
+    assert (
+        ended.value.code == 2
+        and out == ""
+        and "usage: lora-recycle" in err
+        and "exit codes" in err
+        and "predict" in err
+    )
 
 
 def test_completion_and_help_survive_a_closed_pipe():

@@ -96,10 +96,10 @@ def run(args: argparse.Namespace) -> None:
     values = [dict(zip(header, row, strict=True)) for row in rows]
     result(args, values, table(header, rows, terminal_width(sys.stdout)))
     if low := [f"{name} ({score:.2f})" for name, _, _, score in rows if score < LOW_CONFIDENCE]:
+        give = "gives its" if len(low) == 1 else "give their"
         note(
-            f"{counted(len(low), 'adapter')} with a low probability of the own images: {', '.join(low)}. Raise "
-            "--iterations, or leave out such adapters with "
-            f" `distill --min-confidence {LOW_CONFIDENCE}`."
+            f"{counted(len(low), 'adapter')} {give} own images a low probability: {', '.join(low)}. Raise "
+            f"--iterations, or leave such adapters out with `distill --min-confidence {LOW_CONFIDENCE}`."
         )
     if not args.quiet:
         note(f"To see the images: lora-recycle inspect {shlex.quote(args.output)} --images")

@@ -95,8 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv:
-        note(build_parser().format_help().rstrip())
-        return 2
+        parser = build_parser()
+        parser.exit(2, parser.format_help())
     try:
         try:
             args = _parsed(argv)

@@ -68,7 +68,8 @@ def run(args: argparse.Namespace) -> None:
     from ..pool.training import train_adapters
 
     check_json(args, "adapter", "accuracy")
-    device, failures = checked_device(args.device), ({} if args.skip_errors else None)
+    device = checked_device(args.device)
+    failures: dict[int, str] | None = {} if args.skip_errors else None
     reading: Any = {"columns": columns(args), "failures": failures}
     made = train_adapters(args.data, args.output, config, args.base_model, device, not args.quiet, **reading)
     made = sorted(gather_object(made), key=lambda row: row["adapter"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -80,7 +81,8 @@ def frame_source(frame: Any, labelled: bool, columns: Columns = NO_COLUMNS) -> I
     Raises:
         DataError: no rows, or no image or label column.
     """
-    return _record_source({str(name): list(frame[name]) for name in frame.columns}, "the DataFrame", labelled, columns)
+    values = {str(name): list(frame.iloc[:, place]) for place, name in enumerate(frame.columns)}
+    return _record_source(values, "the DataFrame", labelled, columns)
 
 
 def csv_source(path: Path, name: str, labelled: bool, columns: Columns = NO_COLUMNS) -> ImageSource:
@@ -95,10 +97,12 @@ def csv_source(path: Path, name: str, labelled: bool, columns: Columns = NO_COLU
             content = file.read(MAX_CSV_BYTES + 1)
         if len(content) > MAX_CSV_BYTES:
             raise DataError(f"{path}: it has more than {MAX_CSV_BYTES} bytes. Split it.")
-        lines = content.decode("utf-8-sig").splitlines(keepends=True)
-        reader = csv.reader(lines, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+        text = io.StringIO(content.decode("utf-8-sig"), newline="")
+        reader = csv.reader(text, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
         header = next(reader, [])
         values = {column: [] for column in header}
+        if len(values) < len(header):
+            raise DataError(f"{path}: two columns are called {next(n for n in header if header.count(n) > 1)}.")
         for number, row in enumerate(reader, 2):
             if not row:
                 continue

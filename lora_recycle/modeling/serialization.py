@@ -157,7 +157,8 @@ def _targets(peft_model: PeftModel) -> str | list[str]:
     config: Any = peft_model.peft_config["default"]
     if not isinstance(config, LoraConfig):
         return sorted(config.target_modules)  # PEFT writes a set in any order
-    paths = set(peft_model.base_model.targeted_module_names)
+    tuner: Any = peft_model.base_model
+    paths = set(tuner.targeted_module_names)
     one_a_layer = {re.sub(r"(?<=\.)\d+(?=\\\.|$)", r"\\d+", re.escape(path)) for path in paths}
     pattern = "|".join(sorted(one_a_layer))
     matched = {name for name, _ in peft_model.get_base_model().named_modules() if re.fullmatch(pattern, name)}

@@ -96,7 +96,9 @@ def test_broken_examples_are_skipped_too(work, mixed, tmp_path, run, fails):
 
 
 def test_no_model_is_guessed(work, mixed, fails):
-    assert "0.png is not a meta-LoRA" in fails("predict", "--support", work / "photos", mixed / "0.png", mixed / "1.png")
+    assert "0.png is not a meta-LoRA" in fails(
+        "predict", "--support", work / "photos", mixed / "0.png", mixed / "1.png"
+    )
     assert "0.png is not a meta-LoRA" in fails("predict", mixed / "0.png", mixed / "1.png")
 
 
