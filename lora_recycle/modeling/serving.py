@@ -37,10 +37,8 @@ def answer_tasks(
     """
     images = as_batch(images)
     if len(images) != len(tasks):
-        raise DataError(
-            f"{counted(len(images), 'image')}, but {counted(len(tasks), 'task')}: each image needs the task it belongs "
-            "to."
-        )
+        found = f"{counted(len(images), 'image')}, but {counted(len(tasks), 'task')}"
+        raise DataError(f"{found}: each image needs the task it belongs to.")
     if any(getattr(task, "model", task) is not model for task in tasks):
         raise DataError("A task belongs to another model. Make tasks with new_task() of the model that is asked.")
     fitted = [task._fitted() for task in tasks]  # each as it is now, whatever is fitted meanwhile
