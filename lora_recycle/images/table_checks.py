@@ -14,6 +14,8 @@ from ..runtime.untrusted_files import open_regular
 MAX_ROWS = 2**22
 #: Bytes that a parquet file may become: so many, or so many times its own.
 _MAX_BYTES, _MAX_GROWTH = 2**30, 20
+#: Bytes of a CSV file, which is read as a whole.
+MAX_CSV_BYTES = 2**28
 _ROWS_AT_A_TIME = 4096
 #: Bytes of a file up to which its values are counted, which takes twice as long as to read it.
 _SMALL = 2**27

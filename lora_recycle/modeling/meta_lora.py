@@ -180,9 +180,12 @@ class MetaLoRAForFewShotClassification(AdaptedNetworks, TaskServer):
         *,
         failures: dict[int, str] | None = None,
         domain: str | None = None,
+        image_column: str | None = None,
+        label_column: str | None = None,
     ) -> MetaLoRAForFewShotClassification:
         self._untune()
-        return super().fit(images, labels, failures=failures, domain=domain)
+        columns = {"image_column": image_column, "label_column": label_column}
+        return super().fit(images, labels, failures=failures, domain=domain, **columns)
 
     fit.__doc__ = FewShotClassifier.fit.__doc__
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any, Protocol
 
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 
 from ..adapters.experts import EXPERT_FILES, DomainEntries
 from ..adapters.files import checksums
@@ -140,11 +141,32 @@ def _remove_empty_folders(folder: Path) -> None:
 def _write_adapter(model: SavableModel, domain: str, peft_model: PeftModel, folder: Path) -> None:
     config: Any = peft_model.peft_config["default"]  # of the class of its type
     config.base_model_name_or_path = backbone_name(config.base_model_name_or_path)
-    config.target_modules = sorted(config.target_modules)  # PEFT writes a set in any order
-    merged = model._merged if model._merged_domain == domain else {}
-    with worn_for_saving(peft_model, merged) as worn:
-        # no embedding layers: PEFT would ask the Hub whether the base's vocabulary grew
-        worn.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    given, merged = config.target_modules, model._merged if model._merged_domain == domain else {}
+    config.target_modules = _targets(peft_model)
+    try:
+        with worn_for_saving(peft_model, merged) as worn:
+            # no embedding layers: PEFT would ask the Hub whether the base's vocabulary grew
+            worn.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    finally:
+        config.target_modules = given
+
+
+def _targets(peft_model: PeftModel) -> str | list[str]:
+    """Which modules the saved config names: of a LoRA as a pattern that only the headless backbone's names match.
+
+    Plain names would match in `...ForImageClassification` too, where they stand behind `vit.`: its head is untrained
+    and it would find no tensors of the adapter, and so would answer at random after a warning. PEFT and transformers
+    raise where a pattern matches nothing.
+    """
+    config: Any = peft_model.peft_config["default"]
+    if not isinstance(config, LoraConfig):
+        return sorted(config.target_modules)  # PEFT writes a set in any order
+    tuner: Any = peft_model.base_model
+    paths = set(tuner.targeted_module_names)
+    one_a_layer = {re.sub(r"(?<=\.)\d+(?=\\\.|$)", r"\\d+", re.escape(path)) for path in paths}
+    pattern = "|".join(sorted(one_a_layer))
+    matched = {name for name, _ in peft_model.get_base_model().named_modules() if re.fullmatch(pattern, name)}
+    return pattern if matched == paths else "|".join(sorted(map(re.escape, paths)))
 
 
 def _own_settings(model: SavableModel) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from ..backbones.backbone import Backbone
 from ..errors import DataError
 from ..fewshot.heads import FewShotHead
+from ..runtime.terminal import counted
 from .classifier import FewShotClassifier, SharedTask, finite
 from .preprocessing import as_batch, pixel_batches
 from .task import FewShotTask, load_task
@@ -76,7 +77,8 @@ def answer_tasks(
     """
     images = as_batch(images)
     if len(images) != len(tasks):
-        raise DataError(f"{len(images)} images, but {len(tasks)} tasks: each image needs the task it belongs to.")
+        found = f"{counted(len(images), 'image')}, but {counted(len(tasks), 'task')}"
+        raise DataError(f"{found}: each image needs the task it belongs to.")
     if any(getattr(task, "model", task) is not model for task in tasks):
         raise DataError("A task belongs to another model. Make tasks with new_task() of the model that is asked.")
     fitted = [task._fitted() for task in tasks]  # each as it is now, whatever is fitted meanwhile

@@ -34,12 +34,13 @@ class OutputKind:
 
 
 def holds_json(path: Path, *keys: str) -> bool:
-    """Whether a file is a JSON object with these keys."""
+    """Whether a file is a JSON object with these keys, or a list of such."""
     try:
         found = parse_json(read_text(path))
     except (OSError, ValueError):
         return False
-    return isinstance(found, dict) and found.keys() >= set(keys)
+    items = found if isinstance(found, list) else [found]
+    return bool(items) and all(isinstance(item, dict) and item.keys() >= set(keys) for item in items)
 
 
 def check_output(folder: str | Path, kind: OutputKind | None = None) -> None:
