@@ -24,7 +24,7 @@ from lora_recycle.errors import LoRARecycleError
 from lora_recycle.fewshot.heads import make_head
 from lora_recycle.hub.embedded import meta_lora_path
 from lora_recycle.hub.licenses import inherited_license, read_license
-from lora_recycle.hub.repo_files import CARD_FILE, CODES_FILE, CONFIG_FILE, SIDECAR_FILE, WEIGHTS_FILE
+from lora_recycle.hub.repo_files import CARD_FILE, CODES_FILE, CONFIG_FILE, EXPERTS_FOLDER, SIDECAR_FILE, WEIGHTS_FILE
 from lora_recycle.modeling.publishing import adapter_files, write_adapter
 from lora_recycle.modeling.sidecar import read_sidecar
 
@@ -131,6 +131,7 @@ def fuzz(folder: Path, kind: str, inputs: int, seed: int = 0, first: int = 0) ->
     for file, data in sound.items():
         (place / file).write_bytes(data)
     if kind == "sidecar":
+        shutil.copytree(meta_lora_path() / EXPERTS_FOLDER, place / EXPERTS_FOLDER)
         repair(place)
     assert attempt(place, kind)
     for number in range(first, first + inputs):
