@@ -59,6 +59,7 @@ class BatchMaker:
     Args:
         patch_size: side of a patch, in pixels.
         sampler: needed where the recipe has episodes.
+        logits: from [`own_logits`], needed where it has single-source ones.
         tokens: from [`store_tokens`], instead of images.
         process, num_processes: which of how many this process is; all draw the same batch, each reads its share.
     """
@@ -69,12 +70,13 @@ class BatchMaker:
         images: SurrogateImages,
         groups: list[TeacherGroup],
         sampler: EpisodeSampler | None,
+        logits: list[RowFile],
         patch_size: int,
         tokens: RowFile | None = None,
         process: int = 0,
         num_processes: int = 1,
     ):
-        self.config, self.images, self.groups, self.sampler = config, images, groups, sampler
+        self.config, self.images, self.groups, self.sampler, self.logits = config, images, groups, sampler, logits
         self.patch_size, self.tokens, self.process, self.num_processes = patch_size, tokens, process, num_processes
         sizes = [len(group.images) if config.balance == "images" else 1 for group in groups]
         self._weights = [size / sum(sizes) for size in sizes]
@@ -111,7 +113,7 @@ class BatchMaker:
         if episode.source is None:
             return None
         rows = episode.query.flatten() - self.images.starts[episode.source]
-        return self.images.shards[episode.source].tensors["teacher_logits"].read(rows)[:, episode.classes]
+        return self.logits[episode.source].read(rows)[:, episode.classes]
 
 
 class Prefetcher:

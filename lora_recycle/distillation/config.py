@@ -59,7 +59,7 @@ class DistillationConfig(RecipeConfig):
     )
     schedule: str = field(
         "cosine",
-        "cosine: one warm-up and decay; cyclic: cycles of 25 + 75 steps (the paper)",
+        "cosine: one warm-up and decay; cyclic: cycles of 25 + 75 steps between lr / 100 and lr (the paper)",
         ("cosine", "cyclic"),
     )
     relational_weight: float = field(1.0, "weight of the relational loss: match the teachers' mean similarities")
