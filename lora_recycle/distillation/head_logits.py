@@ -51,7 +51,9 @@ def _ask(pool: AdapterPool, images: SurrogateImages, adapter: int, folder: Path)
 
 
 @torch.inference_mode()
-def _answers(pool: AdapterPool, images: SurrogateImages, adapter: int, batch_size: int = 128) -> Iterator[torch.Tensor]:
+def _answers(
+    pool: AdapterPool, images: SurrogateImages, adapter: int, batch_size: int = 128
+) -> Iterator[torch.Tensor]:
     numbers = images.of_shard(adapter)
     with pool.folded(adapter) as backbone:
         for rows in numbers.split(batch_size):
