@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..runtime.array_files import RowFile
+from .augmentation import augment, draw_changes
 from .config import DistillationConfig
 from .episodes import EpisodeSampler, SurrogateEpisode
 from .parallel import own_rows
@@ -78,6 +79,8 @@ class BatchMaker:
     ):
         self.config, self.images, self.groups, self.sampler, self.logits = config, images, groups, sampler, logits
         self.patch_size, self.tokens, self.process, self.num_processes = patch_size, tokens, process, num_processes
+        #: patches in a row of an image
+        self.grid = images.shards[0].tensors["pixels"].shape[-1] // patch_size
         sizes = [len(group.images) if config.balance == "images" else 1 for group in groups]
         self._weights = [size / sum(sizes) for size in sizes]
 
@@ -97,6 +100,9 @@ class BatchMaker:
         index += [part.flatten() for episode in episodes for part in (episode.support, episode.query)]
         unique, rows = torch.cat(index).unique(return_inverse=True)
         inputs, kept = self.own_inputs(unique)
+        if config.augment:
+            draws = draw_changes(len(unique), generator)[own_rows(len(unique), self.process, self.num_processes)]
+            inputs, kept = augment(inputs, kept, self.grid, draws)
         parts = list(rows.split([len(part) for part in index]))
         logits = [self._logits(episode) for episode in episodes]
         return Batch(inputs, kept, len(unique), parts, teachers, episodes, logits, self._weights)

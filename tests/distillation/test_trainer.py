@@ -400,3 +400,20 @@ def test_episode_losses_by_hand(tiny_surrogate):
     mixed = SurrogateEpisode(torch.zeros(3, 1, dtype=torch.int64), rows)
     expected = -scores[torch.arange(6), torch.tensor([0, 0, 1, 1, 2, 2])].mean()
     torch.testing.assert_close(episode_loss(config, mixed, support, query, None), expected)
+
+
+def test_the_student_adapts_its_targets_alone(tiny_pool, tiny_surrogate):
+    config = recipe(targets="q_proj, v_proj", share=0.5, init="average", rank=8)
+    trainer = MetaLoRATrainer(tiny_pool, tiny_surrogate, config)
+    names = {name.rpartition(".")[2] for name in trainer.student._layers}
+    assert names == {"q_proj", "v_proj"} and len(trainer.student._layers) == 2 * 2
+    average = dict(tiny_pool.whole_averages())
+    for name, (b, a) in trainer.student._init.items():
+        whole_b, whole_a = average[name]
+        torch.testing.assert_close(b @ a, whole_b[:, :8] @ whole_a[:8], rtol=1e-4, atol=1e-5)
+    assert trainer.student.average_share(64) == pytest.approx(1.0)
+    trainer.train(progress=False)
+    model = trainer.to_model()
+    assert set(model.peft_model.peft_config["default"].target_modules) == {*trainer.student._layers}
+    with pytest.raises(ConfigError, match=r"targets: 'query' is no linear layer of .* \(fc1, fc2, k_proj, .*v_proj\)"):
+        MetaLoRATrainer(tiny_pool, tiny_surrogate, recipe(targets="query"))
