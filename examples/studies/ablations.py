@@ -144,8 +144,8 @@ STUDIES: dict[str, tuple[str, list[Point]]] = {
             Point("none", {"priors": {}}),
             Point("total variation"),
             Point("patch entropy", {"priors": {"patch_entropy": 0.1}}),
-            Point("batch norm of a CNN", {"priors": {"batch_norm": 0.01}}),
-            Point("total variation, batch norm", {"priors": {"tv": 0.1, "batch_norm": 0.01}}),
+            Point("batch norm of a CNN", {"priors": {"batch_norm": 232}}),  # 0.01 of the plain sum
+            Point("total variation, batch norm", {"priors": {"tv": 0.1, "batch_norm": 232}}),
         ],
     ),
     "keep": (
