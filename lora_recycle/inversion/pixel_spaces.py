@@ -57,4 +57,5 @@ class Pixels(nn.Module):
         self.latent.copy_(torch.minimum(self.latent.clamp_min(0), 1 / self.std))
 
 
-PIXEL_SPACES = {"multires": MultiResolution, "pixels": Pixels}
+#: by their name in the settings
+PIXEL_SPACES: dict[str, type[MultiResolution] | type[Pixels]] = {"multires": MultiResolution, "pixels": Pixels}
