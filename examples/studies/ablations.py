@@ -79,7 +79,12 @@ class Point:
         batch += episodes * (bool(distill.kl_weight) + bool(distill.interpolation_weight))
         tuning = 0 if self.tuned is None else len(self.adapters) * self.tuned["epochs"] * 600 * 0.02
         judging = 800 * len(self.sets) * 4 * 0.015
-        return (images * invert.iterations * 0.0155 + 2 * distill.steps * batch * 0.017 + tuning + judging) / 60
+        return (
+            images * invert.iterations * 0.0155
+            + 2 * distill.steps * batch * 0.017 * invert.keep_ratio
+            + tuning
+            + judging
+        ) / 60
 
 
 def _one_of_each(count: int) -> tuple[str, ...]:
@@ -95,6 +100,16 @@ def _episodes(ways: int, shots: int) -> Point:
 def _shares(share: float) -> Point:
     distill = {**EPISODIC, "kl_weight": 1 - share, "interpolation_weight": share}
     return Point(f"{share:.0%}", distill=distill, adapters=_one_of_each(2), sets=HOME)
+
+
+def _counts(name: str, images: int, queries: int, loss: str) -> Point:
+    """What a loss teaches from so many images a class, masked and stopped early as by default, at home."""
+    episodes = {"relational_weight": 0, "kl_weight": 1, "interpolation_weight": 1, "queries": queries}
+    distill = {"similarities": {}, "episodes": episodes}[loss]
+    label = f"{images} images" + (f", {queries} queries" if loss != "similarities" else "") + f": {loss}"
+    invert = {"images_per_class": images, "keep_ratio": 0.25, "stop_at": 0.95}
+    own = tuple(f"{name}-{i:02d}" for i in range(1, 6))
+    return Point(f"{name}, {label}", invert, distill, adapters=own, sets=(name,))
 
 
 #: name: (what its axis says, its points)
@@ -129,8 +144,8 @@ STUDIES: dict[str, tuple[str, list[Point]]] = {
             Point("none", {"priors": {}}),
             Point("total variation"),
             Point("patch entropy", {"priors": {"patch_entropy": 0.1}}),
-            Point("batch norm of a CNN", {"priors": {"batch_norm": 0.01}}),
-            Point("total variation, batch norm", {"priors": {"tv": 0.1, "batch_norm": 0.01}}),
+            Point("batch norm of a CNN", {"priors": {"batch_norm": 232}}),  # 0.01 of the plain sum
+            Point("total variation, batch norm", {"priors": {"tv": 0.1, "batch_norm": 232}}),
         ],
     ),
     "keep": (
@@ -145,6 +160,14 @@ STUDIES: dict[str, tuple[str, list[Point]]] = {
             Point("KL, cross-entropy", distill={**EPISODIC, "kl_weight": 1, "interpolation_weight": 1}),
             Point("relational"),
             Point("all three", distill={"queries": 1, "kl_weight": 1, "interpolation_weight": 1}),
+        ],
+    ),
+    "counts": (
+        "images of each class, queries of an episode, loss",
+        [
+            _counts("vgg_flower", 6, 5, "episodes"),
+            _counts("vgg_flower", 6, 1, "similarities"),
+            _counts("cifar_fs", 6, 5, "episodes"),
         ],
     ),
     "interpolation": ("share of interpolated episodes", [_shares(share) for share in (0.0, 0.25, 0.5, 0.75, 1.0)]),

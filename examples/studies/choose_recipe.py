@@ -40,7 +40,7 @@ VARIANTS = {
     "start: unlabelled natural images": ({"starts": {"images": 1}, "start_images": NATURAL}, {}),
     "mix, no inversion": ({"starts": MIX, "iterations": 0}, {}),
     "mix, patch entropy": ({"starts": MIX, "priors": {"tv": 0.1, "patch_entropy": 0.1}}, {}),
-    "mix, batch norm of a CNN": ({"starts": MIX, "priors": {"tv": 0.1, "batch_norm": 0.01}}, {}),
+    "mix, batch norm of a CNN": ({"starts": MIX, "priors": {"tv": 0.1, "batch_norm": 232}}, {}),
     "mix, one group": ({"starts": MIX}, {"groups": "one"}),
     "mix, episodes only (KL + interpolation)": (
         {"starts": MIX},
@@ -49,10 +49,11 @@ VARIANTS = {
     "mix, start from zero": ({"starts": MIX}, {"init": "zero"}),
     "mix, half the step size": ({"starts": MIX}, {"lr": 5e-4}),
     "mix, rank 32": ({"starts": MIX}, {"rank": 32}),
-    "pixels, Adam 0.05": ({"parameterization": "pixels"}, {}),
+    "pixels, Adam 0.05": ({"parameterization": "pixels", "lr": 0.1}, {}),  # of [0, 1], here of its deviation 0.5
     "natural images, no inversion": ({"starts": {"images": 1}, "start_images": NATURAL, "iterations": 0}, {}),
     "own training images": ({"own_images": 2}, {}),
     "own training images, 8 times as many": ({"own_images": 16}, {}),
+    "mix, batch norm of a CNN, weight 1": ({"starts": MIX, "priors": {"tv": 0.1, "batch_norm": 1}}, {}),
 }
 
 

@@ -16,6 +16,7 @@ from peft.tuners.shira import ShiraLayer
 from torch import nn
 
 from ..backbones.backbone import Backbone
+from ..errors import ConfigError
 from .adapter import Factors
 from .peft_wrap import Layers, wrap
 
@@ -44,11 +45,26 @@ def adapter_config(peft_type: str, rank: int, targets: list[str], backbone: Back
     return peft.ShiraConfig(r=rank, target_modules=targets, random_seed=seed)
 
 
-def linear_layers(backbone: Backbone) -> list[str]:
-    """Paths of all linear layers inside the transformer layers."""
+def linear_layers(backbone: Backbone, targets: str = "all") -> list[str]:
+    """Paths of the linear layers inside the transformer layers: all, or those of the given leaf names.
+
+    Args:
+        targets: `all`, or leaf names between commas, as in `q_proj,v_proj`.
+
+    Raises:
+        ConfigError: a name that no such layer has.
+    """
     prefix = backbone.family.layers + "."
     modules = backbone.model.named_modules()
-    return sorted(name for name, m in modules if name.startswith(prefix) and isinstance(m, nn.Linear))
+    paths = sorted(name for name, m in modules if name.startswith(prefix) and isinstance(m, nn.Linear))
+    if targets == "all":
+        return paths
+    chosen, known = {name.strip() for name in targets.split(",")}, {path.rpartition(".")[2] for path in paths}
+    if unknown := sorted(chosen - known):
+        raise ConfigError(
+            f"targets: {unknown[0]!r} is no linear layer of {backbone.name} ({', '.join(sorted(known))})."
+        )
+    return [path for path in paths if path.rpartition(".")[2] in chosen]
 
 
 def wrap_seeded(model: nn.Module, config: peft.PeftConfig, seed: int) -> PeftModel:

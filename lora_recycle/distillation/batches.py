@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..runtime.array_files import RowFile
+from .augmentation import augment, draw_changes
 from .config import DistillationConfig
 from .episodes import EpisodeSampler, SurrogateEpisode
 from .parallel import own_rows
@@ -59,6 +60,7 @@ class BatchMaker:
     Args:
         patch_size: side of a patch, in pixels.
         sampler: needed where the recipe has episodes.
+        logits: from [`own_logits`], needed where it has single-source ones.
         tokens: from [`store_tokens`], instead of images.
         process, num_processes: which of how many this process is; all draw the same batch, each reads its share.
     """
@@ -69,13 +71,16 @@ class BatchMaker:
         images: SurrogateImages,
         groups: list[TeacherGroup],
         sampler: EpisodeSampler | None,
+        logits: list[RowFile],
         patch_size: int,
         tokens: RowFile | None = None,
         process: int = 0,
         num_processes: int = 1,
     ):
-        self.config, self.images, self.groups, self.sampler = config, images, groups, sampler
+        self.config, self.images, self.groups, self.sampler, self.logits = config, images, groups, sampler, logits
         self.patch_size, self.tokens, self.process, self.num_processes = patch_size, tokens, process, num_processes
+        #: patches in a row of an image
+        self.grid = images.shards[0].tensors["pixels"].shape[-1] // patch_size
         sizes = [len(group.images) if config.balance == "images" else 1 for group in groups]
         self._weights = [size / sum(sizes) for size in sizes]
 
@@ -95,6 +100,9 @@ class BatchMaker:
         index += [part.flatten() for episode in episodes for part in (episode.support, episode.query)]
         unique, rows = torch.cat(index).unique(return_inverse=True)
         inputs, kept = self.own_inputs(unique)
+        if config.augment:
+            draws = draw_changes(len(unique), generator)[own_rows(len(unique), self.process, self.num_processes)]
+            inputs, kept = augment(inputs, kept, self.grid, draws)
         parts = list(rows.split([len(part) for part in index]))
         logits = [self._logits(episode) for episode in episodes]
         return Batch(inputs, kept, len(unique), parts, teachers, episodes, logits, self._weights)
@@ -111,7 +119,7 @@ class BatchMaker:
         if episode.source is None:
             return None
         rows = episode.query.flatten() - self.images.starts[episode.source]
-        return self.images.shards[episode.source].tensors["teacher_logits"].read(rows)[:, episode.classes]
+        return self.logits[episode.source].read(rows)[:, episode.classes]
 
 
 class Prefetcher:

@@ -20,7 +20,12 @@ class DistillationConfig(RecipeConfig):
     """How the meta-LoRA learns (stage 2 of LoRA Recycle, and ensemble-relational distillation)."""
 
     steps: int = field(200, "optimiser steps; 0 keeps the initialisation, a merge of the pool made in seconds")
-    rank: int = field(64, "rank of the meta-LoRA, on all linear layers")
+    rank: int = field(64, "rank of the meta-LoRA")
+    targets: str = field(
+        "all",
+        "linear layers of the meta-LoRA: all, or comma-separated leaf names, as in q_proj,v_proj. Of an average that "
+        "it starts from it has what lies in them",
+    )
     peft_type: str = field(
         "LORA", "type of the meta-adapter; only LORA, DORA and SHIRA can start from an average", PEFT_TYPES
     )
@@ -59,7 +64,7 @@ class DistillationConfig(RecipeConfig):
     )
     schedule: str = field(
         "cosine",
-        "cosine: one warm-up and decay; cyclic: cycles of 25 + 75 steps (the paper)",
+        "cosine: one warm-up and decay; cyclic: cycles of 25 + 75 steps between lr / 100 and lr (the paper)",
         ("cosine", "cyclic"),
     )
     relational_weight: float = field(1.0, "weight of the relational loss: match the teachers' mean similarities")
@@ -97,6 +102,9 @@ class DistillationConfig(RecipeConfig):
     )
     eval_steps: int = field(50, "steps between two validations; the start and the last step are always validated")
     patience: int = field(0, "stop after so many validations in a row without improvement; 0: run all steps")
+    augment: bool = field(
+        False, "mirror, turn over or recolour each image of a step at random (the paper); stored teachers see it plain"
+    )
     use_masks: bool = field(True, "forward only the kept patches, if the surrogate data has masks")
     save_steps: int = field(50, "steps between checkpoints")
     seed: int = field(0, "seed of the batches and of the initial weights")
@@ -121,6 +129,10 @@ class DistillationConfig(RecipeConfig):
         self.require(
             self.init not in PRINCIPAL_STARTS or self.peft_type == "LORA",
             f"init {self.init} needs peft_type LORA, got {self.peft_type}",
+        )
+        self.require(
+            not (self.augment and self.first_layer),
+            "augment needs first_layer 0: the stored activations are those of the images as they are",
         )
         self.require(0 < self.share <= 1, f"share must be in (0, 1], got {self.share}")
         self.require(self.ways >= 2, f"ways must be at least 2, got {self.ways}")

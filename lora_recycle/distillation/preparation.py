@@ -14,6 +14,7 @@ from ..surrogate.dataset import SurrogateDataset
 from .batches import BatchMaker
 from .config import DistillationConfig
 from .episodes import make_sampler
+from .head_logits import own_logits
 from .held_out import HeldOutEpisodes, hold_out
 from .selection import CheckpointSelection
 from .student import Student
@@ -69,7 +70,8 @@ def prepare(
         raise DataError(f"The relational loss needs at least {FEWEST} surrogate images in a group of adapters.")
     tokens = tokens_entering(student, images, config, pool, accelerator, store.folder, store.shared, store.progress)
     sizes = (pool.backbone.patch_size, tokens, accelerator.process_index, accelerator.num_processes)
-    make_batch = BatchMaker(config, images, groups, sampler, *sizes)
+    logits = own_logits(pool, images, held_out, store.folder, store.shared) if config.kl_weight else []
+    make_batch = BatchMaker(config, images, groups, sampler, logits, *sizes)
     episodes = HeldOutEpisodes(held_out, make_batch, config.metric, config.seed) if held_out else None
     group_of = {i: number for number, members in enumerate(alike) for i in members}
     selection = CheckpointSelection([pool.infos[i].name for i in held_out], [group_of[i] for i in held_out])

@@ -52,14 +52,15 @@ class Student(nn.Module):
 
     Args:
         backbone ([`Backbone`]): copied, so that the teachers never see the student's weights.
-        rank (`int`): of the adapter, on all linear layers; a LoRA's scale is 1. See [`adapter_config`].
+        rank (`int`): of the adapter; a LoRA's scale is 1. See [`adapter_config`].
         base_name (`str`): what the saved adapter gives as its base model.
         seed (`int`): of the adapter's random numbers.
         first_layer (`int`): the adapter of the layers before it keeps its initialisation.
         peft_type (`str`): a LoRA, or one of the other `DistillationConfig.peft_type`.
+        targets (`str`): which linear layers it adapts, see [`linear_layers`].
 
     Raises:
-        ConfigError: there is no layer `first_layer`.
+        ConfigError: there is no layer `first_layer`, or no linear layer of a name in `targets`.
     """
 
     def __init__(
@@ -70,12 +71,13 @@ class Student(nn.Module):
         seed: int = 0,
         first_layer: int = 0,
         peft_type: str = "LORA",
+        targets: str = "all",
     ):
         super().__init__()
         self.backbone, self.first_layer = copy.deepcopy(backbone), first_layer
         if first_layer >= len(backbone.layers):
             raise ConfigError(f"first_layer must be in [0, {len(backbone.layers)}), got {first_layer}")
-        config = adapter_config(peft_type, rank, linear_layers(backbone), backbone, seed)
+        config = adapter_config(peft_type, rank, linear_layers(backbone, targets), backbone, seed)
         self.rank = getattr(config, "r", rank)
         #: its initialisation, where it began to learn elsewhere: B and A by layer
         self._init: Factors = {}
@@ -119,10 +121,13 @@ class Student(nn.Module):
 
     def start_from_average(self, pool: AdapterPool) -> None:
         """Set the adapter to the exact mean of the pool's weight changes, cut to the rank; for SHiRA, to those of its
-        entries that are largest. Layers that no adapter of the pool changes stay as they are."""
+        entries that are largest. Layers that no adapter of the pool changes stay as they are; of those that are not
+        the adapter's targets the mean is left out."""
         sparse = any(isinstance(layer, ShiraLayer) for layer in self._layers.values())
         spectra = []
         for name, (b, a) in pool.whole_averages():
+            if name not in self._layers:
+                continue
             spectra.append(b.square().sum(0) * a.square().sum(1))
             if not sparse:
                 b, a = b[:, : self.rank], a[: self.rank]
@@ -143,7 +148,7 @@ class Student(nn.Module):
             self._init[name] = (own_b.detach().clone(), own_a.detach().clone())
         if len(pool.groups()) > 1:
             for name, (b, a) in _merged(pool, GroupSum()).whole_averages():
-                if matrices(self._layers[name])[0].requires_grad:
+                if name in self._layers and matrices(self._layers[name])[0].requires_grad:
                     start_lora(self._layers[name], b[:, : self.rank], a[: self.rank])
 
     @contextlib.contextmanager
@@ -178,7 +183,7 @@ class Student(nn.Module):
 
     def average_share(self, rank: int) -> float:
         """What a LoRA of a rank holds of the average that this one started from: the share of the squared norm of its
-        change, over all layers. 1 where it did not start from an average."""
+        change, over the layers that it adapts. 1 where it did not start from an average."""
         if self.average_spectrum is None:
             return 1.0
         return (self.average_spectrum[:rank].sum() / self.average_spectrum.sum().clamp_min(1e-30)).item()
@@ -202,7 +207,7 @@ def start_student(config: DistillationConfig, pool: AdapterPool, surrogate: Surr
     """The student of a recipe, before its first step."""
     rank = config.rank * (2 if config.init in PRINCIPAL_STARTS else 1)
     base = backbone_name(pool.backbone.name)
-    student = Student(pool.backbone, rank, base, config.seed, config.first_layer, config.peft_type)
+    student = Student(pool.backbone, rank, base, config.seed, config.first_layer, config.peft_type, config.targets)
     if config.init in AVERAGES:
         merge = _MERGES.get(config.init) if len(pool.groups()) > 1 else None
         student.start_from_average(pool if merge is None else _merged(pool, merge))

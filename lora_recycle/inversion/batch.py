@@ -62,18 +62,22 @@ class InversionBatch:
     def __init__(self, objective: Objective, starts: torch.Tensor, labels: torch.Tensor, generator: torch.Generator):
         device, self.config = objective.backbone.device, objective.config
         self.objective, self.labels, self.generator = objective, labels.to(device), generator
-        self.space = PIXEL_SPACES[self.config.parameterization](starts.to(device))
+        self.space = PIXEL_SPACES[self.config.parameterization](starts.to(device), objective.backbone.std)
         self.optimizer = torch.optim.Adam(self.space.parameters(), lr=self.config.lr, betas=(0.5, 0.99))
         self.size, self.iteration = len(labels), 0
         self._logits: torch.Tensor | None = None
 
     def step(self) -> torch.Tensor:
-        """One whole iteration: images, jitter, forward, backward, Adam. Returns the loss, a scalar on the device."""
+        """One whole iteration: images, jitter, forward, backward, Adam, projection.
+
+        Returns the loss, a scalar on the device.
+        """
         prune = self.config.prune if self.iteration >= self.config.prune_start else None
         loss, logits = self.objective(self._jitter(self.space()), self.labels, prune)
         self.optimizer.zero_grad(set_to_none=True)
         (loss * (len(self.labels) / self.size)).backward()  # an image's gradient is not to grow when others leave
         self.optimizer.step()
+        self.space.project()
         self.iteration += 1
         self._logits = logits.detach()
         return loss.detach()

@@ -23,11 +23,11 @@ class InversionConfig(RecipeConfig):
     )
     iterations: int = field(30, "optimisation steps per image; 0 keeps the starting images, labelled by the adapter")
     stop_at: float = field(0.95, "stop an image early when its class reaches this probability; 1: never")
-    lr: float = field(0.05, "learning rate of Adam")
+    lr: float = field(0.05, "learning rate of Adam; for pixels in units of the backbone's standard deviation")
     batch_size: int = field(64, "images per batch")
     parameterization: str = field(
         "multires",
-        "multires: sigmoid of a sum of upsampled maps; pixels: the pixels themselves",
+        "multires: sigmoid of a sum of upsampled maps; pixels: normalised pixels, cut to their range after each step",
         ("multires", "pixels"),
     )
     starts: dict[str, float] = field(
@@ -36,6 +36,10 @@ class InversionConfig(RecipeConfig):
     )
     start_images: str | None = field(None, "folder or parquet file of unlabelled images, or a surrogate folder")
     priors: dict[str, float] = field({"tv": 0.1}, f"image priors and their weights: {', '.join(PRIORS)}")
+    cnn: str = field(
+        "efficientnet-lite0",
+        "CNN of the prior batch_norm: efficientnet-lite0 (extra [cnn]), or a safetensors file of a ResNet-50",
+    )
     jitter: int = field(4, "largest random shift per step, in pixels")
     flip: bool = field(False, "mirror the batch in random steps")
     prune: dict[int, float] = field(

@@ -20,13 +20,14 @@ from ..backbones.backbone import Backbone
 from ..backbones.token_selection import num_kept, select_top
 from ..errors import ConfigError, DivergenceError
 from ..pool.pool import AdapterPool
-from ..runtime.files import tensors_sha256
+from ..runtime.files import file_sha256, tensors_sha256
 from ..runtime.heartbeat import Heartbeat, beat
 from ..runtime.launch import claim_indices, mixed_precision, process_state
 from ..runtime.run_lock import only_run_in
 from ..surrogate.dataset import OUTPUT, Shard, SurrogateDataset, save_shard, write_manifest
 from ..version import __version__
 from .batch import InversionBatch, Objective
+from .batch_norm import LITE0
 from .config import InversionConfig
 from .priors import build_priors
 from .resume import is_finished, refuse_other_recipe, start_over
@@ -49,7 +50,7 @@ class LoRAInverter:
         self.backbone = pool.backbone
         pool.require_heads()
         self.mask_layer = _mask_layer(self.config, self.backbone)
-        self.prior = build_priors(self.config.priors, self.backbone.num_prefix_tokens)
+        self.prior = build_priors(self.config, self.backbone)
         self.stock = _load_stock(self.config, self.backbone) if self.config.start_images else None
         self.accelerator = mixed_precision()
         #: mean loss of each iteration of the last adapter, for curves, and its images' iterations in all
@@ -240,8 +241,11 @@ class LoRAInverter:
 
     @functools.cached_property
     def data_sha256(self) -> dict[str, str]:
-        """Checksum of what the settings name by its path: the starting images."""
-        return {} if self.stock is None else {"start_images": tensors_sha256({"pixels": self.stock})}
+        """Checksums of what the settings name by its path: the starting images, and a CNN."""
+        found = {} if self.stock is None else {"start_images": tensors_sha256({"pixels": self.stock})}
+        if self.config.priors.get("batch_norm") and self.config.cnn != LITE0:
+            found["cnn"] = file_sha256(Path(self.config.cnn))
+        return found
 
     def _header(self) -> dict:
         return {

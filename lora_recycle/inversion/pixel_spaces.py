@@ -1,4 +1,4 @@
-"""What is optimised: the parameters that an image is written in. All start at given images and return images."""
+"""What an image is written in. All start at given images, return images, and stay in range after every step."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ class MultiResolution(nn.Module):
 
     Args:
         images: float (B, 3, S, S) in [0, 1], where the finest map starts.
+        std: not used: the sigmoid has its own scale.
     """
 
-    def __init__(self, images: torch.Tensor):
+    def __init__(self, images: torch.Tensor, std: torch.Tensor):
         super().__init__()
         self.size = images.shape[-1]
         sizes = [s for s in (4, 8, 16, 32, 64, 128) if s < self.size]
@@ -28,16 +29,33 @@ class MultiResolution(nn.Module):
             total = total + F.interpolate(coarse, size=(self.size,) * 2, mode="bilinear", align_corners=False)
         return total.sigmoid()
 
+    def project(self) -> None:
+        """Nothing to do: a sigmoid is in range."""
+
 
 class Pixels(nn.Module):
-    """The image itself, clipped to the valid range: the paper's own parameterisation."""
+    """The pixels themselves in units of the backbone's normalisation, cut to the valid range after every step.
 
-    def __init__(self, images: torch.Tensor):
+    The parameterisation of LoRA Recycle: Adam moves normalised pixels, so that a step of `lr` moves a pixel of [0, 1]
+    by `lr` x std.
+
+    Args:
+        images: float (B, 3, S, S) in [0, 1].
+        std: (1, 3, 1, 1), the standard deviations that the backbone divides by.
+    """
+
+    def __init__(self, images: torch.Tensor, std: torch.Tensor):
         super().__init__()
-        self.images = nn.Parameter(images.clone())
+        self.std = std
+        self.latent = nn.Parameter(images / std)
 
     def forward(self) -> torch.Tensor:
-        return self.images + (self.images.clamp(0, 1) - self.images).detach()
+        return self.latent * self.std
+
+    @torch.no_grad()
+    def project(self) -> None:
+        self.latent.copy_(torch.minimum(self.latent.clamp_min(0), 1 / self.std))
 
 
-PIXEL_SPACES = {"multires": MultiResolution, "pixels": Pixels}
+#: by their name in the settings
+PIXEL_SPACES: dict[str, type[MultiResolution] | type[Pixels]] = {"multires": MultiResolution, "pixels": Pixels}

@@ -41,7 +41,7 @@ def data(tmp_path, toy_data):
 
 def test_every_study_can_be_run(ablations):
     asked = {"adapters", "tuned", "mixed", "rank", "images", "iterations", "prior", "keep", "loss", "interpolation"}
-    assert set(ablations.STUDIES) == asked | {"episodes", "domain"}
+    assert set(ablations.STUDIES) == asked | {"counts", "episodes", "domain"}
     for name, (_, points) in ablations.STUDIES.items():
         assert len({point.name for point in points}) == len(points) > 1, name
         for point in points:

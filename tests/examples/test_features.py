@@ -14,6 +14,7 @@ from helpers_hub import publish
 from lora_recycle.cli.arguments import SECTIONS, build_config
 from lora_recycle.cli.main import build_parser
 from lora_recycle.distillation.config import DistillationConfig
+from lora_recycle.evaluation.config import EvaluationConfig
 from lora_recycle.images.decode import to_picture
 from lora_recycle.inversion.config import InversionConfig
 from lora_recycle.pool.config import AdapterTrainingConfig
@@ -22,7 +23,12 @@ from lora_recycle.pool.config import AdapterTrainingConfig
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 RECIPES = sorted((EXAMPLES / "recipes").glob("*.yaml"))
-CONFIGS = {"train-adapters": AdapterTrainingConfig, "invert": InversionConfig, "distill": DistillationConfig}
+CONFIGS = {
+    "train-adapters": AdapterTrainingConfig,
+    "invert": InversionConfig,
+    "distill": DistillationConfig,
+    "evaluate": EvaluationConfig,
+}
 
 
 @pytest.fixture
@@ -115,7 +121,8 @@ def test_the_commands_of_a_recipe_build_the_settings_that_it_states(recipe, monk
         assert Path(args.recipe).samefile(recipe)
         verbs[args.verb] = build_config(args, CONFIGS[args.verb])
     assert {*verbs, "evaluate"} == {*SECTIONS}
-    assert verbs["invert"].keep_ratio == 0.25 and verbs["distill"].steps == 500 and verbs["train-adapters"].tasks == 20
+    stated = (verbs["invert"].keep_ratio, verbs["distill"].steps, verbs["train-adapters"].tasks)
+    assert stated == ((1.0, 240_000, 100) if recipe.stem.startswith("paper-") else (0.25, 500, 20))
 
 
 @pytest.mark.parametrize("folder", ["", "studies/", "tools/"])

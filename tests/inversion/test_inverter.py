@@ -18,7 +18,6 @@ from lora_recycle.backbones.token_selection import select_top
 from lora_recycle.errors import AdapterError, ConfigError
 from lora_recycle.inversion.config import InversionConfig
 from lora_recycle.inversion.inverter import LoRAInverter
-from lora_recycle.inversion.pixel_spaces import MultiResolution, Pixels
 from lora_recycle.pool.pool import AdapterPool
 
 
@@ -257,17 +256,6 @@ def test_a_head_that_does_not_fit_is_named_at_once(tiny_pool):
 def test_a_layer_that_is_not_there(tiny_pool):
     with pytest.raises(ConfigError, match=r"prune: .*tiny-vit has the layers 0 to 1, got 2"):
         LoRAInverter(tiny_pool, quick(prune={2: 0.5}))
-
-
-def test_parameterisations_start_at_the_image():
-    images = torch.rand(2, 3, 32, 32) * 0.9 + 0.05
-    assert [m.shape[-1] for m in MultiResolution(images).maps] == [4, 8, 16, 32]
-    torch.testing.assert_close(MultiResolution(images)(), images)
-    space = Pixels(images)
-    space.images.data += 2
-    assert torch.equal(space(), torch.ones_like(images))
-    space().sum().backward()
-    assert (space.images.grad == 1).all()  # clipped pixels can still come back
 
 
 def test_mixed_precision_computes_in_bfloat16_and_is_another_run(tiny_pool, launched_with_bf16, monkeypatch):
