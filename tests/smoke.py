@@ -165,21 +165,6 @@ def invert_with_cnn(work: Path) -> None:
     succeed("invert", adapter, "--output", work / "images", "--priors", "batch_norm=0.1", *small)
 
 
-def lorahub_recipe(work: Path) -> Path:
-    lines = f"""\
-data: [{work / "photos"}]
-pools: {{own: {{adapters: {work / "pool"}}}}}
-methods: [lorahub]
-ways: 2
-shots: 1
-episodes: 2
-tuning_episodes: 2
-"""
-    path = work / "lorahub.yaml"
-    path.write_text(lines)
-    return path
-
-
 def search_weights(work: Path) -> None:
     from lora_recycle.finetuning.lorahub import search
 
@@ -205,7 +190,9 @@ def check_plain(work: Path) -> None:
     use_meta_lora(work)
     refuse("app", "app", "--no-browser")
     refuse("onnx", "export", work / "meta", "--output", work / "onnx")
-    refuse("lorahub", "benchmark", lorahub_recipe(work), "--output", work / "benchmark")
+    recipe = work / "benchmark.yaml"
+    recipe.write_text(recipe.read_text() + "methods: [lorahub]\n")
+    refuse("lorahub", "benchmark", recipe, "--data-root", work, "--output", work / "benchmark")
     refuse("cnn", "invert", work / "pool", "--output", work / "other", "--priors", "batch_norm=0.1")
     assert ran == verbs, f"without a run: {verbs - ran}"
 

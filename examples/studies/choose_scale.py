@@ -4,7 +4,8 @@
 
 The shipped pool on validation classes of all four data sets, and its adapters of one data set on those of the same.
 DATA holds `<set>/validation.parquet` of cifar_fs, mini_imagenet and vgg_flower, and `omniglot_small/train.parquet`, of
-which the characters that no adapter saw are used. No test class is read.
+which the characters that no adapter saw are used. No test class is read. Rows that the JSON file holds already are not
+made again.
 """
 
 import argparse
@@ -31,7 +32,7 @@ SCALES = {
     "ties": (0.15, 0.3, 0.5),
     "knots": (0.3, 0.5, 0.7),
     "average": (1.0, 1.5, 2.0, 3.0),
-    "dare": (1.5, 2.0),
+    "dare": (2.0, 3.0),
 }
 #: 5 for the support and 15 for the queries
 IMAGES_PER_CLASS = 20
@@ -77,22 +78,24 @@ def main() -> None:
     for data, episodes in zip(sets, drawn, strict=True):
         features = extract_features(pool.backbone, data.pixels)
         frozen.append({k: prototype_accuracy(features, own) for k, own in episodes.items()})
-    found: dict[str, list[dict]] = {"mixed": [], "in-domain": []}
+    found = {"mixed": [], "in-domain": []}
+    if args.json.is_file():
+        found |= {kind: json.loads(args.json.read_text())[kind] for kind in found}
     for kind, rows in found.items():
+        pools = [_own(pool, data.name) for data in sets] if kind == "in-domain" else [pool] * len(sets)
         for method, scales in SCALES.items():
-            pools = [_own(pool, data.name) for data in sets] if kind == "in-domain" else [pool]
-            adapters = [merged(method, own) for own in pools]
-            for scale in scales:
+            missing = [scale for scale in scales if (method, scale) not in {(r["method"], r["scale"]) for r in rows}]
+            adapters = {id(own): merged(method, own) for own in pools} if missing else {}
+            for scale in missing:
                 row = {"method": method, "scale": scale, "gains": {}}
                 for i, data in enumerate(sets):
-                    place = i if kind == "in-domain" else 0
-                    adapter = adapters[place]
-                    with pools[place].folded(None if adapter is None else [adapter], scale) as backbone:
+                    adapter = adapters[id(pools[i])]
+                    with pools[i].folded(None if adapter is None else [adapter], scale) as backbone:
                         row["gains"] |= gains(backbone, data, drawn[i], frozen[i])
                 rows.append(row)
                 print(kind, json.dumps(row), flush=True)
-        result = {**found, "chosen": {name: chosen(own) for name, own in found.items()}}
-        atomic_write(args.json, json.dumps(result, indent=1).encode())
+                result = {**found, "chosen": {name: chosen(own) for name, own in found.items()}}
+                atomic_write(args.json, json.dumps(result, indent=1).encode())
 
 
 def _own(pool: AdapterPool, name: str) -> AdapterPool:

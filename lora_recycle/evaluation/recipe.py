@@ -12,7 +12,7 @@ from ..fewshot.heads import HEADS
 from ..finetuning import TaskTuningConfig, tuning_methods
 from ..merging import tuning_free_methods
 from ..runtime.config import RecipeConfig, field, read_yaml
-from .config import FROZEN_METHODS, EpisodeConfig
+from .config import FROZEN_METHODS, EpisodeConfig, check_scales
 
 
 #: Ends the name of a meta-LoRA that is tuned on each support set.
@@ -135,7 +135,13 @@ class BenchmarkRecipe:
                 raise ConfigError(f"{where}: pools: {name}: {more[0]!r} is not one of the recipe's methods.")
         for method in self.episodes.methods:
             base, plus, head = method.partition(" + ")
-            if not (base in bases and head in HEADS if plus else method in known):
+            unscaled, colon, _ = method.partition(":")
+            if colon and unscaled in baselines:
+                try:
+                    check_scales([method])
+                except ConfigError as error:
+                    raise ConfigError(f"{where}: {error}") from error
+            elif not (base in bases and head in HEADS if plus else method in known):
                 raise ConfigError(
                     f"{where}: there is no method {method!r}. Methods are {', '.join(sorted(known))}, and with a head "
                     f"{', '.join(sorted(bases))}, as in `frozen + {next(iter(HEADS))}` (heads: {', '.join(HEADS)})."

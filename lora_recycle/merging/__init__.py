@@ -37,7 +37,7 @@ def tuning_free_methods(seed: int = 0) -> dict[str, MergingMethod]:
 
 
 def make_method(name: str, seed: int = 0) -> MergingMethod:
-    """A method by its name, which may end in a scale: `ties`, `ties:0.3`. The command line and recipes use these names.
+    """A method by its name, which may end in a scale (`ties`, `ties:0.3`), as on the command line and in recipes.
 
     Raises:
         ConfigError: an unknown name, a method that has no scale, or a scale that is not a positive number.

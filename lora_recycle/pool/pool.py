@@ -148,8 +148,9 @@ class AdapterPool:
     ) -> Iterator[Backbone]:
         """The backbone with one adapter, or the exact average of several (all by default), folded into its weights.
 
-        The change is multiplied by `scale`. The forward costs what the bare backbone costs. The original weights come back bit by bit. An adapter that
-        is no change of weights (`Adapter.peft_layers`) is applied as PEFT's own layers instead, alone only.
+        The change is multiplied by `scale`. The forward costs what the bare backbone costs. The original weights come
+        back bit by bit. An adapter that is no change of weights (`Adapter.peft_layers`) is applied as PEFT's own
+        layers instead, alone and unscaled only.
 
         Raises:
             AdapterError: several adapters, or a scale, and one of the adapters is no change of weights.

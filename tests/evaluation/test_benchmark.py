@@ -175,6 +175,8 @@ def test_recipes_that_are_wrong(values):
     wrong = {
         "there is no method 'svm'": {"methods": ["svm"]},
         "there is no method 'average \\+ lda'": {"methods": ["average + lda"]},
+        "'ensemble:2': ensemble has no scale": {"methods": ["ensemble:2"]},
+        "'ties:x': the scale must be a positive number": {"methods": ["ties:x"]},
         "`data:` must be a list": {"data": []},
         "`pools:` must name": {"pools": {}},
         "unknown key 'episode'": {"episode": 3},
