@@ -140,7 +140,8 @@ class Benchmark:
         """The images of a data set, and its episodes by shots."""
         numbers, size, resample = self.recipe.episodes, backbone.image_size, int(backbone.processor.resample)
         place = spec.location(self.data_root)
-        data = load_labelled_images(place, size, resample, spec.max_per_class, spec.split, numbers.seed)
+        drawn_from = (spec.max_per_class, spec.split, numbers.seed, spec.without_classes, spec.without_images)
+        data = load_labelled_images(place, size, resample, *drawn_from)
         episodes = {}
         for k in dict.fromkeys(numbers.shots):
             drawn = (numbers.ways, k, numbers.queries, numbers.episodes, numbers.seed)

@@ -29,6 +29,8 @@ class DataSpec(RecipeConfig):
     path: str = field("", "parquet file, folder or Hub id; looked for in the data root first")
     split: str | None = field(None, "split of a folder or Hub data set")
     max_per_class: int | None = field(None, "use at most this many images per class")
+    without_classes: tuple[str, ...] = field((), "names of classes to leave out, as those that an adapter knows")
+    without_images: tuple[int, ...] = field((), "numbers of images to leave out, from 0, as those seen in training")
 
     def check(self) -> None:
         self.require(bool(self.path), "each data set needs a path")
@@ -100,7 +102,7 @@ class BenchmarkRecipe:
         plain = {key: value for key, value in values.items() if key not in _SECTIONS}
         recipe = cls(
             BenchmarkConfig.from_dict(_with_tuples(plain), where),
-            [DataSpec.from_dict(_mapping(item, f"{where}: data"), f"{where}: data") for item in data],
+            [DataSpec.from_dict(_with_tuples(_mapping(item, f"{where}: data")), f"{where}: data") for item in data],
             {name: _pool(name, spec, where) for name, spec in pools.items()},
             _mapping(values.get("tuning") or {}, f"{where}: tuning"),
         )
@@ -167,5 +169,5 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
 
 def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
     """One value where several may stand is a list of one."""
-    several = ("shots", "methods", "adapters", "data")
+    several = ("shots", "methods", "adapters", "data", "without_classes", "without_images")
     return {k: (v,) if k in several and isinstance(v, (str, int)) else v for k, v in values.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,8 @@ def load_labelled_images(
     max_per_class: int | None = None,
     split: str | None = None,
     seed: int = 0,
+    without_classes: Sequence[str] = (),
+    without_images: Sequence[int] = (),
 ) -> LabelledImages:
     """Read labelled images, convert to RGB and resize to `size` x `size`.
 
@@ -54,14 +57,19 @@ def load_labelled_images(
         resample (`int`, *optional*, defaults to 3): PIL's number of the filter, as image processors give it.
         max_per_class (`int`, *optional*): keep a random subset of each class, drawn before any image is decoded.
         split (`str`, *optional*): which split of a folder or Hub data set; by default test, validation or train.
+        without_classes (`Sequence[str]`, *optional*): names of classes to leave out, as those that an adapter knows.
+        without_images (`Sequence[int]`, *optional*): numbers of images to leave out, counted from 0 in the order of
+            the data set, as those that are also training images. Both are left out before a subset is drawn.
 
     Raises:
-        DataError: nothing there, no image or label column, an empty class folder, or an image that cannot be read.
+        DataError: nothing there, no image or label column, an empty class folder, an image that cannot be read, or a
+            class or an image to leave out that is not there.
     """
     source = open_source(path, split)
     labels, label_names = source.classes()
-    kept = _subset(labels, max_per_class, seed)
     names = [str(name) for name in label_names]
+    wanted = _wanted(labels, names, without_classes, without_images, source.name)
+    kept = wanted[_subset(labels[wanted], max_per_class, seed)]
     return LabelledImages(_decode(source, kept, size, resample), labels[kept], names, source.name)
 
 
@@ -94,6 +102,22 @@ def _decode(source: ImageSource, kept: torch.Tensor, size: int, resample: int) -
             raise picture
         target[number] = picture.transpose(2, 0, 1)
     return pixels
+
+
+def _wanted(
+    labels: torch.Tensor, names: list[str], without_classes: Sequence[str], without_images: Sequence[int], place: str
+) -> torch.Tensor:
+    """(M,) ascending indices of the images that are not left out. Raises `DataError` as `load_labelled_images`."""
+    wanted = torch.ones(len(labels), dtype=torch.bool)
+    for name in without_classes:
+        if name not in names:
+            raise DataError(f"{place}: there is no class {name[:80]!r} to leave out.")
+        wanted &= labels != names.index(name)
+    for number in without_images:
+        if not 0 <= number < len(labels):
+            raise DataError(f"{place}: there is no image {number} to leave out; they are 0 to {len(labels) - 1}.")
+        wanted[number] = False
+    return wanted.nonzero().flatten()
 
 
 def _subset(labels: torch.Tensor, max_per_class: int | None, seed: int) -> torch.Tensor:

@@ -193,6 +193,16 @@ def test_recipes_that_are_wrong(values):
             BenchmarkRecipe.from_dict({**values, **change})
 
 
+def test_classes_and_images_are_left_out(work, values, tiny_pool, toy_data, tmp_path):
+    spec = {"path": "photos", "without_classes": toy_data.label_names[0], "without_images": [79]}
+    recipe = BenchmarkRecipe.from_dict({**values, "data": [spec]})
+    data, episodes = Benchmark(recipe, tmp_path, work)._images_and_episodes(recipe.data[0], tiny_pool.backbone)
+    whole = load_labelled_images(work / "photos", tiny_pool.backbone.image_size)
+    kept = whole.labels[:79] != 0
+    assert torch.equal(data.pixels, whole.pixels[:79][kept]) and torch.equal(data.labels, whole.labels[:79][kept])
+    assert all(0 not in data.labels[episode.support] for episode in episodes[1])
+
+
 def test_the_command(work, values, tmp_path, capsys):
     from lora_recycle.cli.main import main
 

@@ -108,7 +108,9 @@ def test_bad_features_and_metric(random_case):
 
 def test_confidence_by_hand():
     mean, ci95 = confidence(torch.tensor([40.0, 50.0, 60.0]))
-    assert mean == 50.0 and ci95 == pytest.approx(1.96 * 10 / math.sqrt(3))
+    assert mean == 50.0 and ci95 == pytest.approx(4.302653 * 10 / math.sqrt(3))  # t of 2 degrees of freedom
+    many = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    assert confidence(many)[1] == pytest.approx(1.96 * many.std().item() / math.sqrt(len(many)), rel=1e-4)
     with pytest.raises(DataError, match="at least 2 episodes, got 1"):
         confidence(torch.tensor([1.0]))
 
