@@ -4,8 +4,8 @@
     python examples/studies/choose_heads.py --data DATA --shots 1 5 --split test --json docs/results/heads_test.json
 
 DATA holds `<set>/<split>.parquet` of cifar_fs, mini_imagenet and vgg_flower. With surrogate data (`--surrogate`) the
-parameters of unrolled EM are learned as well (`fit_head`). Settings are chosen on validation classes; `--split test`
-looks once at the heads with the settings that they have.
+parameters of unrolled EM are learned as well (`fit_head`). `--variants` compares other settings of the heads, on
+validation classes, where they are chosen; `--split test` looks once at what was chosen.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def variants() -> dict:
         for passes in (1, 2, 5):
             head = HEADS["transductive_transport"](entropy, passes)
             found[f"transductive_transport, entropy {entropy}, passes {passes}"] = head
-    for temperature in (5.0, 10.0, 30.0, 60.0):
+    for temperature in (2.0, 3.0, 10.0, 15.0, 30.0):
         head = HEADS["transductive_information"](temperature)
         found[f"transductive_information, temperature {temperature:g}"] = head
     for square in (20, 50, 100, 200):
@@ -61,11 +61,14 @@ def main() -> None:
     parser.add_argument("--split", default="validation", choices=("validation", "test"))
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 5, 20])
     parser.add_argument("--episodes", type=int, default=200)
+    parser.add_argument("--variants", action="store_true", help="other settings of the heads as well")
     parser.add_argument("--max-per-class", type=int, default=60)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.variants and args.split == "test":
+        parser.error("settings are chosen on validation classes: --variants goes with --split validation")
     model = MetaLoRAForFewShotClassification.from_pretrained(args.model)
-    heads = variants() if args.split == "validation" else heads_as_they_are()
+    heads = variants() if args.variants else heads_as_they_are()
     if args.surrogate:
         surrogate = SurrogateDataset.from_pretrained(args.surrogate)
         model.head = heads["transductive_em"]

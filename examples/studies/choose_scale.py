@@ -1,8 +1,9 @@
 """Choose the scale of each merge on validation classes: what it gains over the frozen backbone at every scale.
 
-    python examples/studies/choose_scale.py --data DATA --json docs/results/choose_scale.json
+    python examples/studies/choose_scale.py --data DATA --pools mixed --json docs/results/choose_scale.json
 
-The shipped pool on validation classes of all four data sets, and its adapters of one data set on those of the same.
+The shipped pool on validation classes of all four data sets (`mixed`), and its adapters of one data set on those of
+the same (`in-domain`).
 DATA holds `<set>/validation.parquet` of cifar_fs, mini_imagenet and vgg_flower, and `omniglot_small/train.parquet`, of
 which the characters that no adapter saw are used. No test class is read. Rows that the JSON file holds already are not
 made again.
@@ -67,6 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--pools", nargs="+", default=["mixed", "in-domain"], choices=("mixed", "in-domain"))
     parser.add_argument("--episodes", type=int, default=600, metavar="N", help="of each set and number of shots")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -78,9 +80,8 @@ def main() -> None:
     for data, episodes in zip(sets, drawn, strict=True):
         features = extract_features(pool.backbone, data.pixels)
         frozen.append({k: prototype_accuracy(features, own) for k, own in episodes.items()})
-    found = {"mixed": [], "in-domain": []}
-    if args.json.is_file():
-        found |= {kind: json.loads(args.json.read_text())[kind] for kind in found}
+    known = json.loads(args.json.read_text()) if args.json.is_file() else {}
+    found = {kind: known.get(kind, []) for kind in args.pools}
     for kind, rows in found.items():
         pools = [_own(pool, data.name) for data in sets] if kind == "in-domain" else [pool] * len(sets)
         for method, scales in SCALES.items():

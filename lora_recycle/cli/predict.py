@@ -40,7 +40,8 @@ examples:
   lora-recycle predict --support examples photos/*.jpg        without MODEL: the shipped meta-LoRA
 
 heads: prototypes, cosine_prototypes, euclidean_prototypes, lda, logistic_regression; and, for images that are given
-together and all belong to the classes shown, transductive_laplacian, transductive_transport, transductive_em.
+together and all belong to the classes shown, transductive_laplacian, transductive_transport, transductive_em,
+transductive_information.
 """
 
 

@@ -172,25 +172,33 @@ def others_task():
     return points[:6], torch.arange(3).repeat(2), points[6:]
 
 
-def test_laplacian_is_that_of_easyfsl(monkeypatch):
-    """Numbers of `easyfsl.methods.LaplacianShot(knn=3, lambda_regularization=0.7)` of easyfsl 1.5.0, MIT licence.
+def test_laplacian_is_that_of_its_authors():
+    """Numbers of `metric_class_type` of github.com/imtiazziko/LaplacianShot at 28cff11 with its `proto_rect`, 3 as
+    `knn` (it counts the image itself) and 0.7 as `lmd`, on embeddings of unit length.
 
-    It counts the image itself among the 3 neighbours, weighs by exp(cosine), and leaves the queries where they are
-    after it has rectified with shifted ones, as neither paper does: so it was given the shifted queries. It imports
-    torchvision, matplotlib and pandas, which is why it is no requirement of the tests.
+    easyfsl's rectification weighs by exp(cosine) instead. It imports torchvision, matplotlib and pandas, which is why
+    it is no requirement of the tests.
     """
     support, labels, query = others_task()
-    monkeypatch.setattr(laplacian, "SHARPNESS", 1.0)
+    head = LaplacianHead(neighbours=2, smoothness=0.7)
+    _, prototypes = laplacian.rectified(query, head.prepare(head.statistics(support, labels, 3)))
     expected = [
-        [0.5111, 0.2698, 0.2190],
-        [0.2606, 0.1808, 0.5586],
-        [0.2221, 0.1100, 0.6680],
-        [0.1998, 0.6603, 0.1399],
-        [0.1763, 0.6074, 0.2164],
-        [0.6510, 0.2027, 0.1463],
+        [0.22305004, 0.30204822, 0.23917142, 0.27187196],
+        [0.45171729, 0.00232375, 0.37464326, -0.16833738],
+        [-0.13226998, 0.54889388, 0.43998759, -0.3132631],
     ]
-    found = LaplacianHead(neighbours=2, smoothness=0.7).classify(support, labels, 3, query).softmax(-1)
-    torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=2e-4)
+    torch.testing.assert_close(prototypes, torch.tensor(expected), rtol=0, atol=1e-5)
+    expected = [
+        [0.5469, 0.2716, 0.1815],
+        [0.3229, 0.1959, 0.4812],
+        [0.2500, 0.1198, 0.6302],
+        [0.2113, 0.6298, 0.1589],
+        [0.1899, 0.5690, 0.2410],
+        [0.6413, 0.2001, 0.1586],
+    ]
+    torch.testing.assert_close(
+        head.classify(support, labels, 3, query).softmax(-1), torch.tensor(expected), rtol=0, atol=1e-4
+    )
 
 
 def test_rectified_prototypes_by_hand():
@@ -201,10 +209,9 @@ def test_rectified_prototypes_by_hand():
     moved = query + (torch.tensor([0.5, 0.5]) - query.mean(0))
     cosine = F.normalize(moved, dim=-1)  # to the two prototypes, which are the axes
     assert cosine.argmax(-1).tolist() == [0, 0, 1]
-    weights = torch.cat([torch.tensor([1.0]), cosine[:2, 0]]).mul(10).exp()
-    first = (weights[:, None] * torch.cat([support[:1], moved[:2]])).sum(0) / weights.sum()
-    weights = torch.stack([torch.tensor(1.0), cosine[2, 1]]).mul(10).exp()
-    second = (weights[:, None] * torch.stack([support[1], moved[2]])).sum(0) / weights.sum()
+    sure = torch.sigmoid(10 * torch.cat([torch.ones(1), (cosine[:, 0] - cosine[:, 1]).abs()]))  # 1st: both support
+    first = (sure[0] * support[0] + sure[1] * moved[0] + sure[2] * moved[1]) / 3
+    second = (sure[0] * support[1] + sure[3] * moved[2]) / 2
     head = LaplacianHead()
     features, prototypes = laplacian.rectified(query, head.prepare(head.statistics(support, torch.arange(2), 2)))
     torch.testing.assert_close(features, moved)

@@ -34,7 +34,7 @@ class InformationHead(TransductiveHead):
     name = "transductive_information"
 
     def __init__(
-        self, temperature: float = 15.0, support_weight: float = 0.1, certainty: float = 0.1, steps: int = 150
+        self, temperature: float = 5.0, support_weight: float = 0.1, certainty: float = 0.1, steps: int = 150
     ):
         if steps > _MOST_STEPS:  # a sidecar of a stranger may ask for them
             raise ConfigError(f"steps must be at most {_MOST_STEPS}, got {steps}.")

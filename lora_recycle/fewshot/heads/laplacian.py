@@ -9,7 +9,7 @@ from .base import Tensors, TransductiveHead, unit
 
 
 ITERATIONS = 20
-SHARPNESS = 10.0  # of the weights in the rectification, as in BD-CSPN
+TEMPERATURE = 0.1  # of the probabilities in the rectification
 
 
 class LaplacianHead(TransductiveHead):
@@ -46,12 +46,12 @@ class LaplacianHead(TransductiveHead):
 
 
 def rectified(features: torch.Tensor, prepared: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries moved to where the support lies, and prototypes made of both (BD-CSPN, arXiv 1911.10713).
+    """Queries moved to where the support lies, and prototypes made of both, as in LaplacianShot's code.
 
-    The queries are shifted so that their mean is that of the support images. Each takes the class of its nearest
-    prototype by cosine; a class's new prototype is the mean of its support images and queries, weighted by
-    exp(10 cosine) to the old one. LaplacianShot's code does the same with the softmax over the classes as weights,
-    which it does not divide by their sum.
+    The queries are shifted so that their mean is that of the support images. Every image, query or support, belongs to
+    the prototype nearest by cosine, and a new prototype is the mean of its images, each times its probability for the
+    class (softmax over the classes, temperature 0.1). A prototype without images stays. BD-CSPN (arXiv 1911.10713),
+    where the idea is from, divides by the sum of the weights instead of the number of images.
 
     Args:
         features: unit length, (..., Q, D).
@@ -59,15 +59,14 @@ def rectified(features: torch.Tensor, prepared: Tensors) -> tuple[torch.Tensor, 
     Returns:
         (..., Q, D) and (..., C, D).
     """
-    support, members, prototypes = (prepared[name] for name in ("support", "members", "prototypes"))
+    support, prototypes = prepared["support"], prepared["prototypes"]
     features = features + (support.mean(-2, keepdim=True) - features.mean(-2, keepdim=True))
-    directions = unit(prototypes).mT
-    similarity = unit(features) @ directions  # (..., Q, C)
+    images = torch.cat([support, features], -2)
+    similarity = unit(images) @ unit(prototypes).mT  # (..., N + Q, C)
     chosen = F.one_hot(similarity.argmax(-1), similarity.shape[-1]).to(similarity.dtype)
-    own = members * (SHARPNESS * (support @ directions)).exp()  # (..., N, C)
-    new = chosen * (SHARPNESS * similarity).exp()
-    total = own.sum(-2) + new.sum(-2)
-    return features, (own.mT @ support + new.mT @ features) / total[..., None]
+    counts = chosen.sum(-2)[..., None]
+    means = (chosen * (similarity / TEMPERATURE).softmax(-1)).mT @ images / counts.clamp_min(1)
+    return features, torch.where(counts > 0, means, prototypes)
 
 
 def nearest_neighbours(features: torch.Tensor, number: int) -> torch.Tensor:
