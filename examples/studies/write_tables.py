@@ -272,7 +272,6 @@ def tables() -> dict[str, str]:
         "merges": evaluation_table(judged + rows_of(BENCHMARKS / "merges" / "results.json"), MERGES),
         "scales": scales_table(RESULTS / "choose_scale.json"),
         "heads": heads_table(RESULTS / "heads.json"),
-        "heads_test": heads_table(RESULTS / "heads_test.json"),
         "overlap": overlap_table(RESULTS / "overlap.json"),
         "validation": evaluation_table(chosen, starts),
         **{name: pool_benchmark_table(name, methods) for name, methods in POOLS.items()},
