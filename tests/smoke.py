@@ -175,11 +175,18 @@ def read_heic(work: Path) -> None:
     assert "red" in succeed("predict", "demo", "--support", work / "heic", work / "heic" / "red")
 
 
+def search_weights(work: Path) -> None:
+    from lora_recycle.finetuning.lorahub import search
+
+    assert search(lambda weights: float((weights - 1).square().sum()), 2, 20, seed=0).mean() > 0.9
+
+
 EXTRAS: dict[str, Callable[[Path], None]] = {
     "app": serve_page,
     "onnx": export_onnx,
     "cnn": invert_with_cnn,
     "heic": read_heic,
+    "lorahub": search_weights,
 }
 
 
@@ -196,6 +203,9 @@ def check_plain(work: Path) -> None:
     (work / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic")
     refuse("heic", "predict", "demo", "--support", work / "photos", work / "photo.heic")
     refuse("onnx", "export", work / "meta", "--output", work / "onnx")
+    recipe = work / "benchmark.yaml"
+    recipe.write_text(recipe.read_text() + "methods: [lorahub]\n")
+    refuse("lorahub", "benchmark", recipe, "--data-root", work, "--output", work / "benchmark")
     refuse("cnn", "invert", work / "pool", "--output", work / "other", "--priors", "batch_norm=0.1")
     assert ran == verbs, f"without a run: {verbs - ran}"
 

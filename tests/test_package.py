@@ -166,12 +166,9 @@ def pins(name: str) -> dict[str, str]:
 
 
 def test_lower_bounds_are_the_versions_that_make_lowest_tests():
-    bounds = {
-        **requirements("install_requires"),
-        **requirements("app"),
-        **requirements("onnx"),
-        **requirements("heic"),
-    }
+    bounds = requirements("install_requires")
+    for extra in ("app", "onnx", "heic", "lorahub"):
+        bounds |= requirements(extra)
     assert bounds == {name: f">={version}" for name, version in pins("lowest.txt").items()}
 
 
@@ -180,6 +177,5 @@ def test_what_is_tested_is_allowed():
     for name, version in pins("constraints.txt").items():
         assert Version(version) >= Version(required.get(name, ">=0").removeprefix(">=")), name
     extras = requirements("test")
-    assert all(
-        extras[name] == bound for extra in ("app", "onnx", "heic") for name, bound in requirements(extra).items()
-    )
+    tested = ("app", "onnx", "heic", "lorahub")
+    assert all(extras[name] == bound for extra in tested for name, bound in requirements(extra).items())

@@ -1,9 +1,11 @@
 """Compare few-shot heads and their settings on validation classes, as differences to prototypes.
 
-    python examples/studies/choose_heads.py --data DATA --surrogate runs/surrogate --json docs/results/heads.json
+    python examples/studies/choose_heads.py --data DATA --shots 1 5 --json docs/results/heads.json
+    python examples/studies/choose_heads.py --data DATA --shots 1 5 --split test --json docs/results/heads_test.json
 
-DATA holds `<set>/validation.parquet` of cifar_fs, mini_imagenet and vgg_flower. With surrogate data the parameters of
-unrolled EM are learned as well (`fit_head`). No test class is read.
+DATA holds `<set>/<split>.parquet` of cifar_fs, mini_imagenet and vgg_flower. With surrogate data (`--surrogate`) the
+parameters of unrolled EM are learned as well (`fit_head`). `--variants` compares other settings of the heads, on
+validation classes, where they are chosen; `--split test` looks once at what was chosen.
 """
 
 import argparse
@@ -25,8 +27,13 @@ SETS = ("cifar_fs", "mini_imagenet", "vgg_flower")
 LAYERS = 10
 
 
-def variants() -> dict:
+def heads_as_they_are() -> dict:
     found = {name: make_head(name, {}) for name in HEADS if name not in ("prototypes", "cosine_prototypes")}
+    return {**found, "transductive_laplacian, not rectified": HEADS["transductive_laplacian"](rectify=False)}
+
+
+def variants() -> dict:
+    found = heads_as_they_are()
     for shrinkage in (0.5, 0.7, 0.8, 0.9, 0.95, 0.98):
         found[f"lda, shrinkage {shrinkage}"] = HEADS["lda"](shrinkage)
     for neighbours in (2, 4):
@@ -37,6 +44,9 @@ def variants() -> dict:
         for passes in (1, 2, 5):
             head = HEADS["transductive_transport"](entropy, passes)
             found[f"transductive_transport, entropy {entropy}, passes {passes}"] = head
+    for temperature in (2.0, 3.0, 10.0, 15.0, 30.0):
+        head = HEADS["transductive_information"](temperature)
+        found[f"transductive_information, temperature {temperature:g}"] = head
     for square in (20, 50, 100, 200):
         head = HEADS["transductive_em"](math.sqrt(square), (1.0,) * LAYERS, (1.0,) * LAYERS)
         found[f"transductive_em, scale^2 {square}"] = head
@@ -48,13 +58,17 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--surrogate", type=Path)
+    parser.add_argument("--split", default="validation", choices=("validation", "test"))
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 5, 20])
     parser.add_argument("--episodes", type=int, default=200)
+    parser.add_argument("--variants", action="store_true", help="other settings of the heads as well")
     parser.add_argument("--max-per-class", type=int, default=60)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.variants and args.split == "test":
+        parser.error("settings are chosen on validation classes: --variants goes with --split validation")
     model = MetaLoRAForFewShotClassification.from_pretrained(args.model)
-    heads = variants()
+    heads = variants() if args.variants else heads_as_they_are()
     if args.surrogate:
         surrogate = SurrogateDataset.from_pretrained(args.surrogate)
         model.head = heads["transductive_em"]
@@ -63,7 +77,7 @@ def main() -> None:
     size, resample = model.backbone.image_size, int(model.backbone.processor.resample)
     rows = []
     for name in SETS:
-        path = args.data / name / "validation.parquet"
+        path = args.data / name / f"{args.split}.parquet"
         data = load_labelled_images(path, size, resample, args.max_per_class)
         features = extract_features(model.backbone, data.pixels)
         for shots in args.shots:

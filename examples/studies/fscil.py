@@ -11,7 +11,6 @@ has all images that are no test images (15 of each class at the default --max-pe
 
 import argparse
 import json
-import math
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ import torch
 from lora_recycle import AdapterPool, MetaLoRAForFewShotClassification
 from lora_recycle.backbones.backbone import extract_features
 from lora_recycle.evaluation.incremental import draw_sessions, session_accuracies
+from lora_recycle.evaluation.results import confidence
 from lora_recycle.fewshot.heads import make_head
 from lora_recycle.hub.embedded import pool_path
 from lora_recycle.images.labelled import load_labelled_images
@@ -84,8 +84,7 @@ def summary(judged: list[dict[str, torch.Tensor]]) -> dict:
     every = torch.stack([one["all"] for one in judged])  # (draws, sessions)
     found = {"sessions": [round(value, 2) for value in every.mean(0).tolist()]}
     for name, values in (("average", every.mean(1)), ("drop", every[:, 0] - every[:, -1])):
-        found[name] = round(values.mean().item(), 2)
-        found[f"{name}_ci95"] = round(1.96 * values.std().item() / math.sqrt(len(values)), 2)
+        found[name], found[f"{name}_ci95"] = (round(number, 2) for number in confidence(values))
     for name in ("base", "new"):
         found[f"{name}_at_the_end"] = round(torch.stack([one[name][-1] for one in judged]).mean().item(), 2)
     return found

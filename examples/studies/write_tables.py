@@ -23,7 +23,9 @@ RESULTS = ROOT / "docs" / "results"
 BENCHMARKS = ROOT / "docs" / "benchmarks"
 HOME = ("cifar_fs", "mini_imagenet", "vgg_flower", "omniglot_small")
 GROUPED = ("restored", "undiluted", "group-sum", "nearest-group")
-BASELINES = ("frozen", *GROUPED, "ties", "dare", "knots", "magnitude", "arrow")
+BASELINES = ("frozen", *GROUPED, "magnitude", "arrow")
+#: merges with and without a scale, of mixed.yaml and of merges.yaml
+MERGES = ("frozen", "average", "average:3", "dare", "dare:3", "ties:1", "ties", "knots:1", "knots")
 #: folder of the results of one pool's benchmark, and the methods shown beside frozen, random and average
 POOLS = {
     "mixed-100": (*GROUPED, "undiluted-16", "judged", "learnt", "last-step", "real-data", "ensemble"),
@@ -34,7 +36,7 @@ POOLS = {
 FRONT = ("restored", "undiluted", "nearest-group", "meta-lora", "ensemble", "real-data")
 DEFAULT_RECIPE = {"meta-lora": "judged"}
 METHODS = ("frozen", "frozen-centred", "random", "average", "meta-lora", "ensemble")
-IN_DOMAIN = ("frozen", "random", "average", "meta-lora", "magnitude", "dare", "ties", "knots", "arrow", "ensemble")
+IN_DOMAIN = ("frozen", "random", "average", "meta-lora", "magnitude", "dare", "ties:1", "knots:1", "arrow", "ensemble")
 TUNED = (
     "linear-probe",
     "full-tuning",
@@ -42,6 +44,8 @@ TUNED = (
     "average-linear",
     "average-lora",
     "learned-composition",
+    "mhr-z",
+    "mhr-mu",
     "lorahub",
     "meta-lora-tuned",
 )
@@ -154,6 +158,55 @@ def tuning_table(path: Path) -> str:
     return "\n".join(lines)
 
 
+def pair(values: dict[int, tuple[float, float]]) -> str:
+    """1-shot / 5-shot, each with its interval."""
+    return " / ".join(f"{values[shots][0]:+.1f} ± {values[shots][1]:.1f}" for shots in sorted(values))
+
+
+def scales_table(path: Path) -> str:
+    """What each merge of the shipped pool gains over frozen at each scale, and the mean over all columns."""
+    if not path.exists():
+        return ""
+    rows = json.loads(path.read_text())["mixed"]
+    sets = list(dict.fromkeys(key.rsplit(" ", 1)[0] for key in rows[0]["gains"]))
+    lines = ["| merge | scale | " + " | ".join(sets) + " | mean |", "|---|---:|" + "---|" * (len(sets) + 1)]
+    for row in rows:
+        cells = [pair({shots: row["gains"][f"{name} {shots}"] for shots in (1, 5)}) for name in sets]
+        mean = sum(gain[0] for gain in row["gains"].values()) / len(row["gains"])
+        lines.append(f"| {row['method']} | {row['scale']:g} | " + " | ".join(cells) + f" | {mean:+.2f} |")
+    return "\n".join(lines)
+
+
+def heads_table(path: Path) -> str:
+    """What each head with its default settings, and with others where they are named, gains over prototypes."""
+    if not path.exists():
+        return ""
+    found: dict[str, dict[str, dict[int, tuple[float, float]]]] = {}
+    for row in json.loads(path.read_text())["rows"]:
+        values = found.setdefault(row["head"], {}).setdefault(row["data"], {})
+        values[row["shots"]] = row["delta"], row["delta_ci95"]
+    shown = [head for head in found if "," not in head or head.endswith("not rectified")]
+    sets = list(found[shown[0]])
+    lines = ["| head | " + " | ".join(sets) + " |", "|---" * (len(sets) + 1) + "|"]
+    for head in shown:
+        name, comma, setting = head.partition(",")
+        lines.append(f"| `{name}`{comma}{setting} | " + " | ".join(pair(found[head][s]) for s in sets) + " |")
+    return "\n".join(lines)
+
+
+def overlap_table(path: Path) -> str:
+    """Accuracy of frozen and what others gain, on all test images of cifar_fs and without what adapters have seen."""
+    if not path.exists():
+        return ""
+    rows = json.loads(path.read_text())["rows"]
+    lines = ["| images | shots | frozen | average | meta-lora |", "|---|---|---|---|---|"]
+    for row in sorted(rows, key=lambda one: one["shots"]):
+        gains = [f"{row[m][0]:+.2f} ± {row[m][1]:.2f}" for m in ("average", "meta-lora")]
+        frozen = f"{row['frozen'][0]:.1f} ± {row['frozen'][1]:.1f}"
+        lines.append(f"| {row['images']} | {row['shots']} | {frozen} | " + " | ".join(gains) + " |")
+    return "\n".join(lines)
+
+
 def pool_table() -> str:
     """Accuracy of the shipped adapters on unseen images, as their cards say."""
     lines = [
@@ -216,6 +269,10 @@ def tables() -> dict[str, str]:
         "in-domain-tuned": tuned_table(rows_of(BENCHMARKS / "in-domain" / "results.json")),
         "tuning-baselines": tuned_table(rows_of(BENCHMARKS / "tuning" / "results.json")),
         "baselines": evaluation_table(judged, BASELINES),
+        "merges": evaluation_table(judged + rows_of(BENCHMARKS / "merges" / "results.json"), MERGES),
+        "scales": scales_table(RESULTS / "choose_scale.json"),
+        "heads": heads_table(RESULTS / "heads.json"),
+        "overlap": overlap_table(RESULTS / "overlap.json"),
         "validation": evaluation_table(chosen, starts),
         **{name: pool_benchmark_table(name, methods) for name, methods in POOLS.items()},
         "backbone": evaluation_table(frozen, ("frozen", "frozen-centred")),

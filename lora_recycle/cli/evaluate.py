@@ -50,11 +50,11 @@ methods: frozen (prototypes on the bare backbone) and meta-lora, always; frozen-
 all without tuning: average (of all weight changes), average-rank-16, ensemble (all adapters, one forward pass each),
 random (a control), magnitude, dare, ties, knots (merges), restored, undiluted, group-sum, nearest-group (groups of
 similar adapters), class-statistics (the adapter whose classes are most similar to the support set; needs heads), arrow
-(routes tokens to adapters). docs/methods.md says when to use which.
+(routes tokens to adapters). A merge takes a scale in its name: ties:0.3. docs/methods.md says when to use which.
 
 heads, each on frozen and on meta-lora: cosine_prototypes, euclidean_prototypes, lda, logistic_regression,
-transductive_laplacian, transductive_transport, transductive_em; the transductive ones classify all queries of an
-episode jointly. docs/concepts.md says what they assume.
+transductive_laplacian, transductive_transport, transductive_em, transductive_information; the transductive ones
+classify all queries of an episode jointly. docs/concepts.md says what they assume.
 """
 
 

@@ -47,7 +47,8 @@ examples:
   lora-recycle predict demo --support birds.csv --label-column species photos/*.jpg
 
 heads: prototypes, cosine_prototypes, euclidean_prototypes, lda, logistic_regression; and, for images that are given
-together and all belong to the classes shown, transductive_laplacian, transductive_transport, transductive_em.
+together and all belong to the classes shown, transductive_laplacian, transductive_transport, transductive_em,
+transductive_information.
 """
 
 

@@ -140,7 +140,16 @@ class Benchmark:
         """The images of a data set, and its episodes by shots."""
         numbers, size, resample = self.recipe.episodes, backbone.image_size, int(backbone.processor.resample)
         place = spec.location(self.data_root)
-        data = load_labelled_images(place, size, resample, spec.max_per_class, spec.split, numbers.seed)
+        data = load_labelled_images(
+            place,
+            size,
+            resample,
+            spec.max_per_class,
+            spec.split,
+            numbers.seed,
+            without_classes=spec.without_classes,
+            without_images=spec.without_images,
+        )
         episodes = draw_episodes(data, numbers)
         for drawn in episodes.values():
             self.notes += [note for note in drawn.notes if note not in self.notes]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from ..errors import ConfigError
@@ -23,6 +24,15 @@ def all_methods() -> tuple[str, ...]:
     from ..merging import tuning_free_methods  # takes seconds, and the command line needs only the settings
 
     return (*FROZEN_METHODS, *tuning_free_methods())
+
+
+def check_scales(methods: Iterable[str]) -> None:
+    """Raise `ConfigError` where a method that is named with a scale, as in `ties:0.3`, cannot have it."""
+    for name in methods:
+        if ":" in name:
+            from ..merging import make_method  # as above
+
+            make_method(name)
 
 
 @dataclasses.dataclass
@@ -49,7 +59,7 @@ class EvaluationConfig(EpisodeConfig):
     methods: tuple[str, ...] = field(
         (),
         "methods to evaluate besides frozen and the meta-LoRA, or all; by default frozen-centred and, with a pool, "
-        "average, ensemble, random",
+        "average, ensemble, random; NAME:SCALE multiplies a merge, as in ties:0.3",
     )
     heads: tuple[str, ...] = field((), "few-shot heads to evaluate as well, on the frozen backbone and the meta-LoRA")
     max_per_class: int | None = field(None, "use at most this many images per class")
@@ -70,8 +80,9 @@ class EvaluationConfig(EpisodeConfig):
             ConfigError: an unknown method, or one that needs a pool where there is none.
         """
         known = all_methods()
-        if unknown := [name for name in self.methods if name not in (*known, "all")]:
+        if unknown := [name for name in self.methods if name.partition(":")[0] not in (*known, "all")]:
             raise ConfigError(f"there is no method {unknown[0]!r}; there are {', '.join(known)}.")
+        check_scales(self.methods)
         if not self.methods:
             return [name for name in DEFAULT_METHODS if has_pool or name in FROZEN_METHODS]
         names = known if "all" in self.methods else self.methods

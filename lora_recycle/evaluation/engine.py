@@ -20,7 +20,7 @@ from ..fewshot.episodes import EpisodeSet, sample_episodes
 from ..fewshot.heads import HEADS, make_head
 from ..finetuning import TaskTuning, TaskTuningConfig, tuning_methods
 from ..images.labelled import LabelledImages
-from ..merging import MergingMethod, Selection, tuning_free_methods
+from ..merging import MergingMethod, Selection, make_method, tuning_free_methods
 from ..modeling.domains import FROZEN
 from ..modeling.meta_lora import MetaLoRAForFewShotClassification
 from ..modeling.tuning import default_config
@@ -83,10 +83,10 @@ def draw_episodes(data: LabelledImages, config: EpisodeConfig) -> dict[int, Epis
 class EvaluationEngine:
     """Runs methods on one data set. Features that several methods share are computed once.
 
-    A method is one of `config.all_methods()`, a model's name, either `frozen` or a model with a head (`frozen + lda`),
-    a method that tunes (`finetuning.tuning_methods`), or a model whose shared network is tuned (`meta-lora-tuned`). A
-    model with experts classifies each episode with the network that its support set chooses; under its name and
-    `-shared` it always uses the shared one.
+    A method is one of `config.all_methods()`, a merge with a scale (`ties:0.3`), a model's name, either `frozen` or a
+    model with a head (`frozen + lda`), a method that tunes (`finetuning.tuning_methods`), or a model whose shared
+    network is tuned (`meta-lora-tuned`). A model with experts classifies each episode with the network that its
+    support set chooses; under its name and `-shared` it always uses the shared one.
 
     Args:
         data: the images.
@@ -116,7 +116,7 @@ class EvaluationEngine:
     ):
         self.data, self.episodes, self.backbone, self.pool, self.models = data, episodes, backbone, pool, models
         self.tuning, self.tuning_episodes, self.batch_size, self.bar = tuning or {}, tuning_episodes, batch_size, bar
-        self.baselines = tuning_free_methods(seed)
+        self.seed, self._baselines = seed, tuning_free_methods(seed)
         self._features: dict[str, NetworkFeatures] = {}
         #: of models with experts, by method and shots: how many episodes chose each domain
         self.chosen: dict[tuple[str, int], Counter[str]] = {}
@@ -138,8 +138,8 @@ class EvaluationEngine:
             tuning = self._tuning(method)
             own = {key: value for key, value in vars(tuning).items() if isinstance(value, int)}
             return {"kind": type(tuning).__name__, **own, **tuning.config.to_dict()}
-        if method in self.baselines:
-            return {"kind": type(self.baselines[method]).__name__, **vars(self.baselines[method])}
+        if baseline := self._baseline(method):
+            return {"kind": type(baseline).__name__, **vars(baseline)}
         model, chooses = self._model(method)
         trained = model.settings if model else {}
         known = ("metric", "temperature", "head_parameters", *(["domains"] if chooses else []))
@@ -164,6 +164,12 @@ class EvaluationEngine:
         """Give back the memory of features that no other method shares."""
         self._features = {key: value for key, value in self._features.items() if not key.startswith(f"{method}/")}
 
+    def _baseline(self, method: str) -> MergingMethod | None:
+        """The merging method of this name, which may end in a scale."""
+        if method not in self._baselines and method.partition(":")[0] in self._baselines:
+            self._baselines[method] = make_method(method, self.seed)
+        return self._baselines.get(method)
+
     def _tuning(self, method: str) -> TaskTuning:
         changed = self.tuning.get(method, {})
         model = self.models.get(method.removesuffix(TUNED)) if method.endswith(TUNED) else None
@@ -184,8 +190,8 @@ class EvaluationEngine:
     ) -> tuple[torch.Tensor, list[NetworkFeatures], float, float]:
         """(E,) accuracies, the networks, forwards of one task, and the seconds that scoring all tasks took."""
         drawn, images = self.episodes[shots], len(self._images_of_a_task(shots))
-        if method in self.baselines:
-            baseline, pool = self.baselines[method], cast(AdapterPool, self.pool)
+        if baseline := self._baseline(method):
+            pool = cast(AdapterPool, self.pool)
             networks = self._features_of_baseline(method, baseline, pool, measure_memory)
             features = [network.features for network in networks]
             choice = baseline.choice(pool) if isinstance(baseline, Selection) else None

@@ -12,7 +12,7 @@ from ..fewshot.heads import HEADS
 from ..finetuning import TaskTuningConfig, tuning_methods
 from ..merging import tuning_free_methods
 from ..runtime.config import RecipeConfig, field, read_yaml
-from .config import FROZEN_METHODS, EpisodeConfig
+from .config import FROZEN_METHODS, EpisodeConfig, check_scales
 
 
 #: Ends the name of a meta-LoRA that is tuned on each support set.
@@ -29,6 +29,8 @@ class DataSpec(RecipeConfig):
     path: str = field("", "parquet file, folder or Hub id; looked for in the data root first")
     split: str | None = field(None, "split of a folder or Hub data set")
     max_per_class: int | None = field(None, "use at most this many images per class")
+    without_classes: tuple[str, ...] = field((), "names of classes to leave out, as those that an adapter knows")
+    without_images: tuple[int, ...] = field((), "numbers of images to leave out, from 0, as those seen in training")
 
     def check(self) -> None:
         self.require(bool(self.path), "each data set needs a path")
@@ -100,7 +102,7 @@ class BenchmarkRecipe:
         plain = {key: value for key, value in values.items() if key not in _SECTIONS}
         recipe = cls(
             BenchmarkConfig.from_dict(_with_tuples(plain), where),
-            [DataSpec.from_dict(_mapping(item, f"{where}: data"), f"{where}: data") for item in data],
+            [DataSpec.from_dict(_with_tuples(_mapping(item, f"{where}: data")), f"{where}: data") for item in data],
             {name: _pool(name, spec, where) for name, spec in pools.items()},
             _mapping(values.get("tuning") or {}, f"{where}: tuning"),
         )
@@ -135,7 +137,13 @@ class BenchmarkRecipe:
                 raise ConfigError(f"{where}: pools: {name}: {more[0]!r} is not one of the recipe's methods.")
         for method in self.episodes.methods:
             base, plus, head = method.partition(" + ")
-            if not (base in bases and head in HEADS if plus else method in known):
+            unscaled, colon, _ = method.partition(":")
+            if colon and unscaled in baselines:
+                try:
+                    check_scales([method])
+                except ConfigError as error:
+                    raise ConfigError(f"{where}: {error}") from error
+            elif not (base in bases and head in HEADS if plus else method in known):
                 raise ConfigError(
                     f"{where}: there is no method {method!r}. Methods are {', '.join(sorted(known))}, and with a head "
                     f"{', '.join(sorted(bases))}, as in `frozen + {next(iter(HEADS))}` (heads: {', '.join(HEADS)})."
@@ -161,5 +169,5 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
 
 def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
     """One value where several may stand is a list of one."""
-    several = ("shots", "methods", "adapters", "data")
+    several = ("shots", "methods", "adapters", "data", "without_classes", "without_images")
     return {k: (v,) if k in several and isinstance(v, (str, int)) else v for k, v in values.items()}

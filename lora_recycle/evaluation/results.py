@@ -7,13 +7,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from scipy.special import stdtrit
 
 from ..errors import DataError
 from ..runtime.terminal import fit_widths, shorten, single_line
 
 
 def confidence(values: torch.Tensor) -> tuple[float, float]:
-    """Mean of (E,) values and half the width of its 95% confidence interval, 1.96 std / sqrt(E).
+    """Mean of (E,) values and half the width of its 95% confidence interval, t std / sqrt(E).
+
+    t is the 97.5% quantile of Student's distribution with E - 1 degrees of freedom: 2.09 for 20 episodes and 1.96 for
+    600.
 
     Raises:
         DataError: fewer than two values, which have no interval.
@@ -21,7 +25,8 @@ def confidence(values: torch.Tensor) -> tuple[float, float]:
     if len(values) < 2:
         raise DataError(f"a confidence interval needs at least 2 episodes, got {len(values)}.")
     values = values.double()
-    return values.mean().item(), 1.96 * values.std().item() / math.sqrt(len(values))
+    quantile = float(stdtrit(len(values) - 1, 0.975))
+    return values.mean().item(), quantile * values.std().item() / math.sqrt(len(values))
 
 
 def summarise(accuracies: dict[str, torch.Tensor], data: str, ways: int, shots: int) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from .learned import LearnedComposition
 from .linear import AverageLinear, LinearProbe
 from .lora import AverageLoRA, LoRATuning
 from .lorahub import LoRAHub
+from .mhr import RoutingTuning, TunedAverage
 
 
 def tuning_methods() -> dict[str, TaskTuning]:
@@ -18,6 +19,8 @@ def tuning_methods() -> dict[str, TaskTuning]:
         "average-linear": AverageLinear(),
         "average-lora": AverageLoRA(),
         "learned-composition": LearnedComposition(),
+        "mhr-z": RoutingTuning(),
+        "mhr-mu": TunedAverage(),
         "lorahub": LoRAHub(),
     }
 
@@ -30,9 +33,11 @@ __all__ = [
     "LinearProbe",
     "LoRAHub",
     "LoRATuning",
+    "RoutingTuning",
     "TaskNetwork",
     "TaskTuning",
     "TaskTuningConfig",
+    "TunedAverage",
     "tune_task",
     "tuning_methods",
 ]

@@ -15,7 +15,7 @@ from ..pool.pool import AdapterPool
 from .base import TaskNetwork
 
 
-#: From a module's path to the weight of each adapter there, (n,).
+#: From a module's path to the weight of each adapter there: (n,), or for each output of its own, (out, n).
 Weights = Callable[[str], torch.Tensor]
 
 
@@ -61,7 +61,7 @@ class AdapterMixture(TaskNetwork):
 
     def _adding(self, path: str, b: torch.Tensor, a: torch.Tensor, owner: torch.Tensor) -> Callable[..., torch.Tensor]:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-            return output + F.linear(args[0], (b * self.weights(path)[owner]) @ a)
+            return output + F.linear(args[0], (b * self.weights(path)[..., owner]) @ a)
 
         return hook
 

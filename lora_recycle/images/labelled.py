@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +48,8 @@ def load_labelled_images(
     split: str | None = None,
     seed: int = 0,
     *,
+    without_classes: Sequence[str] = (),
+    without_images: Sequence[int] = (),
     columns: Columns = NO_COLUMNS,
     failures: dict[int, str] | None = None,
 ) -> LabelledImages:
@@ -58,19 +61,23 @@ def load_labelled_images(
         resample (`int`, *optional*, defaults to 3): PIL's number of the filter, as image processors give it.
         max_per_class (`int`, *optional*): keep a random subset of each class, drawn before any image is decoded.
         split (`str`, *optional*): which split of a folder or Hub data set; by default test, validation or train.
+        without_classes (`Sequence[str]`, *optional*): names of classes to leave out, as those that an adapter knows.
+        without_images (`Sequence[int]`, *optional*): numbers of images to leave out, counted from 0 in the order of
+            the data set, as those that are also training images. Both are left out before a subset is drawn.
         columns ([`images.tables.Columns`], *optional*): of a table, where they are not found.
         failures (`dict`, *optional*): takes the number and the error of each image that cannot be read, which is left
             out; without it the first one is an error.
 
     Raises:
-        DataError: nothing there, no image or label column, an empty class folder, or a class of which no image can
-            be read.
+        DataError: nothing there, no image or label column, an empty class folder, a class of which no image can be
+            read, or a class or an image to leave out that is not there.
         ImageError: an image that cannot be read.
     """
     source = open_source(path, split, columns=columns)
     labels, label_names = source.classes()
-    kept = _subset(labels, max_per_class, seed)
     names = [str(name) for name in label_names]
+    wanted = _wanted(labels, names, without_classes, without_images, source.name)
+    kept = wanted[_subset(labels[wanted], max_per_class, seed)]
     unread: dict[int, str] | None = None if failures is None else {}
     pixels = _decode(source, kept, size, resample, unread)
     if unread:
@@ -118,6 +125,22 @@ def _decode(
         else:
             failures[number] = str(picture)
     return pixels
+
+
+def _wanted(
+    labels: torch.Tensor, names: list[str], without_classes: Sequence[str], without_images: Sequence[int], place: str
+) -> torch.Tensor:
+    """(M,) ascending indices of the images that are not left out. Raises `DataError` as `load_labelled_images`."""
+    wanted = torch.ones(len(labels), dtype=torch.bool)
+    for name in without_classes:
+        if name not in names:
+            raise DataError(f"{place}: there is no class {name[:80]!r} to leave out.")
+        wanted &= labels != names.index(name)
+    for number in without_images:
+        if not 0 <= number < len(labels):
+            raise DataError(f"{place}: there is no image {number} to leave out; they are 0 to {len(labels) - 1}.")
+        wanted[number] = False
+    return wanted.nonzero().flatten()
 
 
 def _subset(labels: torch.Tensor, max_per_class: int | None, seed: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import ResNetConfig, ResNetModel
 
 from ..errors import ConfigError
-from ..runtime.untrusted import read_safetensors_header
+from ..runtime.untrusted_tensors import read_safetensors_header
 
 
 #: Pixels at which these CNNs were trained; smaller images are shown to them as they are.

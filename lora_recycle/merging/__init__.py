@@ -1,8 +1,11 @@
 """Ways to use a pool without tuning, the baselines of a meta-LoRA: peers, one a file, on the base in `base.py`."""
 
+import copy
+
+from ..errors import ConfigError
 from .arrow import Arrow
 from .average import Average
-from .base import Merge, MergingMethod, Selection
+from .base import Merge, MergingMethod, Selection, checked_scale
 from .class_statistics import ClassStatistics
 from .controls import RandomAverage, shuffled_heads
 from .dare import Dare
@@ -33,6 +36,31 @@ def tuning_free_methods(seed: int = 0) -> dict[str, MergingMethod]:
     }
 
 
+def make_method(name: str, seed: int = 0) -> MergingMethod:
+    """A method by its name, which may end in a scale (`ties`, `ties:0.3`), as on the command line and in recipes.
+
+    Raises:
+        ConfigError: an unknown name, a method that has no scale, or a scale that is not a positive number.
+    """
+    base, colon, given = name.partition(":")
+    methods = tuning_free_methods(seed)
+    if base not in methods:
+        raise ConfigError(f"there is no method {name!r}; there are {', '.join(methods)}.")
+    method = methods[base]
+    if not colon:
+        return method
+    if not hasattr(method, "scale"):
+        scaled = ", ".join(key for key, own in methods.items() if hasattr(own, "scale"))
+        raise ConfigError(f"{name!r}: {base} has no scale; {scaled} have one.")
+    try:
+        scale = checked_scale(float(given))
+    except (ValueError, ConfigError) as error:
+        raise ConfigError(f"{name!r}: the scale must be a positive number, as in {base}:0.5.") from error
+    method = copy.copy(method)
+    method.scale = scale
+    return method
+
+
 __all__ = [
     "Arrow",
     "Average",
@@ -50,6 +78,7 @@ __all__ = [
     "Selection",
     "Ties",
     "Undiluted",
+    "make_method",
     "shuffled_heads",
     "tuning_free_methods",
 ]

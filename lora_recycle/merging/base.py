@@ -6,6 +6,7 @@ import abc
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -101,19 +102,35 @@ class Selection(MergingMethod):
         return _scores(network(chosen), support, labels, queries, batch_size)
 
 
+@dataclasses.dataclass
 class Merge(MergingMethod):
-    """One change of the backbone, made once for all tasks: a forward costs what the bare backbone costs."""
+    """One change of the backbone, made once for all tasks: a forward costs what the bare backbone costs.
+
+    Args:
+        scale (`float`, *optional*): the merged change is multiplied by it. By keyword only.
+
+    Raises:
+        ConfigError: a scale that is not positive and finite.
+    """
+
+    scale: float = dataclasses.field(default=1.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        checked_scale(self.scale)
 
     @abc.abstractmethod
     def changes(self, pool: AdapterPool) -> Changes:
-        """The merged change, dense, on the backbone's device. One adapter's own change is formed at a time."""
+        """The merged change before it is scaled, dense, on the backbone's device. One adapter's own change is formed
+        at a time."""
 
     def merge(self, pool: AdapterPool) -> Adapter:
-        """The merged change as an adapter without a head: it can be folded, or cut to a rank as a pool of one."""
+        """The merged and scaled change as an adapter without a head: it can be folded, or cut to a rank as a pool of
+        one."""
         blank: dict[str, Any] = dict.fromkeys(("revision", "rank", "alpha", "num_classes", "labels"))
         name = f"{type(self).__name__} of {len(pool)} adapters"
         info = dataclasses.replace(pool[0].info, name=name, path=Path(), sha256="", config={}, **blank)
-        return Adapter(info, *split_changes(self.changes(pool)))
+        changes = self.changes(pool)
+        return Adapter(info, *split_changes({name: change * self.scale for name, change in changes.items()}))
 
     def networks(self, pool: AdapterPool) -> Iterator[AbstractContextManager[Backbone]]:
         yield pool.folded([self.merge(pool)])
@@ -155,6 +172,13 @@ def checked_density(density: float) -> float:
     if not 0 < density <= 1:
         raise ConfigError(f"density must be in (0, 1], got {density}: the share of each change's entries to keep.")
     return density
+
+
+def checked_scale(scale: float) -> float:
+    """What a merged change is multiplied by. Raises `ConfigError` where it is not positive and finite."""
+    if not 0 < scale < math.inf:
+        raise ConfigError(f"scale must be positive and finite, got {scale}: the merged change is multiplied by it.")
+    return scale
 
 
 def _checked_labels(support: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,7 @@ class Dare(Merge):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         checked_density(self.density)
 
     def changes(self, pool: AdapterPool) -> Changes:

@@ -28,6 +28,7 @@ class MagnitudePruning(Merge):
     density: float = 0.2
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         checked_density(self.density)
 
     def changes(self, pool: AdapterPool) -> Changes:

@@ -143,25 +143,28 @@ class AdapterPool:
         return AdapterPool(self.backbone, [self._members[i] for i in indices])
 
     @contextlib.contextmanager
-    def folded(self, adapters: Sequence[Adapter] | AdapterPool | int | None = None) -> Iterator[Backbone]:
+    def folded(
+        self, adapters: Sequence[Adapter] | AdapterPool | int | None = None, scale: float = 1.0
+    ) -> Iterator[Backbone]:
         """The backbone with one adapter, or the exact average of several (all by default), folded into its weights.
 
-        The forward costs what the bare backbone costs. The original weights come back bit by bit. An adapter that
-        is no change of weights (`Adapter.peft_layers`) is applied as PEFT's own layers instead, alone only.
+        The change is multiplied by `scale`. The forward costs what the bare backbone costs. The original weights come
+        back bit by bit. An adapter that is no change of weights (`Adapter.peft_layers`) is applied as PEFT's own
+        layers instead, alone and unscaled only.
 
         Raises:
-            AdapterError: several adapters, of which one is no change of weights.
+            AdapterError: several adapters, or a scale, and one of the adapters is no change of weights.
         """
         if isinstance(adapters, int):
             adapters = [self[adapters]]
         adapters = self if adapters is None else adapters
-        total, layers = (_sum_changes(adapters), {}) if len(adapters) > 1 else _only_changes(adapters[0])
+        total, layers = (_sum_changes(adapters), {}) if len(adapters) > 1 or scale != 1 else _only_changes(adapters[0])
         parameters = dict(self.backbone.model.named_parameters())
         saved: dict[str, torch.Tensor] = {}
 
         def change(name: str, delta: torch.Tensor) -> None:
             saved.setdefault(name, parameters[name].data.clone())
-            parameters[name].data += delta.to(parameters[name]) / len(adapters)
+            parameters[name].data += delta.to(parameters[name]) / (len(adapters) / scale)
 
         with marked_as_changed(self.backbone):
             try:

@@ -14,7 +14,7 @@ from lora_recycle.images.labelled import LabelledImages
 from lora_recycle.merging import tuning_free_methods
 
 
-WAYS, SHOTS, QUERIES, EPISODES = 3, 2, 3, 6
+WAYS, SHOTS, QUERIES, EPISODES = 3, 2, 3, 9
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,19 @@ def test_each_episode_is_judged_on_the_network_that_it_chooses():
     assert found.tolist() == [accuracies[chosen[e], e].item() for e in range(8)]
     assert chosen.unique().tolist() == [0, 1, 2]
     assert looks == 1 + (first <= 0).float().mean().item()  # the third is never looked at
+
+
+def test_a_scale_in_the_name_multiplies_the_change(data, tiny_pool, result):
+    config = EvaluationConfig(
+        methods=("ties:0.3", "ties:3"), ways=WAYS, shots=(SHOTS,), queries=QUERIES, episodes=EPISODES
+    )
+    found = evaluate(data, config=config, pool=tiny_pool)
+    assert [row["method"] for row in found.rows] == ["frozen", "ties:0.3", "ties:3"]
+    accuracies = result.accuracies[SHOTS, "ties"]  # 0.3 is the default
+    assert torch.equal(found.accuracies[SHOTS, "ties:0.3"], accuracies)
+    assert not torch.equal(found.accuracies[SHOTS, "ties:3"], accuracies)
+    with pytest.raises(ConfigError, match="arrow has no scale"):
+        evaluate(data, config=EvaluationConfig(methods=("arrow:2",)), pool=tiny_pool)
 
 
 def test_methods_that_cannot_be_had(data, tiny_pool):

@@ -175,6 +175,8 @@ def test_recipes_that_are_wrong(values):
     wrong = {
         "there is no method 'svm'": {"methods": ["svm"]},
         "there is no method 'average \\+ lda'": {"methods": ["average + lda"]},
+        "'ensemble:2': ensemble has no scale": {"methods": ["ensemble:2"]},
+        "'ties:x': the scale must be a positive number": {"methods": ["ties:x"]},
         "`data:` must be a list": {"data": []},
         "`pools:` must name": {"pools": {}},
         "unknown key 'episode'": {"episode": 3},
@@ -189,6 +191,16 @@ def test_recipes_that_are_wrong(values):
     for message, change in wrong.items():
         with pytest.raises(ConfigError, match=message):
             BenchmarkRecipe.from_dict({**values, **change})
+
+
+def test_classes_and_images_are_left_out(work, values, tiny_pool, toy_data, tmp_path):
+    spec = {"path": "photos", "without_classes": toy_data.label_names[0], "without_images": [79]}
+    recipe = BenchmarkRecipe.from_dict({**values, "data": [spec]})
+    data, episodes = Benchmark(recipe, tmp_path, work)._images_and_episodes(recipe.data[0], tiny_pool.backbone)
+    whole = load_labelled_images(work / "photos", tiny_pool.backbone.image_size)
+    kept = whole.labels[:79] != 0
+    assert torch.equal(data.pixels, whole.pixels[:79][kept]) and torch.equal(data.labels, whole.labels[:79][kept])
+    assert all(0 not in data.labels[episode.support] for episode in episodes[1])
 
 
 def test_the_command(work, values, tmp_path, capsys):

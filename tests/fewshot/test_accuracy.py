@@ -108,7 +108,9 @@ def test_bad_features_and_metric(random_case):
 
 def test_confidence_by_hand():
     mean, ci95 = confidence(torch.tensor([40.0, 50.0, 60.0]))
-    assert mean == 50.0 and ci95 == pytest.approx(1.96 * 10 / math.sqrt(3))
+    assert mean == 50.0 and ci95 == pytest.approx(4.302653 * 10 / math.sqrt(3))  # t of 2 degrees of freedom
+    many = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    assert confidence(many)[1] == pytest.approx(1.96 * many.std().item() / math.sqrt(len(many)), rel=1e-4)
     with pytest.raises(DataError, match="at least 2 episodes, got 1"):
         confidence(torch.tensor([1.0]))
 
@@ -126,7 +128,7 @@ def test_differences_are_paired():
         "shots": 1,
         "episodes": 2,
         "accuracy": 55.0,
-        "ci95": 19.6,
+        "ci95": 127.062,  # t of one degree of freedom: 12.7062
         "delta_vs_frozen": 5.0,  # the same in both episodes: no spread
         "delta_ci95": 0.0,
     }
@@ -143,7 +145,7 @@ def test_table_is_aligned_and_grouped():
     rows = summarise(ACCURACIES, "digits", 5, 1) + summarise(ACCURACIES, "digits", 5, 5)
     lines = format_table(rows).splitlines()
     assert lines[0].split() == ["method", "data", "task", "accuracy", "vs", "frozen"]
-    assert lines[2] == "meta-lora  digits  5-way 1-shot  55.00 ± 19.60  +5.00 ± 0.00"
+    assert lines[2] == "meta-lora  digits  5-way 1-shot  55.00 ± 127.06  +5.00 ± 0.00"
     assert lines[3] == "" and len(lines) == 6
     assert len({len(line) for line in lines if line}) == 1
 

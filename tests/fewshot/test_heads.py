@@ -11,14 +11,15 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
 
 from lora_recycle.errors import ConfigError, DataError
-from lora_recycle.fewshot.heads import HEADS, DiscriminantHead, PrototypeHead, make_head
+from lora_recycle.fewshot.heads import HEADS, DiscriminantHead, PrototypeHead, laplacian, make_head
+from lora_recycle.fewshot.heads.information import InformationHead
 from lora_recycle.fewshot.heads.laplacian import LaplacianHead, nearest_neighbours
 from lora_recycle.fewshot.heads.transport import TransportHead, sinkhorn
 from lora_recycle.fewshot.heads.unrolled_em import UnrolledEMHead
 
 
 NAMES = list(HEADS)
-INCREMENTAL = [name for name in NAMES if name != "logistic_regression"]
+INCREMENTAL = [name for name in NAMES if "sums" in HEADS[name].statistics_shapes]
 
 
 def task(ways=3, shots=4, queries=9, dim=6, seed=0, spread=0.4):
@@ -156,10 +157,105 @@ def test_laplacian_by_hand():
     for _ in range(20):  # row by row: each of the three has the other two as neighbours
         weights = scores.softmax(-1)
         scores = torch.stack([closeness[i] + 0.5 * (weights.sum(0) - weights[i]) for i in range(3)])
-    found = LaplacianHead(neighbours=2, smoothness=0.5).classify(support, torch.tensor([0, 1]), 2, query)
-    torch.testing.assert_close(found, scores)
-    strong = LaplacianHead(neighbours=2, smoothness=5.0).classify(support, torch.tensor([0, 1]), 2, query)
+    labels = torch.tensor([0, 1])
+    found = LaplacianHead(neighbours=2, smoothness=0.5, rectify=False).classify(support, labels, 2, query)
+    torch.testing.assert_close(found, scores - 1)  # less the prototypes' squared length
+    strong = LaplacianHead(neighbours=2, smoothness=5.0, rectify=False).classify(support, labels, 2, query)
     assert closeness.argmax(-1).tolist() == [0, 1, 0] and strong.argmax(-1).tolist() == [0, 0, 0]
+
+
+def others_task():
+    """Support (6, 4) of 3 classes, labels, queries (6, 4), all of unit length: made without random numbers."""
+    values = (torch.arange(48.0) ** 1.5).sin().view(12, 4)
+    values[:, :3] += 0.8 * torch.eye(3).repeat(4, 1)
+    points = F.normalize(values, dim=-1)
+    return points[:6], torch.arange(3).repeat(2), points[6:]
+
+
+def test_laplacian_is_that_of_its_authors():
+    """Numbers of `metric_class_type` of github.com/imtiazziko/LaplacianShot at 28cff11 with its `proto_rect`, 3 as
+    `knn` (it counts the image itself) and 0.7 as `lmd`, on embeddings of unit length.
+
+    easyfsl's rectification weighs by exp(cosine) instead. It imports torchvision, matplotlib and pandas, which is why
+    it is no requirement of the tests.
+    """
+    support, labels, query = others_task()
+    head = LaplacianHead(neighbours=2, smoothness=0.7)
+    _, prototypes = laplacian.rectified(query, head.prepare(head.statistics(support, labels, 3)))
+    expected = [
+        [0.22305004, 0.30204822, 0.23917142, 0.27187196],
+        [0.45171729, 0.00232375, 0.37464326, -0.16833738],
+        [-0.13226998, 0.54889388, 0.43998759, -0.3132631],
+    ]
+    torch.testing.assert_close(prototypes, torch.tensor(expected), rtol=0, atol=1e-5)
+    expected = [
+        [0.5469, 0.2716, 0.1815],
+        [0.3229, 0.1959, 0.4812],
+        [0.2500, 0.1198, 0.6302],
+        [0.2113, 0.6298, 0.1589],
+        [0.1899, 0.5690, 0.2410],
+        [0.6413, 0.2001, 0.1586],
+    ]
+    torch.testing.assert_close(
+        head.classify(support, labels, 3, query).softmax(-1), torch.tensor(expected), rtol=0, atol=1e-4
+    )
+
+
+def test_rectified_prototypes_by_hand():
+    """Support at 0 and 90 degrees, queries at 10, 30 and 80: they move by (1/2, 1/2) less their mean."""
+    degrees = torch.tensor([0.0, 90, 10, 30, 80]).deg2rad()
+    points = torch.stack([degrees.cos(), degrees.sin()], 1)
+    support, query = points[:2], points[2:]
+    moved = query + (torch.tensor([0.5, 0.5]) - query.mean(0))
+    cosine = F.normalize(moved, dim=-1)  # to the two prototypes, which are the axes
+    assert cosine.argmax(-1).tolist() == [0, 0, 1]
+    sure = torch.sigmoid(10 * torch.cat([torch.ones(1), (cosine[:, 0] - cosine[:, 1]).abs()]))  # 1st: both support
+    first = (sure[0] * support[0] + sure[1] * moved[0] + sure[2] * moved[1]) / 3
+    second = (sure[0] * support[1] + sure[3] * moved[2]) / 2
+    head = LaplacianHead()
+    features, prototypes = laplacian.rectified(query, head.prepare(head.statistics(support, torch.arange(2), 2)))
+    torch.testing.assert_close(features, moved)
+    torch.testing.assert_close(prototypes, torch.stack([first, second]))
+    # fewer queries than classes have no mean to move: the nearest prototype decides
+    one = head.classify(support, torch.arange(2), 2, query[1:2])
+    torch.testing.assert_close(one, 2 * query[1:2] @ support.T - 1)
+
+
+@pytest.mark.parametrize("steps", [3, 150])
+def test_information_is_that_of_its_authors(steps):
+    """Numbers of `TIM_ADM` of github.com/mboudiaf/TIM at d4b3af3 with its settings, `l2` and the temperature 15."""
+    support, labels, query = others_task()
+    expected = {
+        3: [
+            [8.5412e-01, 1.4042e-01, 5.4633e-03],
+            [1.3067e-01, 6.0633e-03, 8.6326e-01],
+            [2.5049e-02, 1.2388e-04, 9.7483e-01],
+            [9.7770e-02, 8.8743e-01, 1.4800e-02],
+            [1.0876e-01, 8.2994e-01, 6.1297e-02],
+            [8.8783e-01, 1.1204e-01, 1.2556e-04],
+        ],
+        150: [
+            [9.9939e-01, 5.9665e-04, 1.7276e-05],
+            [1.4259e-03, 1.5556e-08, 9.9857e-01],
+            [1.5313e-02, 3.8673e-11, 9.8469e-01],
+            [4.1714e-02, 9.5824e-01, 4.3540e-05],
+            [1.2786e-02, 9.8099e-01, 6.2289e-03],
+            [9.8347e-01, 1.6533e-02, 1.1684e-08],
+        ],
+    }[steps]
+    found = InformationHead(temperature=15.0, steps=steps).classify(support, labels, 3, query).softmax(-1)
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=1e-4)
+
+
+def test_information_makes_shares_even_and_queries_certain():
+    support, labels, query, _ = task(spread=0.8)
+
+    def objective(steps):
+        found = InformationHead(steps=steps).classify(support, labels, 3, query).log_softmax(-1)
+        shares = found.exp().mean(0)
+        return float(0.1 * -(found.exp() * found).sum(-1).mean() + (shares * shares.log()).sum())
+
+    assert objective(150) < objective(1) < objective(0)
 
 
 def test_sinkhorn_has_its_marginals_and_the_form_of_the_optimum():
@@ -211,6 +307,19 @@ def test_two_layers_of_unrolled_em_by_hand():
     torch.testing.assert_close(head.classify(support, labels, 2, query).softmax(-1), expected)
 
 
+def test_the_support_of_em_weighs_what_its_images_weigh():
+    """Two unit images at +-60 degrees have the mean (1/2, 0), which counts as two images: not one of length 1."""
+    s = math.sqrt(3) / 2
+    support, labels = torch.tensor([[0.5, s], [0.5, -s], [-0.5, s], [-0.5, -s]]), torch.tensor([0, 0, 1, 1])
+    query = torch.tensor([[1.0, 0], [-1, 0], [0, 1]])
+    head = UnrolledEMHead(scale=2.0, balance=(1.0, 1.0), temperature=(1.0, 1.0))
+    start = torch.tensor([[0.5, 0.0], [-0.5, 0.0]])
+    first = (-2 * torch.cdist(query, start).square()).softmax(-1)
+    means = torch.stack([(2 * start[c] + first[:, c] @ query) / (2 + first[:, c].sum()) for c in range(2)])
+    expected = (first.mean(0).log() - 2 * torch.cdist(query, means).square()).softmax(-1)
+    torch.testing.assert_close(head.classify(support, labels, 2, query).softmax(-1), expected)
+
+
 def test_more_shots_hold_the_means_of_em_back():
     support, labels, query, _ = task(ways=2, shots=1, queries=6, spread=1.0)
     many = support.repeat(1000, 1)
@@ -237,5 +346,8 @@ def test_settings_reach_the_head():
         make_head("lda", {"head_parameters": {"lda": {"depth": 3}}})
     with pytest.raises(ConfigError, match="shrinkage must lie above 0 and be at most 1, got 1.5"):
         make_head("lda", {"head_parameters": {"lda": {"shrinkage": 1.5}}})
+    for wrong, message in (({"steps": 2000}, "at most 1000"), ({"certainty": 0.0}, "must be positive")):
+        with pytest.raises(ConfigError, match=message):
+            make_head("transductive_information", {"head_parameters": {"transductive_information": wrong}})
     with pytest.raises(ConfigError, match="one number for each layer, got 2 and 10"):
         make_head("transductive_em", {"head_parameters": {"transductive_em": {"balance": [1, 1]}}})

@@ -1,6 +1,7 @@
 """Tuning on a support set: where each method starts, what it learns, and that nothing stays for the next task."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -14,19 +15,21 @@ from lora_recycle.finetuning import (
     LearnedComposition,
     LinearProbe,
     LoRAHub,
+    RoutingTuning,
     TaskNetwork,
     TaskTuningConfig,
     tune_task,
     tuning_methods,
 )
 from lora_recycle.finetuning.base import leave_one_out_logits
-from lora_recycle.finetuning.lorahub import BOUND, evolve
+from lora_recycle.finetuning.lorahub import BOUND, search
 from lora_recycle.finetuning.mixture import AdapterMixture
 from lora_recycle.merging import Average
 
 
 WAYS, LABELS = 3, torch.arange(3).repeat_interleave(2)
 METHODS = tuning_methods()
+FROM_AVERAGE = ("average-lora", "learned-composition", "mhr-z", "mhr-mu")  # they take a rank
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +47,7 @@ def left_out_loss(network, tokens, labels=LABELS):
 def untuned(name):
     config = TaskTuningConfig(**{**type(METHODS[name]).defaults, "steps": 1 if name == "lorahub" else 0})
     # ranks high enough for DoRA's and LoHa's dense changes
-    options = {"rank": 32} if name in ("average-lora", "learned-composition") else {}
+    options = {"rank": 32} if name in FROM_AVERAGE else {}
     return type(METHODS[name])(config, **options)
 
 
@@ -53,7 +56,7 @@ def test_without_steps_it_is_the_prototypes_that_it_starts_from(tiny_pool, task,
     support, queries = task
     method = untuned(name)
     found = method.config.temperature * method.classify(tiny_pool, support, LABELS, queries)
-    if name in ("average-linear", "average-lora", "learned-composition"):
+    if name == "average-linear" or name in FROM_AVERAGE:
         kind = Average() if name == "average-linear" else Average(rank=32)  # no biases in a LoRA
         expected = kind.classify(tiny_pool, support, LABELS, queries)
     else:
@@ -126,13 +129,40 @@ def test_learned_composition_gives_each_layer_its_own_weights(tiny_pool, task):
     assert not torch.equal(learned[0], learned[1])
 
 
-def test_evolution_finds_the_minimum_within_its_bounds():
-    target = torch.tensor([0.5, -1.0, 9.0])
-    found = evolve(lambda w: float((w - target).square().sum()), torch.zeros(3), 400, seed=0)
-    torch.testing.assert_close(found, torch.tensor([0.5, -1.0, BOUND]), atol=0.05, rtol=0)
-    calls = []
-    evolve(lambda w: calls.append(1) or 0.0, torch.zeros(3), 7, seed=0)
-    assert len(calls) == 7
+def test_routing_gives_each_block_of_outputs_its_own_weights(tiny_pool):
+    """Two heads: the first half of a layer's outputs from one adapter, the second half from the other."""
+    pool = tiny_pool.subset([0, 1])
+    module = min(set(pool[0].factors) & set(pool[1].factors))
+    network = RoutingTuning(heads=2, rank=32).network(pool)
+    modules = sorted({m for adapter in pool for m in adapter.factors})
+    with torch.no_grad():  # sigmoid(50) = 1 and sigmoid(-50) = 0
+        network.parameters[modules.index(module)].copy_(torch.tensor([[50.0, -50.0], [-50.0, 50.0]]))
+    b, a, owner = network.modules[module]
+    found = (b * network.weights(module)[..., owner]) @ a
+    first, second = (x[0] @ x[1] for x in (pool[i].factors[module] for i in range(2)))
+    half = len(found) // 2
+    torch.testing.assert_close(found, torch.cat([first[:half], second[half:]]), atol=1e-5, rtol=1e-4)
+    # a weight is the share of a sigmoid: 3/4 and 1/2 of logits log 3 and 0 make 0.6 and 0.4
+    with torch.no_grad():
+        network.parameters[modules.index(module)].copy_(torch.tensor([[3.0, 1.0]]).log().expand(2, 2))
+    torch.testing.assert_close(network.weights(module), torch.tensor([[0.6, 0.4]]).expand(2 * half, 2))
+
+
+def test_the_search_of_lorahub_finds_the_minimum_within_its_bounds():
+    target, points = torch.tensor([0.5, -1.0, 0.2]), []
+    found = search(lambda w: points.append(w) or float((w - target).square().sum()), 3, 60, seed=0)
+    torch.testing.assert_close(found, target, atol=0.02, rtol=0)
+    assert len(points) == 60 and not points[0].any() and torch.stack(points).abs().max() <= BOUND
+    outside = search(lambda w: float((w - 9).square().sum()), 3, 60, seed=0)
+    assert outside.max() <= BOUND and outside.mean() > 1.2
+    assert torch.equal(found, search(lambda w: float((w - target).square().sum()), 3, 60, seed=0))
+    assert not search(lambda w: 1.0, 3, 0, seed=0).any()
+
+
+def test_lorahub_names_its_extra(tiny_pool, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nevergrad", None)
+    with pytest.raises(ConfigError, match=r"pip install 'lora-recycle\[lorahub\]'"):
+        LoRAHub().network(tiny_pool)
 
 
 def test_the_logits_leave_each_image_out_of_its_own_prototype():
@@ -180,6 +210,8 @@ def test_leave_one_out_needs_company(tiny_pool, task):
 def test_wrong_settings_and_labels(tiny_pool, task):
     with pytest.raises(ConfigError, match="candidates must be at least 1, got 0"):
         LoRAHub(candidates=0)
+    with pytest.raises(ConfigError, match="heads must be at least 1, got 0"):
+        RoutingTuning(heads=0)
     for wrong in ({"steps": -1}, {"lr": -1.0}, {"temperature": 0.0}, {"last_layers": -1}, {"metric": "l1"}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             TaskTuningConfig(**wrong)

@@ -65,6 +65,19 @@ def test_subset_is_drawn_per_class_and_repeats(tmp_path):
     assert torch.equal(numbers % 4, first.labels)
 
 
+def test_classes_and_images_can_be_left_out(tmp_path):
+    path = tmp_path / "test.parquet"
+    table(12, 3).to_parquet(str(path))
+    data = load_labelled_images(path, 8, without_classes=["class 1"], without_images=[0, 11])
+    assert data.pixels[:, 0, 0, 0].tolist() == [2, 3, 5, 6, 8, 9]  # the red value is the row number
+    assert data.labels.tolist() == [2, 0, 2, 0, 2, 0] and data.label_names == ["class 0", "class 1", "class 2"]
+    assert len(load_labelled_images(path, 8, max_per_class=3, without_images=[0, 3])) == 2 + 3 + 3
+    with pytest.raises(DataError, match="no class 'rose' to leave out"):
+        load_labelled_images(path, 8, without_classes=["rose"])
+    with pytest.raises(DataError, match="no image 12 to leave out; they are 0 to 11"):
+        load_labelled_images(path, 8, without_images=[12])
+
+
 def test_saved_data_set_and_splits(tmp_path):
     datasets.DatasetDict(train=table(6), test=table(9)).save_to_disk(str(tmp_path / "saved"))
     assert len(load_labelled_images(tmp_path / "saved", 8)) == 9

@@ -10,7 +10,18 @@ from peft import LoraConfig, get_peft_model
 from peft.utils import merge_utils
 
 from lora_recycle.errors import AdapterError, ConfigError
-from lora_recycle.merging import Average, Dare, Ensemble, GroupSum, Knots, MagnitudePruning, Restored, Ties, Undiluted
+from lora_recycle.merging import (
+    Average,
+    Dare,
+    Ensemble,
+    GroupSum,
+    Knots,
+    MagnitudePruning,
+    Restored,
+    Ties,
+    Undiluted,
+    make_method,
+)
 from lora_recycle.merging.base import dense_changes
 from lora_recycle.merging.knots import shared_bases
 from lora_recycle.merging.magnitude import keep_largest
@@ -161,13 +172,46 @@ def test_a_merge_is_an_adapter_that_can_be_folded_and_taken_out(mixed, method):
         state = copied_state(backbone)
         for name, change in changes.items():
             moved = state[f"model.{name}"] - before[f"model.{name}"]
-            torch.testing.assert_close(moved, change, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(moved, method.scale * change, rtol=1e-3, atol=1e-5)
     assert same_weights(mixed.backbone, before)
     merged = method.merge(mixed)
     assert merged.info.name == f"{type(method).__name__} of 3 adapters" and merged.head is None
     b, a = AdapterPool(mixed.backbone, [merged]).average(rank=4)[Q0]
-    u, s, vh = torch.linalg.svd(changes[f"{Q0}.weight"])
+    u, s, vh = torch.linalg.svd(method.scale * changes[f"{Q0}.weight"])
     torch.testing.assert_close(b @ a, u[:, :4] * s[:4] @ vh[:4], rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rank", [None, 32])
+def test_a_scaled_average_is_task_arithmetic(mixed, rank, images):
+    """The sum of the three changes times 0.5: their mean times 1.5."""
+    mixed[1].vector_deltas.clear()
+    x, weight = mixed.backbone.normalize(images), mixed.backbone.model.get_submodule(Q0).weight
+    before, added = weight.clone(), sum(0.5 * change for change in dense_q0(mixed))
+    (network,) = Average(rank, scale=1.5).networks(mixed)
+    with network as backbone:
+        if rank is None:
+            torch.testing.assert_close(weight, before + added, rtol=1e-4, atol=1e-5)
+        features = backbone.features(x)
+    with mixed.folded(scale=1.5) as backbone:
+        torch.testing.assert_close(features, backbone.features(x), rtol=1e-3, atol=1e-4)
+    assert torch.equal(weight, before)
+
+
+def test_scales_are_given_by_name():
+    assert make_method("ties") == Ties() and make_method("ties:0.5") == Ties(scale=0.5)
+    assert make_method("dare:2", seed=3) == Dare(seed=3, scale=2.0)
+    assert make_method("average-rank-16:1.5") == Average(16, scale=1.5)
+    for name in ("ties:", "ties:x", "ties:0", "ties:-1", "ties:inf", "ties:nan", "ties:1:2"):
+        with pytest.raises(ConfigError, match=f"'{name}': the scale must be a positive number, as in ties:0.5"):
+            make_method(name)
+    with pytest.raises(ConfigError, match="'ensemble:2': ensemble has no scale; average, .*undiluted.* have one"):
+        make_method("ensemble:2")
+    with pytest.raises(ConfigError, match="there is no method 'tie:2'"):
+        make_method("tie:2")
+    for kind in (Ties, Dare, Knots, MagnitudePruning, GroupSum, Average):
+        with pytest.raises(ConfigError, match="scale must be positive and finite, got 0.0"):
+            kind(scale=0.0)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from typing import Any
 from ...errors import ConfigError
 from .base import FewShotHead
 from .discriminant import DiscriminantHead
+from .information import InformationHead
 from .laplacian import LaplacianHead
 from .logistic import LogisticRegressionHead
 from .prototypes import CosinePrototypeHead, EuclideanPrototypeHead, PrototypeHead
@@ -27,6 +28,7 @@ HEADS: dict[str, type[FewShotHead]] = {
         LaplacianHead,
         TransportHead,
         UnrolledEMHead,
+        InformationHead,
     )
 }
 
@@ -57,6 +59,7 @@ __all__ = [
     "DiscriminantHead",
     "EuclideanPrototypeHead",
     "FewShotHead",
+    "InformationHead",
     "LaplacianHead",
     "LogisticRegressionHead",
     "PrototypeHead",

@@ -81,13 +81,32 @@ class LinearHead(FewShotHead):
         return unit(features) @ prepared["weights"] + prepared["bias"]
 
 
-class TransductiveHead(FewShotHead):
-    """A head that compares embeddings of unit length, and lets the queries say how they lie to each other."""
+class ImagesHead(FewShotHead):
+    """A head that needs each support image, not their sums: a fitted task keeps all embeddings, of unit length."""
+
+    statistics_shapes = {"features": "ND", "labels": "N"}
+
+    def statistics(self, features: torch.Tensor, labels: torch.Tensor, num_classes: int) -> Tensors:
+        return {"features": unit(features), "labels": labels}
+
+    def merged(self, earlier: Tensors, later: Tensors) -> Tensors:
+        return {name: torch.cat([earlier[name].to(value), value]) for name, value in later.items()}
+
+    def prototypes(self, statistics: Tensors) -> torch.Tensor:
+        """Mean of each class's unit embeddings, shorter than 1 where they differ: (..., C, D)."""
+        features, labels = statistics["features"], statistics["labels"]
+        return super().prototypes(super().statistics(features, labels, int(labels.max()) + 1))
+
+
+class TransductiveHead(ImagesHead):
+    """A head that lets the queries say how they lie to each other and to the support images, all of unit length."""
 
     transductive = True
 
     def prepare(self, statistics: Tensors) -> Tensors:
-        return {"prototypes": unit(self.prototypes(statistics)), "counts": statistics["counts"]}
+        prototypes = self.prototypes(statistics)  # (..., C, D)
+        members = F.one_hot(statistics["labels"], prototypes.shape[-2]).to(prototypes.dtype)  # (..., N, C)
+        return {"prototypes": prototypes, "support": statistics["features"], "members": members}
 
 
 def unit(features: torch.Tensor) -> torch.Tensor:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from .base import LinearHead, Tensors, unit
+from .base import ImagesHead, LinearHead, Tensors
 
 
-class LogisticRegressionHead(LinearHead):
+class LogisticRegressionHead(ImagesHead, LinearHead):
     """Multinomial logistic regression with an L2 penalty on embeddings of unit length.
 
     The penalty is scikit-learn's default, `C=1`, as in "Rethinking Few-Shot Image Classification" (arXiv 2003.11539).
@@ -16,17 +16,6 @@ class LogisticRegressionHead(LinearHead):
     """
 
     name = "logistic_regression"
-    statistics_shapes = {"features": "ND", "labels": "N"}
-
-    def statistics(self, features: torch.Tensor, labels: torch.Tensor, num_classes: int) -> Tensors:
-        return {"features": unit(features), "labels": labels}
-
-    def merged(self, earlier: Tensors, later: Tensors) -> Tensors:
-        return {name: torch.cat([earlier[name].to(value), value]) for name, value in later.items()}
-
-    def prototypes(self, statistics: Tensors) -> torch.Tensor:
-        features, labels = statistics["features"], statistics["labels"]
-        return super().prototypes(super().statistics(features, labels, int(labels.max()) + 1))
 
     def prepare(self, statistics: Tensors) -> Tensors:
         features, labels = statistics["features"], statistics["labels"]

@@ -7,7 +7,7 @@ import math
 import torch
 
 from ...errors import ConfigError, DataError
-from .base import Tensors, TransductiveHead, unit
+from .base import FewShotHead, Tensors, unit
 
 
 ITERATIONS = 100
@@ -15,7 +15,7 @@ TEMPERATURE = 0.1
 _MOST_PASSES = 100
 
 
-class TransportHead(TransductiveHead):
+class TransportHead(FewShotHead):
     """Optimal-transport alignment of the prototypes with the queries (OpTA of BECLR, arXiv 2402.02444).
 
     Each class has to take an equal share of the queries, at the least squared distance with some entropy; a prototype
@@ -32,11 +32,15 @@ class TransportHead(TransductiveHead):
     """
 
     name = "transductive_transport"
+    transductive = True
 
     def __init__(self, entropy: float = 0.05, passes: int = 2):
         if passes > _MOST_PASSES:  # a sidecar of a stranger may ask for them
             raise ConfigError(f"passes must be at most {_MOST_PASSES}, got {passes}.")
         self.entropy, self.passes = float(entropy), int(passes)
+
+    def prepare(self, statistics: Tensors) -> Tensors:
+        return {"prototypes": unit(self.prototypes(statistics))}
 
     def logits(self, features: torch.Tensor, prepared: Tensors) -> torch.Tensor:
         prototypes, features = prepared["prototypes"], unit(features)

@@ -18,6 +18,7 @@ _SMALLEST_SHARE = 1e-6  # of the queries, so that the logarithm of a class witho
 class UnrolledEMHead(TransductiveHead):
     """Gaussian classes fitted to support and queries by a fixed number of EM iterations (UNEM, arXiv 2412.16739).
 
+    A class mean is that of its support images and of the queries assigned to it, all of unit length.
     Each iteration is a layer with parameters of its own. It assigns the queries by their distance to the class means
     and the classes' shares of the queries, then moves means and shares. [`fit_head`] learns the parameters on
     surrogate episodes, so no real image is needed. The defaults are plain EM, which starts from the probabilities of
@@ -53,7 +54,7 @@ class UnrolledEMHead(TransductiveHead):
 
     def logits(self, features: torch.Tensor, prepared: Tensors) -> torch.Tensor:
         support, features = prepared["prototypes"], unit(features)
-        shots = prepared["counts"][..., None]  # (..., C, 1)
+        shots = prepared["members"].sum(-2).unsqueeze(-1)  # (..., C, 1)
         means, shares = support, torch.full_like(shots.mT, 1 / support.shape[-2])  # (..., C, D), (..., 1, C)
         for balance, temperature in zip(self.balance, self.temperature, strict=True):
             distances = _distances(features, means)
