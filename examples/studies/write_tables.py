@@ -28,14 +28,15 @@ BASELINES = ("frozen", *GROUPED, "magnitude", "arrow")
 MERGES = ("frozen", "average", "average:3", "dare", "dare:3", "ties:1", "ties", "knots:1", "knots")
 #: folder of the results of one pool's benchmark, and the methods shown beside frozen, random and average
 POOLS = {
+    "experts": ("restored", "undiluted", "nearest-group", "meta-lora-shared", "meta-lora"),
     "mixed-100": (*GROUPED, "undiluted-16", "judged", "learnt", "last-step", "real-data", "ensemble"),
     "cifar-100": ("average-rank-16", "judged", "last-step", "real-data", "ensemble"),
     "second-backbone": (*GROUPED, "undiluted-16", "judged", "learnt", "last-step", "real-data", "ensemble"),
 }
 #: the columns of docs/benchmarks.md beside frozen and average, and what the pools of POOLS call the meta-LoRA
-FRONT = ("restored", "undiluted", "nearest-group", "meta-lora", "ensemble", "real-data")
-DEFAULT_RECIPE = {"meta-lora": "judged"}
-METHODS = ("frozen", "frozen-centred", "random", "average", "meta-lora", "ensemble")
+FRONT = ("restored", "undiluted", "nearest-group", "meta-lora-shared", "ensemble", "real-data")
+DEFAULT_RECIPE = {"meta-lora-shared": "judged"}
+METHODS = ("frozen", "frozen-centred", "random", "average", "meta-lora-shared", "ensemble")
 IN_DOMAIN = ("frozen", "random", "average", "meta-lora", "magnitude", "dare", "ties:1", "knots:1", "arrow", "ensemble")
 TUNED = (
     "linear-probe",
@@ -75,7 +76,7 @@ def evaluation_table(rows: list[dict], methods: tuple[str, ...] = METHODS, show:
 def tuned_table(rows: list[dict]) -> str:
     """One line a data set and shot: what each method gains over frozen on the episodes that it tuned on."""
     judged = {row["method"] for row in rows}
-    methods = tuple(method for method in ("average", "meta-lora", *TUNED) if method in judged)
+    methods = tuple(method for method in ("average", "meta-lora", "meta-lora-shared", *TUNED) if method in judged)
     return evaluation_table(rows, methods, gain)
 
 
@@ -92,12 +93,13 @@ def pool_benchmark_table(name: str, methods: tuple[str, ...]) -> str:
     rows = {(row["data"], row["shots"], row["method"].partition(" @ ")[::2]): row for row in found["rows"]}
     details = {(row["data"], row["shots"], row["method"]): row for row in found["details"]}
     owned = any(pool for _, _, (_, pool) in rows)
-    header = ["data", "shots", "frozen", "random", "average", *methods, *(["average of its own"] if owned else [])]
+    plainly = [name for name in ("frozen", "random", "average") if name in {method for _, _, (method, _) in rows}]
+    header = ["data", "shots", *plainly, *methods, *(["average of its own"] if owned else [])]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for data, shots in dict.fromkeys(key[:2] for key in rows):
         plain = {method: row for (d, k, (method, pool)), row in rows.items() if (d, k, pool) == (data, shots, "")}
         own = [row for (d, k, (_, pool)), row in rows.items() if (d, k) == (data, shots) and pool]
-        cells = [data, str(shots), *(f"{plain[method]['accuracy']:.1f}" for method in ("frozen", "random", "average"))]
+        cells = [data, str(shots), *(f"{plain[method]['accuracy']:.1f}" for method in plainly)]
         for method in methods:
             delta, half = (details[data, shots, method][f"delta_vs_average{end}"] for end in ("", "_ci95"))
             cells.append(f"{plain[method]['accuracy']:.1f} ({delta:+.1f} ± {half:.1f})")
@@ -253,17 +255,17 @@ def efficiency_table() -> str:
 def tables() -> dict[str, str]:
     """Name of each generated table to its Markdown."""
     judged, chosen = rows_of(BENCHMARKS / "results.json"), rows_of(BENCHMARKS / "validation" / "results.json")
-    home = [row for row in judged if row["data"].split("/")[0] in HOME]
+    home = [row for row in rows_of(BENCHMARKS / "experts" / "results.json") if row["data"].split("/")[0] in HOME]
     real = [row for row in rows_of(BENCHMARKS / "real-data" / "results.json") if row["method"] == "real-data"]
     frozen = rows_of(*(RESULTS / f"frozen_{name}.json" for name in FROZEN_SETS))
-    starts = ("frozen", "average", *GROUPED, "meta-lora", "learnt")
+    starts = ("frozen", "average", *GROUPED, "meta-lora-shared", "learnt")
     return {
         "front-shipped": front_table(BENCHMARKS / "results.json", BENCHMARKS / "real-data" / "results.json"),
         **{
             f"front-{name}": front_table(BENCHMARKS / name / "results.json", names=DEFAULT_RECIPE)
             for name in ("mixed-100", "second-backbone")
         },
-        "results": evaluation_table(home, ("frozen", "average", "meta-lora")),
+        "results": evaluation_table(home, ("frozen", "average", "meta-lora-shared", "meta-lora")),
         "test": evaluation_table(judged + real, (*METHODS, "real-data")),
         "in-domain": evaluation_table(rows_of(BENCHMARKS / "in-domain" / "results.json"), IN_DOMAIN),
         "in-domain-tuned": tuned_table(rows_of(BENCHMARKS / "in-domain" / "results.json")),
