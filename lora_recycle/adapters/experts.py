@@ -12,6 +12,7 @@ from ..hub.download import HubOptions, fetch
 from ..hub.repo_files import CODES_FILE, CONFIG_FILE, MAX_EXPERTS, SIDECAR_FILE, WEIGHTS_FILE, expert_folder
 from ..runtime.untrusted import MAX_FILE_BYTES, MAX_TEXT_BYTES
 from .files import compare_checksums
+from .places import join_name, split_name
 from .pull import AdapterInfo, describe_adapter
 
 
@@ -115,8 +116,10 @@ def pull_experts(info: AdapterInfo, domains: DomainEntries, hub: HubOptions) -> 
     """
     numbers = range(1, len(domains.experts) + 1)
     if info.revision is not None and not all((info.path / expert_folder(n) / CONFIG_FILE).is_file() for n in numbers):
-        wanted = {f"{expert_folder(n)}/{name}": most for n in numbers for name, most in EXPERT_FILES.items()}
-        fetch(info.name, wanted, info.revision, **hub)  # into the folder that the commit has already
+        repo, sub = split_name(info.name)
+        folders = [join_name(sub, expert_folder(n)) if sub else expert_folder(n) for n in numbers]
+        wanted = {f"{folder}/{name}": most for folder in folders for name, most in EXPERT_FILES.items()}
+        fetch(repo, wanted, info.revision, **hub)  # into the folder that the commit has already
     return [_pulled(info, number, entry) for number, entry in zip(numbers, domains.experts, strict=True)]
 
 

@@ -113,7 +113,7 @@ class Merge(MergingMethod):
         blank: dict[str, Any] = dict.fromkeys(("revision", "rank", "alpha", "num_classes", "labels"))
         name = f"{type(self).__name__} of {len(pool)} adapters"
         info = dataclasses.replace(pool[0].info, name=name, path=Path(), sha256="", config={}, **blank)
-        return Adapter(info, *split_changes(self.changes(pool)))
+        return Adapter(info, *split_changes(self.changes(pool), pool.backbone))
 
     def networks(self, pool: AdapterPool) -> Iterator[AbstractContextManager[Backbone]]:
         yield pool.folded([self.merge(pool)])

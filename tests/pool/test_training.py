@@ -13,7 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import Dinov2Config, Dinov2Model, ViTForImageClassification
 
-from lora_recycle.adapters.pull import find_adapters, pull_adapter
+from lora_recycle.adapters.places import find_adapters
+from lora_recycle.adapters.pull import pull_adapter
 from lora_recycle.errors import ConfigError, DataError, StorageError
 from lora_recycle.images.labelled import LabelledImages
 from lora_recycle.pool import training
