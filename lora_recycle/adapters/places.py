@@ -92,7 +92,7 @@ def find_adapters(folder: str | Path) -> list[Path]:
         raise AdapterError(f"{folder}: no such folder.")
     if place_of_folder(folder):
         return [folder]
-    found = [path for path in _walk(folder, folder.resolve(), set()) if not (_is_checkpoint(path) and _is_bare(path))]
+    found = [path for path in _walk(folder, folder.resolve()) if not (_is_checkpoint(path) and _is_bare(path))]
     if not found:
         raise AdapterError(
             f"{folder}: no adapter here; neither it nor its sub-folders hold {CONFIG_FILE}, or the {MODEL_CONFIG} and "
@@ -168,15 +168,14 @@ def _is_bare(folder: Path) -> bool:
     return not (named or (settings.get("architecture") and settings.get("num_classes")))
 
 
-def _walk(folder: Path, root: Path, seen: set[Path], depth: int = 0) -> Iterator[Path]:
+def _walk(folder: Path, root: Path, depth: int = 0) -> Iterator[Path]:
     """The adapters and checkpoints below `folder`; what lies inside of one is its own affair."""
     for child in sorted(path for path in folder.iterdir() if path.is_dir()):
         real = child.resolve()
-        # a hidden folder is one that a writer has not finished
-        if child.name.startswith(".") or real in seen:
-            continue
-        seen.add(real)
         inside = real.is_relative_to(root)
+        # a hidden folder is one that a writer has not finished, and what a link leads to in here is found there
+        if child.name.startswith(".") or (child.is_symlink() and inside):
+            continue
         if place_of_folder(child):
             if not inside:
                 raise AdapterError(
@@ -185,7 +184,7 @@ def _walk(folder: Path, root: Path, seen: set[Path], depth: int = 0) -> Iterator
                 )
             yield child
         elif inside and depth < MAX_FOLDERS_DEEP:
-            yield from _walk(child, root, seen, depth + 1)
+            yield from _walk(child, root, depth + 1)
 
 
 def _last_of_runs(folders: Iterable[str]) -> list[str]:
