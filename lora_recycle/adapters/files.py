@@ -229,6 +229,21 @@ def read_shapes(path: Path, where: str) -> dict[str, tuple[int, ...]]:
         raise AdapterError(f"{where} is truncated or damaged, or unsafe: {error}. Fetch it again.") from error
 
 
+def without_twins(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The tensors of a file without those that PEFT keeps beside what it trained: of a module that is saved whole the
+    original, and with `bias="all"` its bias a second time, or that of a classifier which is not saved."""
+    kept = {key: shape for key, shape in shapes.items() if ".original_module." not in key}
+    if config.get("bias") != "all":
+        return kept
+    kept = {key: kept[key] for key in kept if not (key.endswith(".modules_to_save.bias") and _outer(key) in kept)}
+    lonely = {key for key in kept if HEAD.fullmatch(key) and key.removesuffix("bias") + "weight" not in kept}
+    return {key: shape for key, shape in kept.items() if key not in lonely or not key.endswith(".bias")}
+
+
+def _outer(key: str) -> str:
+    return key.replace(".modules_to_save.", ".")
+
+
 def head_classes(shapes: dict[str, tuple[int, ...]], where: str) -> int | None:
     """Rows of the head. Raises `AdapterError` where its shapes are none of a linear layer's (C, D) and (C,)."""
     heads = {key: shapes[key] for key in shapes if HEAD.fullmatch(key)}

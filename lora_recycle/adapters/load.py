@@ -18,6 +18,7 @@ from .files import (
     HEAD,
     POOLED_HEAD,
     read_header,
+    without_twins,
 )
 from .keys import PEFT_PREFIX, rebuild_config, to_backbone_keys, without_training_only
 from .other_names import is_split, shape_of, take, translate
@@ -86,7 +87,7 @@ def load_adapter(
         AdapterError: a tensor is not finite, missing, unexpected or of another shape or kind of number than `model`
             needs; the head is neither `hidden_size` nor twice that wide; or the config would change the base model.
     """
-    shapes = read_header(info.path, info.where)
+    shapes = without_twins(info.config, read_header(info.path, info.where))
     if (info.path / info.file).stat().st_size != info.size_bytes:
         raise file_changed(info)
     head = _head_keys(info, shapes, model.config.hidden_size)

@@ -80,7 +80,7 @@ class Piece(NamedTuple):
 def translate(keys: Iterable[str], model_type: str, tower: str = "image") -> dict[str, Piece]:
     """Names as transformers would give them to the piece of the file that belongs there; others stay as they are.
 
-    Of a model with two towers only one is kept, and nothing of what a PEFT wrapper keeps beside the weights it saves.
+    Of a model with two towers only one is kept.
 
     Args:
         keys: of the file, all with PEFT's prefix, or none that begins with it.
@@ -91,7 +91,6 @@ def translate(keys: Iterable[str], model_type: str, tower: str = "image") -> dic
         AdapterError: an adapter tunes q, k and v as one matrix in a way that is not made of rows, or of the text half
             something else than the text tower.
     """
-    keys = [key for key in keys if ".original_module." not in key]
     bare = {key: key.removeprefix(PEFT_PREFIX) for key in keys}
     if tower == "text":
         return _text_half(bare)

@@ -35,6 +35,7 @@ from .files import (
     read_shapes,
     target_names,
     weights_file,
+    without_twins,
 )
 from .other_names import PEFT_PREFIX
 from .places import Place, join_name, only_place, place_of_folder, places_in_repo, split_name
@@ -190,9 +191,8 @@ def describe_adapter(folder: Path, name: str, revision: str | None) -> AdapterIn
     where = f"{name}@{revision}" if revision else name
     config, file = read_config(folder, where), weights_file(folder)
     bits, shapes = read_codes(folder, where) if file == CODES_FILE else (None, read_header(folder, where))
-    kept = {k: v for k, v in shapes.items() if not (config.get("bias") == "all" and k.endswith(".bias"))}
-    num_classes = head_classes(shapes, where) if head_classes(kept, where) else None  # a bias alone is no head
-    sha256 = file_sha256(folder / file)
+    shapes = without_twins(config, shapes)
+    num_classes, sha256 = head_classes(shapes, where), file_sha256(folder / file)
     check_checksums(folder, where, config, sha256)
     return AdapterInfo(
         name=name,
