@@ -64,6 +64,8 @@ _OPEN_CLIP = (
     (r"ln_post", r"post_layernorm"),
 )
 _FUSED, _QKV = "[qkv]_proj", ("q_proj", "k_proj", "v_proj")
+# PEFT merges this change twice into torch's MultiheadAttention, in training as in use
+_TWICE = ".attn.base_layer.out_proj.lora_B.weight"
 _ROWS = re.compile(r"\.(weight|bias|lora_B\.(weight|bias)|lora_magnitude_vector(\.weight)?|hada_w[12]_a)$")
 _SHARED = re.compile(r"\.(lora_A\.weight|hada_w[12]_b)$")
 _TEXT_TOWER = "text_model."
@@ -71,10 +73,11 @@ _TEXT = re.compile(r"text_model\.|text_projection|logit_scale|logit_bias|token_e
 
 
 class Piece(NamedTuple):
-    """A tensor of a file, or a third of its rows: 0 for q, 1 for k, 2 for v."""
+    """A tensor of a file, or a third of its rows: 0 for q, 1 for k, 2 for v; times `scale`."""
 
     key: str
     third: int | None = None
+    scale: float = 1.0
 
 
 def translate(keys: Iterable[str], model_type: str, tower: str = "image") -> dict[str, Piece]:
@@ -109,7 +112,7 @@ def translate(keys: Iterable[str], model_type: str, tower: str = "image") -> dic
         prefix = key[: len(PEFT_PREFIX)] if key.startswith(PEFT_PREFIX) else ""
         name = re.sub(r"\.modules_to_save(\.\w+)?\.", ".", name).replace(".base_layer.bias", ".bias")
         for new, third in _by_rules(name, rules):
-            pieces[prefix + new] = Piece(key, third)
+            pieces[prefix + new] = Piece(key, third, 2.0 if key.endswith(_TWICE) else 1.0)
     return pieces
 
 
@@ -132,7 +135,8 @@ def is_split(pieces: dict[str, Piece]) -> bool:
 
 def take(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
     """The piece of its tensor."""
-    return tensor if piece.third is None else tensor.chunk(3)[piece.third].clone()
+    tensor = tensor if piece.third is None else tensor.chunk(3)[piece.third].clone()
+    return tensor if piece.scale == 1 else tensor * piece.scale
 
 
 def shape_of(shape: tuple[int, ...], piece: Piece) -> tuple[int, ...]:
