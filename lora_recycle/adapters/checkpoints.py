@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from ..backbones.backbone import Backbone
+from ..backbones.base_config import CONFIG_FILE
 from ..backbones.base_models import WEIGHTS, BaseModel
 from ..errors import AdapterError
-from ..runtime.files import file_sha256
+from ..runtime.files import creating_folder, file_sha256
+from ..runtime.outputs import check_output
 from .adapter import Adapter
 from .checkpoint_files import is_multi_label, is_timm
 from .files import HEAD
@@ -19,7 +24,7 @@ from .heads import Head
 from .keys import PEFT_PREFIX
 from .load import check_numbers
 from .other_names import take, translate
-from .pull import AdapterInfo, file_changed
+from .pull import AdapterInfo, describe_checkpoint, file_changed
 from .weight_deltas import split_changes
 
 
@@ -64,6 +69,40 @@ def load_checkpoint(info: AdapterInfo, backbone: Backbone) -> Adapter:
         )
     factors, vector_deltas = split_changes({name: c for name, c in changes.items() if c.any()}, backbone)
     return Adapter(info, factors, vector_deltas, head)
+
+
+def save_checkpoint(
+    folder: str | Path,
+    state_dict: Mapping[str, torch.Tensor],
+    backbone: Backbone,
+    labels: Sequence[str] | None = None,
+) -> Path:
+    """Write the weights of a tuned model as a checkpoint that a pool takes, and return the folder.
+
+    The way in for adapters that PEFT does not have: merge the adapter into its model, in the code that made it, and
+    hand over what the merged model holds.
+
+    Args:
+        state_dict: all weights of the image encoder, with or without a `classifier`, under names of transformers, timm
+            or OpenCLIP.
+        backbone ([`Backbone`]): the base model that was tuned.
+        labels (`list[str]`, *optional*): names of the head's classes.
+
+    Raises:
+        AdapterError: a weight is missing or of another shape, or it was tuned from another base model.
+        StorageError: `folder` is there and not empty, or cannot be written.
+    """
+    folder = Path(folder)
+    check_output(folder)
+    config = backbone.model.config.to_dict() | {"architectures": ["ForImageClassification"]}
+    if labels is not None:
+        config["id2label"] = {str(i): str(name) for i, name in enumerate(labels)}
+    with creating_folder(folder) as new:
+        tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state_dict.items()}
+        save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
+        (new / CONFIG_FILE).write_text(json.dumps(config, default=str), encoding="utf-8")
+        load_checkpoint(describe_checkpoint(new, folder.name, None), backbone)
+    return folder
 
 
 def _named(info: AdapterInfo) -> str:

@@ -165,14 +165,14 @@ def agree_on_base(
             return base(info) == chosen
         return info.base_model in (None, chosen[0])  # it names no revision; its weights are compared when it is read
 
-    counts = Counter(base(info) for info in infos if info.base_model)
+    named = Counter(base(info) for info in infos if info.base_model and info.peft_type != CHECKPOINT)
+    whole = Counter(info.base_model for info in infos if info.base_model and info.peft_type == CHECKPOINT)
+    counts = {one: count + whole[one[0]] for one, count in named.items()}
+    counts |= {(name, None): count for name, count in whole.items() if all(name != one for one, _ in named)}
     if not counts:
         raise unnamed_base(infos[0])
-    # of a base model that some name with a revision and checkpoints without, the one with
-    chosen = max(counts, key=lambda one: (sum(n for (name, _), n in counts.items() if name == one[0]), counts[one]))
-    if chosen[1] is None and all(info.peft_type == CHECKPOINT for info in infos if base(info) == chosen):
-        chosen = next((one for one, _ in counts.most_common() if one[0] == chosen[0] and one[1]), chosen)
-    first = next(info for info in infos if base(info) == chosen)
+    chosen = max(counts, key=lambda one: counts[one])  # the first of those that are named as often
+    first = next(info for info in infos if info.base_model and agrees(info))
     named_base(first)
     agreeing = []
     for info in infos:
