@@ -94,7 +94,10 @@ def save_checkpoint(
     """
     folder = Path(folder)
     check_output(folder)
-    config = backbone.model.config.to_dict() | {"architectures": ["ForImageClassification"]}
+    kind = type(backbone.model).__name__
+    if any(HEAD.fullmatch(PEFT_PREFIX + key) for key in state_dict):
+        kind = kind.removesuffix("Model").removesuffix("Vision") + "ForImageClassification"
+    config = backbone.model.config.to_dict() | {"architectures": [kind]}
     if labels is not None:
         config["id2label"] = {str(i): str(name) for i, name in enumerate(labels)}
     with creating_folder(folder) as new:

@@ -47,9 +47,8 @@ def checkpoint(folder, **options):
 
 
 def merged(folder):
-    model = tiny_classifier()
-    base = Backbone(model.vit, tiny_processor(), "twin")
-    wearing = get_peft_model(tiny_classifier(), LoraConfig(target_modules=ATTENTION))
+    base = Backbone(shake(tiny_classifier()).vit, tiny_processor(), "twin")
+    wearing = get_peft_model(shake(tiny_classifier()), LoraConfig(r=2, lora_alpha=1, target_modules=["q_proj"]))
     randomise(wearing)
     wearing.merge_and_unload().save_pretrained(folder / "merged")
     return {"backbone": base}

@@ -145,9 +145,12 @@ def image_folder(toy_data, tmp_path):
     return folder
 
 
-def test_a_pool_resumes_where_it_stopped(image_folder, tiny_backbone_path, tmp_path):
+def test_a_pool_resumes_where_it_stopped(image_folder, tiny_backbone_path, tmp_path, monkeypatch):
     config = AdapterTrainingConfig(tasks=3, classes=2, epochs=1, rank=2, targets="q_proj", batch_size=8)
-    results = train_adapters(image_folder, tmp_path / "pool", config, str(tiny_backbone_path), progress=False)
+    monkeypatch.chdir(tiny_backbone_path.parent)
+    results = train_adapters(image_folder, tmp_path / "pool", config, tiny_backbone_path.name, progress=False)
+    monkeypatch.chdir(tmp_path)  # where the relative path leads nowhere
+    assert len(AdapterPool.from_pretrained(tmp_path / "pool")) == 3
     folders = find_adapters(tmp_path / "pool")
     assert [f.name for f in folders] == ["images-000", "images-001", "images-002"] and len(results) == 3
     assert set(results[0]) == {"adapter", "accuracy", "frozen_prototypes"}
