@@ -21,6 +21,10 @@ class DataError(LoRARecycleError):
     """Images, labels or surrogate data are missing, damaged or too few."""
 
 
+class ImageError(DataError):
+    """One image cannot be read. Where several were given, it can be left out (`failures`, `--skip-errors`)."""
+
+
 class PushError(LoRARecycleError):
     """Something cannot be published: unfit for the Hub as it is, or the Hub or the way to it refused."""
 

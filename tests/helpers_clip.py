@@ -45,3 +45,18 @@ def wear_lora(model: PreTrainedModel, folder: Path, base: str, seed: int = 0, ra
     wearing.peft_config["default"].base_model_name_or_path = base
     wearing.save_pretrained(folder)
     return wearing
+
+
+#: Of the file that `paper_tensors` makes.
+RANK, CLASSES = 3, 5
+
+
+def paper_tensors(layers=2, hidden=32, projection=24, scale=0.2):
+    """What the code saves for a tiny CLIP: q and v of each layer in turn, and the head's weight."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for i in range(2 * layers):
+        tensors[f"w_a_{i:03d}"] = scale * torch.randn(RANK, hidden, generator=generator)
+        tensors[f"w_b_{i:03d}"] = scale * torch.randn(hidden, RANK, generator=generator)
+    tensors[f"fc_{projection}in_{CLASSES}out"] = torch.randn(CLASSES, projection, generator=generator)
+    return tensors

@@ -165,7 +165,22 @@ def invert_with_cnn(work: Path) -> None:
     succeed("invert", adapter, "--output", work / "images", "--priors", "batch_norm=0.1", *small)
 
 
-EXTRAS: dict[str, Callable[[Path], None]] = {"app": serve_page, "onnx": export_onnx, "cnn": invert_with_cnn}
+def read_heic(work: Path) -> None:
+    import pillow_heif
+    from PIL import Image
+
+    for name, colour in (("red", (200, 0, 0)), ("blue", (0, 0, 200))):
+        (work / "heic" / name).mkdir(parents=True)
+        pillow_heif.from_pillow(Image.new("RGB", (64, 64), colour)).save(work / "heic" / name / "1.heic")
+    assert "red" in succeed("predict", "demo", "--support", work / "heic", work / "heic" / "red")
+
+
+EXTRAS: dict[str, Callable[[Path], None]] = {
+    "app": serve_page,
+    "onnx": export_onnx,
+    "cnn": invert_with_cnn,
+    "heic": read_heic,
+}
 
 
 def check_plain(work: Path) -> None:
@@ -178,6 +193,8 @@ def check_plain(work: Path) -> None:
     recycle(work)
     use_meta_lora(work)
     refuse("app", "app", "--no-browser")
+    (work / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    refuse("heic", "predict", "demo", "--support", work / "photos", work / "photo.heic")
     refuse("onnx", "export", work / "meta", "--output", work / "onnx")
     refuse("cnn", "invert", work / "pool", "--output", work / "other", "--priors", "batch_norm=0.1")
     assert ran == verbs, f"without a run: {verbs - ran}"

@@ -16,7 +16,7 @@ def test_an_installation_brings_what_requirements_ask_for_in_turn_and_no_extra()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("extra", ["", "app", "cnn", "onnx"])
+@pytest.mark.parametrize("extra", ["", "app", "cnn", "heic", "onnx"])
 def test_every_name_and_verb_needs_only_what_is_installed_with_it(extra, tmp_path):
     extras = [extra] if extra else []
     python = make_environment(tmp_path / "venv", extras)

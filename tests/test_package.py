@@ -166,7 +166,12 @@ def pins(name: str) -> dict[str, str]:
 
 
 def test_lower_bounds_are_the_versions_that_make_lowest_tests():
-    bounds = {**requirements("install_requires"), **requirements("app"), **requirements("onnx")}
+    bounds = {
+        **requirements("install_requires"),
+        **requirements("app"),
+        **requirements("onnx"),
+        **requirements("heic"),
+    }
     assert bounds == {name: f">={version}" for name, version in pins("lowest.txt").items()}
 
 
@@ -175,4 +180,6 @@ def test_what_is_tested_is_allowed():
     for name, version in pins("constraints.txt").items():
         assert Version(version) >= Version(required.get(name, ">=0").removeprefix(">=")), name
     extras = requirements("test")
-    assert all(extras[name] == bound for extra in ("app", "onnx") for name, bound in requirements(extra).items())
+    assert all(
+        extras[name] == bound for extra in ("app", "onnx", "heic") for name, bound in requirements(extra).items()
+    )

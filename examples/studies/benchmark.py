@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> dict:
     from speed.report import markdown, plot, text_table
 
     if args.plot:
-        args.plot.write_text(plot(result))
+        args.plot.write_text(plot(result), encoding="utf-8")
     if args.markdown:
         print(markdown(result))
     else:
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> dict:
                 "seconds": round(time.perf_counter() - started, 1),
             }
             if args.json:
-                args.json.write_text(json.dumps(result, indent=1) + "\n")
+                args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
 
 

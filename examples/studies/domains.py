@@ -4,21 +4,23 @@
         --figure docs/figures/domains.svg                                                            # 15 minutes
 
 5-way, 1,000 episodes, 15 queries, at most 40 images a class, on the validation and the test splits of the embedded
-pool's data sets and on three sets of other kinds. Omniglot_small has no validation split; the 33 characters of its
-training split that no adapter saw stand in for it. DATA holds `<set>/<split>.parquet`. The experts are the exact
-averages of the pool's domains, before they are cut to a rank. Features lie in `--work`, so that a run that was cut
-short goes on. The rows: the shared network
-alone; the pool's exact average; the average of the nearest of the three groups; the average of the domain's own
-adapters, which knows the domain; the best network of each episode, which knows the answers; and the choice of `fit`.
+pool's data sets and on five sets of other kinds. Omniglot_small has no validation split; the 33 characters of its
+training split that no adapter saw stand in for it. DATA holds `<set>/<split>.parquet`; far_sets.py makes the last two.
+The experts are the exact averages of the pool's domains, before they are cut to a rank. Features are kept in `--work`,
+so a run that was cut short continues. The rows: the shared network alone; the pool's exact average; the average of the
+nearest of the three groups; the average of the domain's own adapters, which knows the domain; the best network of each
+episode, which knows the answers; and the choice of `fit`.
 """
 
 import argparse
+import dataclasses
 import json
 from collections import Counter, defaultdict
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from common import validation_sets
 from safetensors.torch import load_file
 
 from lora_recycle import AdapterPool, MetaLoRAForFewShotClassification
@@ -36,27 +38,16 @@ from lora_recycle.runtime.files import atomic_save_tensors, atomic_write
 
 
 HOME = ("cifar_fs", "mini_imagenet", "vgg_flower", "omniglot_small")
-FAR = ("chestx", "isic", "crop_diseases")
-#: Characters of the training split that no adapter of the embedded pool saw.
-HELD_BACK = 33
+FAR = ("chestx", "isic", "crop_diseases", "textures", "emoji")
 AVERAGE, GROUP = "average", "group "
 
 
 def splits(data: Path, size: int, resample: int) -> list[LabelledImages]:
     """Validation and test splits of the home sets, then the test splits of the others."""
-    load = {"size": size, "resample": resample, "max_per_class": 40}
-    found = [
-        load_labelled_images(data / name / f"{split}.parquet", **load)
-        for split in ("validation", "test")
-        for name in HOME
-        if (name, split) != ("omniglot_small", "validation")
-    ]
-    train = load_labelled_images(data / "omniglot_small" / "train.parquet", **load)
-    first = len(train.label_names) - HELD_BACK
-    held = train.labels >= first
-    names = (train.label_names[first:], "omniglot_small/validation")
-    found.insert(3, LabelledImages(train.pixels[held], train.labels[held] - first, *names))
-    return [*found, *(load_labelled_images(data / name / "test.parquet", **load) for name in FAR)]
+    limits = {"size": size, "resample": resample, "max_per_class": 40}
+    *photos, characters = validation_sets(data, size, resample, each=40)
+    validation = [*photos, dataclasses.replace(characters, name="omniglot_small/validation")]
+    return validation + [load_labelled_images(data / name / "test.parquet", **limits) for name in (*HOME, *FAR)]
 
 
 def all_features(

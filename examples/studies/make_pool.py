@@ -128,7 +128,7 @@ def rename_to_transformers_4(folder: Path) -> None:
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text())
     config["target_modules"] = sorted({LEGACY_TARGETS.get(name, "dense") for name in config["target_modules"]})
-    path.write_text(json.dumps(config, indent=2))
+    path.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def main() -> None:

@@ -82,7 +82,7 @@ def teacher_features(pixels: torch.Tensor, size: int, dtype: torch.dtype, work: 
         features[i : i + batch] = teacher.extract_features(images).float().mean((2, 3)).half().numpy()
         if (i + batch) % block == 0 or i + batch >= len(pixels):
             features.flush()
-            done.write_text(str(min(i + batch, len(pixels))))
+            done.write_text(str(min(i + batch, len(pixels))), encoding="utf-8")
     return features
 
 

@@ -62,7 +62,7 @@ def main() -> None:
                 print_row(rows[-1])
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1))
+        args.json.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1), encoding="utf-8")
 
 
 def write_adapters(folder: Path, count: int, hidden: int, layers: int) -> None:

@@ -247,9 +247,10 @@ def fill(text: str, tables: dict[str, str]) -> str:
 def main() -> None:
     made = tables()
     for path in pages():
-        path.write_text(fill(path.read_text(), made))
+        path.write_text(fill(path.read_text(encoding="utf-8"), made), encoding="utf-8")
     if (RESULTS / "efficiency.json").exists():
-        (RESULTS / "efficiency.svg").write_text(price.curves(json.loads((RESULTS / "efficiency.json").read_text())))
+        measured = json.loads((RESULTS / "efficiency.json").read_text(encoding="utf-8"))
+        (RESULTS / "efficiency.svg").write_text(price.curves(measured), encoding="utf-8")
 
 
 FROZEN_SETS = (

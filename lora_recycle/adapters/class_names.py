@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from ..errors import ConfigError, first_line
-from ..runtime.untrusted import read_text
+from ..runtime.untrusted_files import read_text
 from .pull import AdapterInfo
 
 

@@ -10,7 +10,8 @@ from ..errors import AdapterError
 from ..fewshot.domains import ROLES, SHARED, Expert
 from ..hub.download import HubOptions, fetch
 from ..hub.repo_files import CODES_FILE, CONFIG_FILE, MAX_EXPERTS, SIDECAR_FILE, WEIGHTS_FILE, expert_folder
-from ..runtime.untrusted import MAX_FILE_BYTES, MAX_TEXT_BYTES
+from ..runtime.untrusted_files import MAX_TEXT_BYTES
+from ..runtime.untrusted_tensors import MAX_FILE_BYTES
 from .files import compare_checksums
 from .places import join_name, split_name
 from .pull import AdapterInfo, describe_adapter

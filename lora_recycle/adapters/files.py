@@ -29,14 +29,9 @@ from ..hub.repo_files import (
     optional_file,
 )
 from ..runtime.files import file_sha256
-from ..runtime.untrusted import (
-    MAX_FILE_BYTES,
-    MAX_TEXT_BYTES,
-    check_settings,
-    parse_json,
-    read_safetensors_header,
-    read_text,
-)
+from ..runtime.untrusted import check_settings, parse_json
+from ..runtime.untrusted_files import MAX_TEXT_BYTES, read_text
+from ..runtime.untrusted_tensors import MAX_FILE_BYTES, read_safetensors_header
 from .quantization import read_coded_header
 
 

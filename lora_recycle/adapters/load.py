@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftConfig, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..backbones.backbone import Backbone
 from ..errors import AdapterError
 from .files import (
     HEAD,
@@ -241,3 +242,10 @@ def _expected_tensors(peft_config: PeftConfig, model: nn.Module) -> dict[str, Te
 
 def _saved_by_peft(peft_config: PeftConfig, model: nn.Module) -> dict[str, Tensor]:
     return get_peft_model_state_dict(wrap(model, copy.deepcopy(peft_config)), save_embedding_layers=False)
+
+
+def wear(backbone: Backbone, adapter: LoadedAdapter) -> PeftModel:
+    """Wrap a backbone's linear layers in place; gives PEFT's model around it."""
+    peft_model = wrap(backbone.model, adapter.peft_config)
+    set_peft_model_state_dict(peft_model, adapter.state_dict)
+    return peft_model.to(device=backbone.device, dtype=backbone.dtype)

@@ -12,7 +12,9 @@ from ..backbones.base_models import WEIGHTS as MODEL_WEIGHTS
 from ..errors import AdapterError
 from ..hub.download import HubOptions, fetch, list_files
 from ..hub.repo_files import CARD_FILE, CODES_FILE, CONFIG_FILE, WEIGHTS_FILE
-from ..runtime.untrusted import MAX_FILE_BYTES, MAX_TEXT_BYTES, parse_json, read_text
+from ..runtime.untrusted import parse_json
+from ..runtime.untrusted_files import MAX_TEXT_BYTES, read_text
+from ..runtime.untrusted_tensors import MAX_FILE_BYTES
 from .files import BIN_FILES, REPO_FILES
 
 

@@ -20,7 +20,8 @@ from ..hub.download import HubOptions
 from ..hub.licenses import read_license
 from ..hub.repo_files import CODES_FILE, WEIGHTS_FILE, checked_file
 from ..runtime.files import file_sha256
-from ..runtime.untrusted import check_utf8, count
+from ..runtime.untrusted_files import check_utf8
+from ..runtime.untrusted_tensors import count
 from .checkpoint_files import CHECKPOINT, config_labels, named_in_config, read_base_name, read_checkpoint_settings
 from .files import (
     BIN_FILES,

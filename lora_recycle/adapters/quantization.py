@@ -18,12 +18,12 @@ from safetensors.torch import load, save
 
 from ..errors import AdapterError, ConfigError
 from ..hub.repo_files import CODES_FILE, WEIGHTS_FILE
-from ..runtime.untrusted import (
+from ..runtime.untrusted import parse_json
+from ..runtime.untrusted_tensors import (
     check_names,
     check_total,
     checked_shape,
     count,
-    parse_json,
     parse_safetensors_header,
     read_safetensors_header,
 )

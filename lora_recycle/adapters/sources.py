@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 
 from ..errors import AdapterError, ConfigError
 from ..hub.download import HubOptions, explain, repeated
-from ..runtime.untrusted import read_text
+from ..runtime.terminal import counted
+from ..runtime.untrusted_files import read_text
 from .checkpoint_files import CHECKPOINT
 from .places import Place, find_adapters
 from .pull import AdapterInfo, describe_place, find_places
@@ -65,10 +66,12 @@ class BadAdapters:
     def warn(self, used: int) -> None:
         """Say which adapters were skipped. Raises `AdapterError` where no usable one is left."""
         if not used and self.skipped:
-            raise AdapterError(f"None of the {len(self.skipped)} adapters can be used. {self.skipped[0][1]}")
+            every = counted(len(self.skipped), "adapter")
+            raise AdapterError(f"None of the {every} can be used. {self.skipped[0][1]}")
         if self.skipped:
             reasons = "\n".join(f"- {reason}" for _, reason in self.skipped)
-            warnings.warn(f"{len(self.skipped)} of {used + len(self.skipped)} adapters are skipped:\n{reasons}")
+            every = counted(used + len(self.skipped), "adapter")
+            warnings.warn(f"{len(self.skipped)} of {every} skipped:\n{reasons}")
 
 
 def pull_adapters(

@@ -10,6 +10,7 @@ import torch
 from ..fewshot.domains import SHARED
 from ..reports.gallery import data_uri, show_attention
 from ..reports.html_page import render
+from ..runtime.terminal import counted
 from .session import Answer
 
 
@@ -29,15 +30,20 @@ STYLE = """
 .answers .bar { grid-column: 1 / -1; height: .45rem; border: 1px solid var(--body-text-color); border-radius: 3px; }
 .answers .bar i { display: block; height: 100%; background: var(--body-text-color); }
 .answers p { margin: .5rem 0 0; font-size: .85rem; opacity: .85; }
+.answers .unsure { border-style: dashed; border-width: 2px; }
+.answers .unsure p.doubt { opacity: 1; font-weight: 600; }
 """
 
 
-def answers_html(answers: Sequence[Answer], patch_size: int) -> str:
-    """All answers, in the order of the images."""
+def answers_html(answers: Sequence[Answer], patch_size: int, skipped: Sequence[str] = ()) -> str:
+    """All answers, in the order of the images, after those images that could not be read, and why."""
     domain = answers[0].domain if answers else None
     where = "no domain of the adapters: the shared network answers" if domain == SHARED else f"domain {domain}"
     shown = [_shown(answer, patch_size) for answer in answers]
-    return str(render("answers.html", where=where if domain else None, answers=shown))
+    left_out = f"{counted(len(skipped), 'image')} left out:" if skipped else None
+    return str(
+        render("answers.html", where=where if domain else None, answers=shown, left_out=left_out, skipped=skipped)
+    )
 
 
 def _shown(answer: Answer, patch_size: int) -> dict[str, Any]:
@@ -47,7 +53,9 @@ def _shown(answer: Answer, patch_size: int) -> dict[str, Any]:
         "lit": data_uri(show_attention(answer.pixels, answer.attention, patch_size)),
         "best": next(iter(answer.probabilities)),
         "bars": bars[:CLASSES_SHOWN],
+        "more": f"and {counted(len(bars) - CLASSES_SHOWN, 'less likely class', 'less likely classes')}",
         "hidden": len(bars) - CLASSES_SHOWN,
+        "doubt": f"Unsure: {bars[0][1]} against {bars[1][1]} for {bars[1][0]}." if answer.unsure else None,
         "looked_at": _looked_at(answer.attention),
     }
 
@@ -56,4 +64,4 @@ def _looked_at(attention: torch.Tensor) -> str:
     """How concentrated the attention is, in words."""
     sums = attention.sort(descending=True).values.cumsum(0)
     half = min(int((sums < 0.5).sum()) + 1, len(attention))
-    return f"Half of the attention lies on {half} of {len(attention)} patches (bright)."
+    return f"Half of the attention lies on {half} of {counted(len(attention), 'patch', 'patches')} (bright)."

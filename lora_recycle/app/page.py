@@ -14,8 +14,10 @@ from typing import Any
 
 from ..adapters.sources import one_id
 from ..errors import ConfigError, DataError, LoRARecycleError
+from ..fewshot.domains import SHARED
 from ..hub.markdown import code
 from ..modeling.meta_lora import MetaLoRAForFewShotClassification
+from ..runtime.terminal import counted
 from .answers import STYLE, answers_html
 from .models import ServedModels
 from .session import FewShotSession
@@ -84,6 +86,7 @@ def build_page(model: str = "demo", *, device: Any = None, folders: bool = True)
         described = _about(model, first, folders)
     with gr.Blocks(title="lora_recycle", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
         gr.Markdown(_INTRO)
+        about = gr.Markdown(described)
         chosen = gr.State(model)
         names, images = _classes()
         gr.Markdown("## New images")
@@ -97,10 +100,10 @@ def build_page(model: str = "demo", *, device: Any = None, folders: bool = True)
             shown = model if folders or _HUB_NAME.fullmatch(model) else ""
             asked = gr.Textbox(shown, label="Repo id, or a folder" if folders else "Repo id", max_lines=1)
             choose = gr.Button("Load")
-            about = gr.Markdown(described)
         # the model serves one visitor after the other, and nobody but the page
         one: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
         task = [chosen, *names, *images]
+        classify.click(None, None, answers, js="() => ''", api_visibility="private")  # nothing old under an error
         classify.click(_classify(models), [queries, *task], answers, **one)
         save.click(_save(models, page), task, saved, **one)
         choose.click(_choose(models, folders), asked, [chosen, about], **one)
@@ -169,29 +172,46 @@ def _is_this_machine(host: str) -> bool:
 
 
 def _classes() -> tuple[list[gr.Textbox], list[gr.Gallery]]:
-    """Places for classes: all are there from the start, and are shown one by one."""
+    """Places for classes: all are there from the start; some of them are shown."""
     gr.Markdown("## Classes")
-    shown, groups, names, images = gr.State(_START), [], [], []
+    shown, groups, names, images, removes = gr.State(tuple(range(_START))), [], [], [], []
     with gr.Row(elem_classes="classes"):
         for number in range(1, MAX_CLASSES + 1):
             with gr.Column(visible=number <= _START, min_width=0) as group:
                 names.append(gr.Textbox(label=f"Name of class {number}", placeholder=f"class {number}", max_lines=1))
                 images.append(_drop_zone(f"Images of class {number}"))
+                removes.append(gr.Button(f"Remove class {number}", size="sm"))
             groups.append(group)
     add = gr.Button("Add a class")
-
-    def one_more(count: int) -> list[Any]:
-        places = [gr.Column(visible=number <= count) for number in range(MAX_CLASSES)]
-        return [count + 1, gr.Button(interactive=count + 1 < MAX_CLASSES), *places]
-
-    add.click(one_more, shown, [shown, add, *groups], show_progress="hidden", api_visibility="private")
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    add.click(_one_more, shown, [shown, add, *groups], **quiet)
+    for place, (remove, *slot) in enumerate(zip(removes, names, images, strict=True)):
+        removed = functools.partial(_one_less, place)
+        remove.click(removed, shown, [shown, add, *groups, *slot], api_name=f"remove_{place}", **quiet)
     return names, images
+
+
+def _one_more(shown: tuple[int, ...]) -> list[Any]:
+    """The first place that is free, shown too."""
+    free = [place for place in range(MAX_CLASSES) if place not in shown]
+    return _places(tuple(sorted([*shown, *free[:1]])))
+
+
+def _one_less(place: int, shown: tuple[int, ...]) -> list[Any]:
+    """A place emptied, and hidden where more than two are left: a task needs two."""
+    kept = tuple(other for other in shown if other != place)
+    return [*_places(kept if len(kept) >= _START else tuple(shown)), "", None]
+
+
+def _places(shown: tuple[int, ...]) -> list[Any]:
+    columns = [gr.Column(visible=place in shown) for place in range(MAX_CLASSES)]
+    return [shown, gr.Button(interactive=len(shown) < MAX_CLASSES), *columns]
 
 
 def _drop_zone(label: str) -> gr.Gallery:
     return gr.Gallery(
         label=label,
-        file_types=["image"],
+        file_types=["image", ".heic", ".heif"],
         interactive=True,
         columns=4,
         height=180,
@@ -233,16 +253,21 @@ def _with_reason(function: Callable) -> Callable:
 
 def _classify(models: ServedModels) -> Callable:
     def classify(queries: list[tuple[str, str | None]] | None, name: str, *slots: Any) -> str:
+        skipped: list[str] = []
         with models.use(name) as model:
-            return answers_html(_session(model, slots).classify(_paths(queries)), model.backbone.patch_size)
+            answers = _session(model, slots).classify(_paths(queries), skipped)
+            return answers_html(answers, model.backbone.patch_size, list(map(without_folder, skipped)))
 
     return _with_reason(classify)
 
 
 def _save(models: ServedModels, page: gr.Blocks) -> Callable:
     def save(name: str, *slots: Any) -> gr.File:
+        skipped: list[str] = []
         with models.use(name) as model:
-            packed = _session(model, slots).save()
+            packed = _session(model, slots).save(skipped)
+        for reason in skipped:
+            gr.Warning(escape(f"Left out: {without_folder(reason)}"))
         return gr.File(save_bytes_to_cache(packed, ZIP_NAME, page.GRADIO_CACHE), visible=True)
 
     return _with_reason(save)
@@ -279,5 +304,8 @@ def _about(name: str, model: MetaLoRAForFewShotClassification, folders: bool) ->
     backbone, names = model.backbone, [name, model.backbone.name]
     if not folders:
         names = [name if _HUB_NAME.fullmatch(name) else Path(name).name for name in names]
-    size = f"{backbone.image_size} pixels, patches of {backbone.patch_size}, {len(backbone.layers)} layers"
-    return f"In use: {code(names[0])} on {code(names[1])} ({size}), head {model.head.name}."
+    layers = counted(len(backbone.layers), "layer")
+    size = f"{backbone.image_size} pixels, patches of {backbone.patch_size}, {layers}"
+    domains = ", ".join(code(domain) for domain in model.domains if domain != SHARED)
+    found = f" Its domains: {domains}; the examples choose." if domains else ""
+    return f"In use: {code(names[0])} on {code(names[1])} ({size}), head {model.head.name}.{found}"

@@ -17,10 +17,13 @@ from ..errors import DataError
 from ..fewshot.domains import SHARED
 from ..modeling.classifier import SharedTask
 from ..modeling.meta_lora import MetaLoRAForFewShotClassification
+from ..modeling.preprocessing import pixel_batches
 
 
 MAX_IMAGES = 200  # examples, or new images, that one visitor may have looked at in one go
 FOLDER_IN_ZIP = "fitted_task"
+#: Between the probabilities of the best two classes; what is nearer, as 55 to 45, counts as unsure.
+CLEAR_MARGIN = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +41,17 @@ class Answer:
     probabilities: dict[str, float]
     attention: torch.Tensor
     domain: str | None = None
+
+    @property
+    def margin(self) -> float:
+        """How much likelier the likeliest class is than the next one."""
+        first, second, *_ = self.probabilities.values()
+        return first - second
+
+    @property
+    def unsure(self) -> bool:
+        """Whether the best two classes are about equally likely."""
+        return self.margin < CLEAR_MARGIN
 
 
 class FewShotSession:
@@ -76,27 +90,46 @@ class FewShotSession:
         _check_number(sum(map(len, self.examples.values())) + len(images), "examples")
         self.examples[name] = list(images)
 
-    def fit(self) -> SharedTask:
+    def remove_class(self, name: str) -> None:
+        """Forget a class and its images. Raises `DataError` where there is none of this name."""
+        if self.examples.pop(" ".join(name.split()), None) is None:
+            raise DataError(f"There is no class {name}.")
+
+    def fit(self, skipped: list[str] | None = None) -> SharedTask:
         """A new task on the model, fitted to the classes so far.
 
+        Args:
+            skipped: takes why images cannot be read, which are left out.
+
         Raises:
-            DataError: fewer than two classes, or an image that cannot be read.
+            DataError: fewer than two classes, or an image, with `skipped` a whole class, that cannot be read.
         """
-        return self.model.new_task().fit(*self._support())
+        failures: dict[int, str] | None = None if skipped is None else {}
+        task = self.model.new_task().fit(*self._support(), failures=failures)
+        if skipped is not None:
+            skipped += (failures or {}).values()
+        return task
 
-    def classify(self, images: Sequence[Any]) -> list[Answer]:
-        """An answer for each image.
+    def classify(self, images: Sequence[Any], skipped: list[str] | None = None) -> list[Answer]:
+        """An answer for each image, without those that `skipped` takes.
 
         Raises:
-            DataError: as `fit`; or no images, or too many.
+            DataError: as `fit`; or no images, too many, or none that can be read.
         """
         if not images:
             raise DataError("Add new images to classify first.")
         _check_number(len(images), "new images")
-        task = self.fit()
+        task = self.fit(skipped)
         found = task.domain.name if task.domain else None
         domain = found or SHARED
-        backbone, pixels = self.model.network(domain), self.model.preprocess(images)
+        failures: dict[int, str] | None = None if skipped is None else {}
+        backbone = self.model.network(domain)
+        parts = list(pixel_batches(list(images), backbone, 64, failures))
+        if skipped is not None:
+            skipped += (failures or {}).values()
+        if not parts:
+            raise DataError(f"No new image can be read. The first: {next(iter((failures or {}).values()))}")
+        pixels = torch.cat(parts)
         with torch.inference_mode():
             rows = task.probabilities(torch.cat([self.model.features(part, domain) for part in pixels.split(64)]))
         attention = torch.cat([patch_attention(backbone, part) for part in pixels.split(64)]).cpu()
@@ -106,15 +139,21 @@ class FewShotSession:
             for picture, row, looked in zip(seen, rows.tolist(), attention, strict=True)
         ]
 
-    def save(self) -> bytes:
+    def save(self, skipped: list[str] | None = None) -> bytes:
         """The meta-LoRA with the fitted task, as a ZIP file of the folder that `save_pretrained` writes.
+
+        Args:
+            skipped: as of `fit`.
 
         Raises:
             DataError: as `fit`.
         """
         packed = io.BytesIO()
         with tempfile.TemporaryDirectory(prefix="lora-recycle-") as folder:
-            self.model.fit(*self._support()).save_pretrained(folder)
+            failures: dict[int, str] | None = None if skipped is None else {}
+            self.model.fit(*self._support(), failures=failures).save_pretrained(folder)
+            if skipped is not None:
+                skipped += (failures or {}).values()
             with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
                 for path in sorted(Path(folder).rglob("*")):
                     archive.write(path, f"{FOLDER_IN_ZIP}/{path.relative_to(folder).as_posix()}")

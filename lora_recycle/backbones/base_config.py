@@ -19,7 +19,8 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.activations import ACT2CLS
 
 from ..errors import AdapterError, first_line
-from ..runtime.untrusted import parse_json, read_text
+from ..runtime.untrusted import parse_json
+from ..runtime.untrusted_files import read_text
 from .families import FAMILIES
 
 

@@ -21,7 +21,9 @@ from transformers import CONFIG_MAPPING, AutoImageProcessor, PreTrainedConfig, P
 from ..errors import AdapterError
 from ..hub.download import fetch
 from ..hub.embedded import resolve_backbone
-from ..runtime.untrusted import MAX_TEXT_BYTES, count, parse_json, read_safetensors_header, read_text
+from ..runtime.untrusted import parse_json
+from ..runtime.untrusted_files import MAX_TEXT_BYTES, read_text
+from ..runtime.untrusted_tensors import count, read_safetensors_header
 from .base_config import MAX_PARAMETERS, num_parameters, read_base_settings, read_settings, tower_config, whole_config
 from .families import TOWERS
 

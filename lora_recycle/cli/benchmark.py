@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from ..runtime.terminal import utf8
-from .common import Subparsers, add_device_argument, checked_device, echo, note, table
+from ..runtime.terminal import counted, utf8
+from .common import (
+    Subparsers,
+    add_device_argument,
+    add_json_argument,
+    check_json,
+    checked_device,
+    note,
+    result,
+    table,
+    terminal_width,
+)
 
 
 if TYPE_CHECKING:
@@ -49,11 +60,13 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
         metavar=("I", "N"),
         help="compute only every N-th cell, starting at I (0 to N - 1)",
     )
+    add_json_argument(parser, "what results.json holds")
     add_device_argument(parser)
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
+    check_json(args, "rows", "details", "recipe")
     part, total = args.part
     if not 0 <= part < total:
         raise ConfigError(f"--part {part} {total}: I must be between 0 and {total - 1}.")
@@ -76,9 +89,10 @@ def run(args: argparse.Namespace) -> None:
         note(remark)
     missing = sum(cell.result is None for cell in cells)
     if missing:
-        note(f"{missing} of {len(cells)} cells are left to the other parts; the last to finish writes the tables.")
+        every = counted(len(cells), "cell")
+        note(f"{missing} of {every} left to the other parts; the last to finish writes the tables.")
         return
-    _write(Path(args.recipe).stem, recipe, cells, benchmark.notes, output)
+    _write(args, recipe, cells, benchmark.notes, output)
 
 
 def _has_results(folder: Path) -> bool:
@@ -94,7 +108,9 @@ def _has_cells(folder: Path) -> bool:
     return bool(cells) and holds_json(cells[0], "identity", "accuracies")
 
 
-def _write(name: str, recipe: BenchmarkRecipe, cells: list[Cell], notes: list[str], output: Path) -> None:
+def _write(
+    args: argparse.Namespace, recipe: BenchmarkRecipe, cells: list[Cell], notes: list[str], output: Path
+) -> None:
     from ..evaluation.summary import markdown, rows_and_details
     from ..reports.benchmark_page import benchmark_page
     from ..runtime.files import atomic_write
@@ -105,7 +121,9 @@ def _write(name: str, recipe: BenchmarkRecipe, cells: list[Cell], notes: list[st
     values = {"rows": rows, "details": details, **about}
     atomic_write(output / "results.json", (json.dumps(values, indent=1, allow_nan=False) + "\n").encode())
     atomic_write(output / "results.md", utf8(markdown(rows, details)))
-    atomic_write(output / "index.html", utf8(benchmark_page(f"Benchmark: {name}", rows, details, about)))
+    atomic_write(
+        output / "index.html", utf8(benchmark_page(f"Benchmark: {Path(args.recipe).stem}", rows, details, about))
+    )
     header = ("method", "data", "shots", "accuracy", "vs frozen", "vs average")
     shown = [
         (
@@ -118,5 +136,5 @@ def _write(name: str, recipe: BenchmarkRecipe, cells: list[Cell], notes: list[st
         )
         for row, detail in zip(rows, details, strict=True)
     ]
-    echo(table(header, shown))
+    result(args, values, table(header, shown, terminal_width(sys.stdout)))
     note(f"Wrote {', '.join(str(output / file) for file in ('results.json', 'results.md', 'index.html'))}.")

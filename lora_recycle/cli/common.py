@@ -3,35 +3,53 @@
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TextIO, TypeAlias
 
 from ..hub.embedded import pool_path
-from ..runtime.terminal import printable, single_line
+from ..runtime.terminal import counted, fit_widths, printable, shorten, single_line
 
 
 if TYPE_CHECKING:
     import torch
 
+    from ..images.tables import Columns
     from ..pool.pool import AdapterPool
 
 #: What `add_subparsers` returns, for which argparse has no public name.
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Rows in aligned columns under a header, numbers to the right, each row on one line."""
+def terminal_width(stream: TextIO) -> int | None:
+    """Characters in a line of the terminal that a stream leads to; None where it leads to a file or a program."""
+    return shutil.get_terminal_size().columns if stream.isatty() else None
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]], room: int | None = None) -> str:
+    """Rows in aligned columns under a header, numbers to the right, each row on one line.
+
+    Args:
+        room: characters in a line. Long cells are shortened to fit; where that is not enough, each row becomes lines
+            of `column: cell`.
+    """
     rows = [list(row) for row in rows]
     lines = [list(header)] + [["-" if cell is None else single_line(str(cell)) for cell in row] for row in rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     numeric = [
         bool(rows) and all(isinstance(row[i], (int, float, type(None))) for row in rows) for i in range(len(widths))
     ]
+    fitted = fit_widths(widths, [not right for right in numeric], room)
+    if fitted is None:
+        rows_of_lines = [[f"{name}: {cell}" for name, cell in zip(header, line, strict=True)] for line in lines[1:]]
+        return "\n\n".join("\n".join(named) for named in rows_of_lines)
+    widths = fitted
     return "\n".join(
         "  ".join(
-            cell.rjust(width) if right else cell.ljust(width)
+            shorten(cell, width).rjust(width) if right else shorten(cell, width).ljust(width)
             for cell, width, right in zip(line, widths, numeric, strict=True)
         ).rstrip()
         for line in lines
@@ -46,6 +64,61 @@ def echo(text: object) -> None:
 def note(text: str) -> None:
     """A remark on stderr: what the user should know but no program should parse."""
     print(printable(text), file=sys.stderr, flush=True)
+
+
+def add_json_argument(parser: argparse._ActionsContainer, what: str) -> None:
+    """`--json`, the same for every verb. `main` sees to it that only a name in `.json` is taken for its FILE."""
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE.json",
+        help=f"print {what} as JSON instead of text, or write it to this file beside the text",
+    )
+
+
+def check_json(args: argparse.Namespace, *keys: str) -> None:
+    """Make sure, before the work, that the file of `--json` can be written.
+
+    Args:
+        keys: what the JSON of this verb, or each item of its list, holds: a file without them is not replaced.
+    """
+    if args.json in (None, "-"):
+        return
+    from ..runtime.outputs import check_file, holds_json
+
+    check_file(args.json, lambda path: holds_json(path, *keys), f"what lora-recycle {args.verb} wrote")
+
+
+def result(args: argparse.Namespace, values: Any, text: str) -> None:
+    """The result of a verb on stdout, as text or as JSON, and the JSON in a file where one was named."""
+    content = None if args.json is None else json.dumps(values, indent=1, default=str, allow_nan=False)
+    echo(content if args.json == "-" else text)
+    if content is not None and args.json != "-":
+        from ..runtime.files import atomic_write
+
+        atomic_write(Path(args.json), f"{content}\n".encode())
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """What verbs that read images of a user's own have: the columns of a table, and what to do with broken ones."""
+    parser.add_argument("--image-column", metavar="NAME", help="column of the images in a table (default: found)")
+    parser.add_argument("--label-column", metavar="NAME", help="column of their labels (default: found)")
+    parser.add_argument(
+        "--skip-errors", action="store_true", help="skip images that cannot be read, and list them on stderr"
+    )
+
+
+def columns(args: argparse.Namespace) -> Columns:
+    from ..images.tables import Columns
+
+    return Columns(args.image_column, args.label_column)
+
+
+def notify_failures(failures: Mapping[int, str] | None) -> None:
+    """The images that were left out, and why, on stderr."""
+    if failures:
+        note("\n".join([f"{counted(len(failures), 'image')} skipped:", *map(single_line, failures.values())]))
 
 
 _quiet = False  # of the command that runs in this process; `main` sets it
@@ -153,7 +226,8 @@ def load_pool(args: argparse.Namespace, **options: Any) -> AdapterPool:
 def notify_skipped(skipped: Sequence[tuple[str, str]], used: int) -> None:
     """A table of the adapters that were left out, and why, on stderr."""
     if skipped:
-        note(f"{len(skipped)} of {used + len(skipped)} adapters skipped:\n{table(('skipped', 'reason'), skipped)}")
+        every = counted(used + len(skipped), "adapter")
+        note(f"{len(skipped)} of {every} skipped:\n{table(('skipped', 'reason'), skipped)}")
 
 
 def checked_device(name: str | None) -> torch.device:

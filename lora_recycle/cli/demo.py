@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 from typing import Any
 
-from .common import Subparsers, add_device_argument, checked_device, echo, hint, note
+from .common import (
+    Subparsers,
+    add_device_argument,
+    add_json_argument,
+    check_json,
+    checked_device,
+    hint,
+    note,
+    result,
+    terminal_width,
+)
 
 
 EPILOG = """\
@@ -28,6 +39,7 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
     )
     parser.add_argument("--recipe", metavar="FILE", help="YAML file with the sections invert and distill")
     parser.add_argument("--pool", metavar="FOLDER", help="adapters to recycle (default: the shipped ones)")
+    add_json_argument(parser, "the results")
     add_device_argument(parser)
     return parser
 
@@ -38,11 +50,11 @@ def run(args: argparse.Namespace) -> None:
 
     pool = None if args.pool == "demo" else args.pool
     device = checked_device(args.device)
-    result = run_demo(
-        args.output, data=args.data, recipe=args.recipe, pool=pool, device=device, progress=not args.quiet
-    )
-    echo(format_table(result.rows))
-    for remark in result.notes:
+    check_json(args, "rows", "meta_lora")
+    made = run_demo(args.output, data=args.data, recipe=args.recipe, pool=pool, device=device, progress=not args.quiet)
+    values = {"rows": made.rows, "meta_lora": made.meta_lora, "report": made.report}
+    result(args, values, format_table(made.rows, terminal_width(sys.stdout)))
+    for remark in made.notes:
         note(remark)
-    note(f"Report: {result.report}\nUse the new meta-LoRA from Python:\n\n{result.usage}")
-    hint(f"lora-recycle predict {shlex.quote(str(result.meta_lora))} --support FOLDER_OF_CLASS_FOLDERS IMAGES...")
+    note(f"Report: {made.report}\nUse the new meta-LoRA from Python:\n\n{made.usage}")
+    hint(f"lora-recycle predict {shlex.quote(str(made.meta_lora))} --support FOLDER_OF_CLASS_FOLDERS IMAGES...")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,15 +13,18 @@ from ..errors import ConfigError
 from .arguments import add_config_arguments, build_config
 from .common import (
     Subparsers,
+    add_json_argument,
     add_pool_arguments,
     add_resume_argument,
-    echo,
+    check_json,
     hint,
     is_main_process,
     load_pool,
     note,
     notify_skipped,
+    result,
     table,
+    terminal_width,
 )
 
 
@@ -69,6 +73,7 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
         metavar="NAME",
         help="trackers to log every step to: tensorboard (writes DIR/work/trackers), wandb, mlflow ...",
     )
+    add_json_argument(parser, "the losses")
     add_resume_argument(parser)
     add_config_arguments(parser, DistillationConfig)
     return parser
@@ -88,6 +93,7 @@ def run(args: argparse.Namespace) -> None:
     from ..runtime.outputs import check_output, claim_output
     from ..surrogate.dataset import SurrogateDataset
 
+    check_json(args, "meta_lora", "losses")
     check_output(args.output, OUTPUT)
     surrogate = None
     if args.surrogate:
@@ -115,13 +121,16 @@ def run(args: argparse.Namespace) -> None:
         if not args.quiet:
             note(f"Report: {report}")
     rows = [(name, *(float(f"{v:.4g}") for v in (values[0], values[-1]))) for name, values in trainer.history.items()]
-    echo(table(("loss", "first step", "last step"), rows) if rows else f"{args.output}: the initialisation, untrained")
+    untrained = f"{args.output}: the initialisation, untrained"
+    text = table(("loss", "first step", "last step"), rows, terminal_width(sys.stdout)) if rows else untrained
+    losses = {name: {"first": first, "last": last} for name, first, last in rows}
+    result(args, {"meta_lora": args.output, "best_step": trainer.selection.best_step, "losses": losses}, text)
     _notify_share(trainer.student)
     if trainer.selection.best_step:  # the trainer itself says so where the start is kept
         note(trainer.selection.verdict())
     if trainer.skipped:
         steps = ", ".join(map(str, trainer.skipped))
-        note(f"{len(trainer.skipped)} of {config.steps} steps were skipped because of spikes of the loss: {steps}")
+        note(f"{len(trainer.skipped)} of {config.steps} steps skipped because of spikes of the loss: {steps}")
     hint(f"lora-recycle evaluate {shlex.quote(args.output)} --data PATH --pool {shlex.join(args.pool)}")
 
 

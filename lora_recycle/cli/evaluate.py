@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
-from pathlib import Path
+import sys
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
@@ -17,13 +16,19 @@ from .common import (
     POOL_HELP,
     Subparsers,
     add_base_model_argument,
+    add_data_arguments,
     add_device_argument,
+    add_json_argument,
     add_on_error_argument,
+    check_json,
     checked_device,
-    echo,
+    columns,
     hint,
     load_pool,
     note,
+    notify_failures,
+    result,
+    terminal_width,
 )
 
 
@@ -61,7 +66,7 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
         "--data",
         required=True,
         metavar="PATH",
-        help="labelled images: a parquet file, a data set folder, a folder of class folders or a Hub id",
+        help="labelled images: a parquet or CSV file, a data set folder, a folder of class folders or a Hub id",
     )
     parser.add_argument(
         "--split",
@@ -71,7 +76,8 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
     pools = parser.add_mutually_exclusive_group()
     pools.add_argument("--pool", nargs="+", metavar="POOL", help=f"compare with these {POOL_HELP}")
     pools.add_argument("--no-pool", action="store_true", help="skip the methods that need a pool")
-    parser.add_argument("--json", metavar="FILE", help="also write the rows to this file")
+    add_json_argument(parser, "the rows")
+    add_data_arguments(parser)
     add_on_error_argument(parser)
     add_base_model_argument(parser)
     add_device_argument(parser)
@@ -86,26 +92,24 @@ def run(args: argparse.Namespace) -> None:
     from ..evaluation.results import format_table
     from ..images.labelled import load_labelled_images
     from ..modeling.meta_lora import MetaLoRAForFewShotClassification
-    from ..runtime.files import atomic_write
-    from ..runtime.outputs import check_file, holds_json
 
-    if args.json:
-        check_file(args.json, lambda path: holds_json(path, "rows"), "results of evaluate")
+    check_json(args, "rows")
     device = checked_device(args.device)
     name, revision = one_id(args.model)
     model = MetaLoRAForFewShotClassification.from_pretrained(
         name, revision=revision, base_model=args.base_model, base_revision=args.base_revision, device=device
     )
     size, resample = model.backbone.image_size, int(model.backbone.processor.resample)
-    data = load_labelled_images(args.data, size, resample, config.max_per_class, args.split, config.seed)
-    result = evaluate(data, model, config, pool=_load_pool(args, model), progress=not args.quiet)
-    echo(format_table(result.rows))
-    for remark in result.notes:
+    failures: dict[int, str] | None = {} if args.skip_errors else None
+    reading: Any = {"columns": columns(args), "failures": failures}
+    data = load_labelled_images(args.data, size, resample, config.max_per_class, args.split, config.seed, **reading)
+    notify_failures(failures)
+    found = evaluate(data, model, config, pool=_load_pool(args, model), progress=not args.quiet)
+    result(args, {"rows": found.rows}, format_table(found.rows, terminal_width(sys.stdout)))
+    for remark in found.notes:
         note(remark)
-    for line in () if args.quiet else result.domains:
+    for line in () if args.quiet else found.domains:
         note(line)
-    if args.json:
-        atomic_write(Path(args.json), json.dumps({"rows": result.rows}, indent=1, allow_nan=False).encode())
     hint(f"lora-recycle predict {shlex.quote(args.model)} --support FOLDER_OF_CLASS_FOLDERS IMAGES...")
 
 

@@ -6,7 +6,7 @@ import argparse
 import shlex
 from typing import Any
 
-from .common import Subparsers, echo, hint
+from .common import Subparsers, add_json_argument, check_json, hint, result
 
 
 EPILOG = """\
@@ -24,11 +24,14 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
     parser.add_argument("--base-model", required=True, metavar="X", help="folder or repo id of the CLIP model")
     parser.add_argument("--base-revision", metavar="R", help="branch, tag or commit of the CLIP model")
     parser.add_argument("--output", required=True, metavar="DIR", help="new folder for the adapter")
+    add_json_argument(parser, "the folder")
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
     from ..adapters.paper_format import import_paper_file
 
-    echo(import_paper_file(args.file, args.base_model, args.output, base_revision=args.base_revision))
+    check_json(args, "folder")
+    folder = import_paper_file(args.file, args.base_model, args.output, base_revision=args.base_revision)
+    result(args, {"folder": folder}, str(folder))
     hint(f"lora-recycle inspect {shlex.quote(args.output)}")

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, DataError
-from ..runtime.terminal import single_line
+from ..runtime.terminal import counted, single_line
 from .common import (
     META_LORA_HELP,
     POOL_HELP,
     Subparsers,
     add_base_model_argument,
     add_class_names_argument,
+    add_json_argument,
     add_on_error_argument,
+    check_json,
     echo,
     hint,
     note,
     notify_skipped,
+    result,
     sources,
     table,
+    terminal_width,
 )
 
 
@@ -65,7 +69,7 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
     add_class_names_argument(parser)
     add_base_model_argument(parser)
     output = parser.add_mutually_exclusive_group()
-    output.add_argument("--json", action="store_true", help="print all details as JSON")
+    add_json_argument(output, "all details")
     output.add_argument("--short", action="store_true", help="print only names, pinned to commits, for ids.txt")
     output.add_argument("--images", action="store_true", help="write images.html into each surrogate folder")
     parser.add_argument(
@@ -85,6 +89,7 @@ def run(args: argparse.Namespace) -> None:
 
     if (args.meta_lora or args.data) and not args.images:
         raise ConfigError("--meta-lora and --data need --images.")
+    check_json(args, "kind")
     named = sources(args.what)
     folders = [name for name in named if (Path(name) / MANIFEST).is_file()]
     surrogates = [SurrogateDataset.from_pretrained(folder) for folder in folders]
@@ -95,27 +100,26 @@ def run(args: argparse.Namespace) -> None:
     infos = pull_adapters([name for name in named if name not in folders], bad, progress=not args.quiet)
     infos = name_classes(infos, args.class_names, [name for name, _ in bad.skipped])
     checked = [] if args.short else check_usable(infos, args.base_model, args.base_revision)
-    if args.json:
+    if args.short:
+        for info in infos:
+            echo(single_line(info.where if info.revision else str(info.path)))
+        for surrogate in surrogates:
+            echo(surrogate.folder)
+    else:
         everything: list[dict[str, Any]] = [
             {"kind": "adapter", **info.to_dict(), **_domains(info), **dataclasses.asdict(found)}
             for info, found in zip(infos, checked, strict=True)
         ]
         everything += [{"kind": "skipped", "name": name, "reason": reason} for name, reason in bad.skipped]
         everything += [{"kind": "surrogate", "path": str(s.folder), **s.manifest} for s in surrogates]
-        echo(json.dumps(everything, indent=1, default=str, allow_nan=False))
-    elif args.short:
-        for info in infos:
-            echo(single_line(info.where if info.revision else str(info.path)))
-        for surrogate in surrogates:
-            echo(surrogate.folder)
-    else:
-        parts = [table(ADAPTER_HEADER, map(_adapter_row, infos, checked))] if infos else []
+        room = terminal_width(sys.stdout)
+        parts = [table(ADAPTER_HEADER, map(_adapter_row, infos, checked), room)] if infos else []
         reasons = [single_line(f"usable: {found}") for found in checked if found.reason]
         parts += ["\n".join(reasons)] if reasons else []
         parts += [text for info in infos if (text := _domains_text(info))]
         parts += [_surrogate_text(surrogate) for surrogate in surrogates]
-        if parts:
-            echo("\n\n".join(parts))
+        if parts or args.json:
+            result(args, everything, "\n\n".join(parts))
     notify_skipped(bad.skipped, len(infos))
     if not infos or args.short or any(found.usable is not False for found in checked):
         hint(_next(args, infos, bool(surrogates)))
@@ -221,7 +225,10 @@ def _domains_text(info: AdapterInfo) -> str:
         )
         for number, expert in enumerate(experts, 1)
     ]
-    return f"{single_line(info.name)}: {len(rows)} experts\n{table(EXPERT_HEADER, rows)}" if rows else ""
+    if not rows:
+        return ""
+    shown = table(EXPERT_HEADER, rows, terminal_width(sys.stdout))
+    return f"{single_line(info.name)}: {counted(len(rows), 'expert')}\n{shown}"
 
 
 def _first(labels: tuple[str, ...] | None, shown: int = 3, width: int = 20) -> str | None:
@@ -239,6 +246,6 @@ def _surrogate_text(surrogate: SurrogateDataset) -> str:
     shards = surrogate.manifest["shards"]
     rows = [(s["adapter"]["name"], s["num_images"], s["accuracy"], s["confidence"]) for s in shards]
     base = surrogate.manifest.get("backbone", {}).get("name", "an unknown base")
-    count = f"{len(surrogate)} images of {surrogate.num_shards} adapters"
+    count = f"{counted(len(surrogate), 'image')} of {counted(surrogate.num_shards, 'adapter')}"
     title = single_line(f"{surrogate.folder}: {count} of {base}")
-    return f"{title}\n{table(SHARD_HEADER, rows)}"
+    return f"{title}\n{table(SHARD_HEADER, rows, terminal_width(sys.stdout))}"

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 from typing import Any
 
 from ..inversion.config import InversionConfig
+from ..runtime.terminal import counted
 from .arguments import add_config_arguments, build_config
 from .common import (
     Subparsers,
     add_class_names_argument,
+    add_json_argument,
     add_pool_arguments,
     add_resume_argument,
-    echo,
+    check_json,
     hint,
     is_main_process,
     load_pool,
     note,
     notify_skipped,
+    result,
     table,
+    terminal_width,
 )
 
 
@@ -59,6 +64,7 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
         help="output folder for the surrogate data: new, empty, or one with earlier surrogate data",
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the backbone (default: float32)")
+    add_json_argument(parser, "the table")
     add_resume_argument(parser)
     add_config_arguments(parser, InversionConfig)
     return parser
@@ -74,6 +80,7 @@ def run(args: argparse.Namespace) -> None:
     from ..runtime.outputs import check_output
     from ..surrogate.dataset import OUTPUT
 
+    check_json(args, "adapter", "confidence")
     check_output(args.output, OUTPUT)
     pool = load_pool(
         args,
@@ -92,11 +99,14 @@ def run(args: argparse.Namespace) -> None:
     notify_skipped(failed, surrogate.num_shards)
     shards = surrogate.manifest["shards"]
     rows = [(s["adapter"]["name"], s["num_images"], s["accuracy"], s["confidence"]) for s in shards]
-    echo(table(("adapter", "images", "accuracy", "confidence"), rows))
+    header = ("adapter", "images", "accuracy", "confidence")
+    values = [dict(zip(header, row, strict=True)) for row in rows]
+    result(args, values, table(header, rows, terminal_width(sys.stdout)))
     if low := [f"{name} ({score:.2f})" for name, _, _, score in rows if score < LOW_CONFIDENCE]:
+        give = "gives its" if len(low) == 1 else "give their"
         note(
-            f"{len(low)} adapters give their own images a low probability: {', '.join(low)}. Raise --iterations, or "
-            f"leave them out with `distill --min-confidence {LOW_CONFIDENCE}`."
+            f"{counted(len(low), 'adapter')} {give} own images a low probability: {', '.join(low)}. Raise "
+            f"--iterations, or leave such adapters out with `distill --min-confidence {LOW_CONFIDENCE}`."
         )
     if not args.quiet:
         note(f"To see the images: lora-recycle inspect {shlex.quote(args.output)} --images")

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any, NoReturn
 
-from ..errors import ConfigError, LoRARecycleError
+from ..errors import ConfigError, ImageError, LoRARecycleError
 from ..runtime.signals import Terminated, terminable
 from ..runtime.terminal import printable, single_line
 from ..version import __version__
@@ -96,7 +96,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # one in ASCII or latin-1 shows as escapes what it cannot hold
             stream.reconfigure(errors="backslashreplace")
     argv = sys.argv[1:] if argv is None else list(argv)
-    args = _parsed(argv)
+    if not argv:
+        parser = build_parser()
+        parser.exit(2, parser.format_help())
+    try:
+        try:
+            args = _parsed(argv)
+        except SystemExit:  # after a help or a completion script
+            sys.stdout.flush()
+            raise
+    except BrokenPipeError:
+        return _closed_pipe()
     args.debug, args.quiet = getattr(args, "debug", False), getattr(args, "quiet", False)
     quieten(args.quiet)
     if logging.lastResort is not None:  # what prints warnings that no one else handles
@@ -114,16 +124,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         terminated = isinstance(interrupt, Terminated)
         note(f"\nlora-recycle: {'terminated' if terminated else 'interrupted'}{_way_on(args, argv)}")
         return 143 if terminated else 130
-    except BrokenPipeError:  # `lora-recycle inspect pool | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except BrokenPipeError:
+        return _closed_pipe()
     except Exception as error:
         if args.debug:
             sys.excepthook = _print_trace
             raise
-        note(f"lora-recycle: {_process()}{_reason(error)}")
+        note(f"lora-recycle: {_process()}{_reason(error, args)}")
         return 1
     return code or 0
+
+
+def _closed_pipe() -> int:
+    """The exit code after `lora-recycle inspect pool | head`. What is left in the buffer must not fail once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -179,12 +194,19 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
     verb = next((word for word in argv if not word.startswith("-")), None)
     if verb is not None and verb not in verbs and "--print-completion" not in argv:
         parser.error(f"there is no verb {verb!r}.{_like(verb, verbs)}")
-    args, unknown = parser.parse_known_args(argv)
+    args, unknown = parser.parse_known_args(_with_json_files(argv))
     if unknown:
         taker = verbs[args.verb]
         meant = _like(unknown[0].split("=")[0], taker._option_string_actions)
         taker.error(f"unrecognized arguments: {' '.join(unknown)}.{meant}")
     return args
+
+
+def _with_json_files(argv: list[str]) -> list[str]:
+    """The words with `--json=-` for a `--json` that no file follows: argparse would take an image for its FILE."""
+    followed = [*argv[1:], ""]
+    bare = [word == "--json" and not after.endswith(".json") for word, after in zip(argv, followed, strict=True)]
+    return ["--json=-" if alone else word for word, alone in zip(argv, bare, strict=True)]
 
 
 def _like(word: str, known: Iterable[str]) -> str:
@@ -214,10 +236,11 @@ def _way_on(args: argparse.Namespace, argv: list[str]) -> str:
     return f"; finished work is kept. To continue: {shlex.join(['lora-recycle', *again, '--resume'])}"
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, args: argparse.Namespace) -> str:
     """What the user reads: an error's one line, or that this is no error of theirs and where its trace is."""
     if _is_expected(error):
-        return f"error: {one_line(error)}"
+        skips = isinstance(error, ImageError) and getattr(args, "skip_errors", None) is False
+        return f"error: {one_line(error)}" + (" --skip-errors leaves such images out." if skips else "")
     return f"bug: {type(error).__name__}: {one_line(error)} (run it with --debug for the traceback, and report it)"
 
 

@@ -5,24 +5,31 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import json
 import shlex
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, DataError
-from ..runtime.terminal import csv_cell, single_line
+from ..runtime.terminal import counted, csv_cell, single_line
 from .common import (
     META_LORA_HELP,
     Subparsers,
     add_base_model_argument,
+    add_data_arguments,
     add_device_argument,
+    add_json_argument,
+    check_json,
     checked_device,
+    columns,
     echo,
     hint,
     note,
+    notify_failures,
+    result,
     table,
+    terminal_width,
 )
 
 
@@ -37,7 +44,7 @@ examples:
   lora-recycle predict meta_lora --support examples photos/ --csv --skip-errors > answers.csv
   lora-recycle predict demo --support examples photos/ --head transductive_em      all photos jointly
   lora-recycle predict fitted_model photo.jpg                 a model saved with its task
-  lora-recycle predict --support examples photos/*.jpg        without MODEL: the shipped meta-LoRA
+  lora-recycle predict demo --support birds.csv --label-column species photos/*.jpg
 
 heads: prototypes, cosine_prototypes, euclidean_prototypes, lda, logistic_regression; and, for images that are given
 together and all belong to the classes shown, transductive_laplacian, transductive_transport, transductive_em.
@@ -47,9 +54,9 @@ together and all belong to the classes shown, transductive_laplacian, transducti
 def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParser:
     summary = "classify images from a few examples of each class"
     parser = subparsers.add_parser("predict", help=summary, description=summary, epilog=EPILOG, **options)
-    parser.add_argument("model", metavar="MODEL", help=f"{META_LORA_HELP}; may be omitted before several images")
+    parser.add_argument("model", metavar="MODEL", help=META_LORA_HELP)
     parser.add_argument(
-        "--support", metavar="FOLDER", help="folder of examples with one folder per class, or a parquet file"
+        "--support", metavar="FOLDER", help="folder of examples with one folder per class, or a CSV or parquet file"
     )
     parser.add_argument("images", nargs="+", metavar="IMAGES", help="image files and folders of images")
     parser.add_argument(
@@ -57,11 +64,9 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
     )
     parser.add_argument("--head", metavar="NAME", help="few-shot head (default: the one MODEL was saved with)")
     forms = parser.add_mutually_exclusive_group()
-    forms.add_argument("--json", action="store_true", help="print all class probabilities as JSON")
+    add_json_argument(forms, "all class probabilities")
     forms.add_argument("--csv", action="store_true", help="print all class probabilities as CSV, in columns p(CLASS)")
-    parser.add_argument(
-        "--skip-errors", action="store_true", help="skip images that cannot be read, and list them on stderr"
-    )
+    add_data_arguments(parser)
     add_base_model_argument(parser)
     add_device_argument(parser)
     return parser
@@ -72,10 +77,11 @@ def run(args: argparse.Namespace) -> None:
     from ..modeling.meta_lora import MetaLoRAForFewShotClassification
     from ..modeling.support import support_set
 
-    named, images = _model_and_images(args)
-    paths = _expand(images)
-    support = support_set(args.support, None) if args.support else None  # errors come before the loading
-    name, revision = one_id(named)
+    check_json(args, "file", "label", "probabilities")
+    _check_model(args.model)
+    paths = _expand(args.images)
+    support = support_set(args.support, None, columns(args)) if args.support else None  # errors before the loading
+    name, revision = one_id(args.model)
     model = MetaLoRAForFewShotClassification.from_pretrained(
         name,
         revision=revision,
@@ -87,35 +93,29 @@ def run(args: argparse.Namespace) -> None:
     failures: dict[int, str] | None = {} if args.skip_errors else None
     if support:
         model.fit(*support, failures=failures, domain=args.domain)
-        _notify(failures)
+        notify_failures(failures)
     elif args.domain:
         raise ConfigError("--domain is chosen when examples are shown; it goes with --support.")
     elif not model.label_names:
         raise DataError(f"{args.model} was saved without a task: pass examples with --support FOLDER.")
     probabilities = model.predict_proba(paths, failures=failures, progress=not args.quiet and len(paths) > 64)
-    _notify(failures)
+    notify_failures(failures)
     if failures and len(failures) == len(paths):
-        raise DataError(f"None of the {_images(len(paths))} can be read.")
+        raise DataError(f"None of the {counted(len(paths), 'image')} can be read.")
     read = [number for number in range(len(paths)) if not failures or number not in failures]
     if model.domain is not None and not args.quiet:
         note(f"Domain: {single_line(model.domain.name)}")
     _print(args, [paths[number] for number in read], probabilities[read], model.label_names)
-    hint(f"lora-recycle evaluate {shlex.quote(named)} --data FOLDER measures the accuracy on labelled images.")
+    hint(f"lora-recycle evaluate {shlex.quote(args.model)} --data FOLDER measures the accuracy on labelled images.")
 
 
-def _model_and_images(args: argparse.Namespace) -> tuple[str, list[str]]:
-    """What MODEL and IMAGES are: a picture, or a folder that is no adapter, in MODEL's place is the first image."""
+def _check_model(name: str) -> None:
+    """Raise `DataError` where an image, or a folder that is no adapter, stands in MODEL's place."""
     from ..hub.repo_files import CONFIG_FILE
 
-    first = Path(args.model)
+    first = Path(name)
     if first.is_file() or (first.is_dir() and not (first / CONFIG_FILE).exists()):
-        if args.support is None:
-            raise DataError(
-                f"{first} is not a meta-LoRA (it has no {CONFIG_FILE}). Put one, or demo, before the images."
-            )
-        note("No MODEL given: using demo, the shipped meta-LoRA.")
-        return "demo", [args.model, *args.images]
-    return args.model, args.images
+        raise DataError(f"{first} is not a meta-LoRA (it has no {CONFIG_FILE}). Put one, or demo, before the images.")
 
 
 def _print(args: argparse.Namespace, paths: list[Path], probabilities: torch.Tensor, label_names: list[Any]) -> None:
@@ -124,17 +124,15 @@ def _print(args: argparse.Namespace, paths: list[Path], probabilities: torch.Ten
     labels = [label_names[i] for i in best.tolist()]
     highest = probabilities.gather(1, best[:, None]).flatten().tolist()
     names = [str(name) for name in label_names]
-    if args.json:
-        rows = [
-            {"file": str(path), "label": label, "probabilities": dict(zip(names, row, strict=True))}
-            for path, label, row in zip(paths, labels, probabilities.tolist(), strict=True)
-        ]
-        echo(json.dumps(rows, indent=1, allow_nan=False))
-    elif args.csv:
+    if args.csv:
         echo(_csv(names, zip(paths, labels, highest, probabilities.tolist(), strict=True)))
-    else:
-        shown = [f"{value:.3f}" for value in highest]
-        echo(table(("file", "label", "probability"), zip(paths, labels, shown, strict=True)))
+        return
+    values = [
+        {"file": str(path), "label": label, "probabilities": dict(zip(names, row, strict=True))}
+        for path, label, row in zip(paths, labels, probabilities.tolist(), strict=True)
+    ]
+    rows = zip(paths, labels, [f"{value:.3f}" for value in highest], strict=True)
+    result(args, values, table(("file", "label", "probability"), rows, terminal_width(sys.stdout)))
 
 
 def _csv(names: list[str], rows: Iterable[tuple[Path, Any, float, list[float]]]) -> str:
@@ -146,16 +144,6 @@ def _csv(names: list[str], rows: Iterable[tuple[Path, Any, float, list[float]]])
         cells = [csv_cell(str(path)), csv_cell(str(label)), f"{value:.6f}"]
         writer.writerow([*cells, *(f"{share:.6f}" for share in shares)])
     return text.getvalue().rstrip("\n")
-
-
-def _notify(failures: dict[int, str] | None) -> None:
-    """The images that were left out, and why, on stderr."""
-    if failures:
-        note("\n".join([f"{_images(len(failures))} skipped:", *map(single_line, failures.values())]))
-
-
-def _images(count: int) -> str:
-    return f"{count} image" + "s" * (count != 1)
 
 
 def _expand(names: list[str]) -> list[Path]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, PushError
-from .common import BITS_HELP, Subparsers, echo, hint
+from .common import BITS_HELP, Subparsers, add_json_argument, check_json, hint, result
 
 
 EPILOG = """\
@@ -32,10 +32,12 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
     parser.add_argument("--message", metavar="TEXT", help="commit message")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request")
     parser.add_argument("--bits", type=int, metavar="N", help=f"bits per weight: {BITS_HELP}")
+    add_json_argument(parser, "the URL")
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
+    check_json(args, "url")
     folder = Path(args.folder)
     options = {
         "private": args.private,
@@ -47,17 +49,18 @@ def run(args: argparse.Namespace) -> None:
     if args.bits is not None and (folder / "manifest.json").is_file():
         raise ConfigError("--bits applies to adapters; surrogate data has no weights.")
     push = _surrogate if (folder / "manifest.json").is_file() else _adapter
-    push(folder, args.repo_id, options)
+    push(args, folder, options)
 
 
-def _surrogate(folder: Path, repo_id: str, options: dict) -> None:
+def _surrogate(args: argparse.Namespace, folder: Path, options: dict) -> None:
     from ..surrogate.dataset import SurrogateDataset
 
-    echo(SurrogateDataset.from_pretrained(folder).push_to_hub(repo_id, **options))
-    hint(f"lora-recycle distill POOL --surrogate {repo_id} --output meta_lora")
+    url = SurrogateDataset.from_pretrained(folder).push_to_hub(args.repo_id, **options)
+    result(args, {"url": url}, url)
+    hint(f"lora-recycle distill POOL --surrogate {args.repo_id} --output meta_lora")
 
 
-def _adapter(folder: Path, repo_id: str, options: dict) -> None:
+def _adapter(args: argparse.Namespace, folder: Path, options: dict) -> None:
     from ..hub.repo_files import CONFIG_FILE, SIDECAR_FILE
     from ..modeling.publishing import push_adapter_folder
 
@@ -68,6 +71,7 @@ def _adapter(folder: Path, repo_id: str, options: dict) -> None:
             f"{folder}: no meta-LoRA, surrogate data or adapter: it has neither {CONFIG_FILE} nor manifest.json. "
             "To push a pool, push the folder of each adapter."
         )
-    echo(push_adapter_folder(folder, repo_id, **options))
-    meta_lora = (folder / SIDECAR_FILE).is_file()
-    hint(f"lora-recycle {f'predict {repo_id} --support EXAMPLES PHOTOS' if meta_lora else f'inspect {repo_id}'}")
+    url = push_adapter_folder(folder, args.repo_id, **options)
+    result(args, {"url": url}, url)
+    meta_lora, inspect = (folder / SIDECAR_FILE).is_file(), f"lora-recycle inspect {args.repo_id}"
+    hint(f"lora-recycle predict {args.repo_id} --support EXAMPLES PHOTOS" if meta_lora else inspect)

@@ -6,7 +6,7 @@ import argparse
 import shlex
 from typing import Any
 
-from .common import BITS_HELP, Subparsers, echo, hint
+from .common import BITS_HELP, Subparsers, add_json_argument, check_json, hint, result
 
 
 EPILOG = """\
@@ -27,6 +27,7 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
     )
     parser.add_argument("--bits", type=int, required=True, metavar="N", help=f"bits per weight: {BITS_HELP}")
     parser.add_argument("--output", required=True, metavar="DIR", help="new folder for the result")
+    add_json_argument(parser, "the sizes")
     return parser
 
 
@@ -37,10 +38,12 @@ def run(args: argparse.Namespace) -> None:
     from ..modeling.publishing import write_adapter
     from ..runtime.outputs import check_output
 
+    check_json(args, "folder", "bytes_before")
     check_output(args.output)
     name, revision = one_id(args.adapter)
     before = pull_adapter(resolve_meta_lora(name), revision=revision)
     write_adapter(before, args.output, args.bits)
     after = pull_adapter(args.output)
-    echo(f"{args.output}: {after.size_bytes} bytes in {after.file}, {before.size_bytes} before")
+    values = {"folder": args.output, "file": after.file, "bytes": after.size_bytes, "bytes_before": before.size_bytes}
+    result(args, values, f"{args.output}: {after.size_bytes} bytes in {after.file}, {before.size_bytes} before")
     hint(f"lora-recycle push {shlex.quote(args.output)} OWNER/NAME")

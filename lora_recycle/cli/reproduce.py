@@ -5,7 +5,18 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .common import META_LORA_HELP, POOL_HELP, Subparsers, add_device_argument, echo, note, sources, table
+from .common import (
+    META_LORA_HELP,
+    POOL_HELP,
+    Subparsers,
+    add_device_argument,
+    add_json_argument,
+    check_json,
+    note,
+    result,
+    sources,
+    table,
+)
 
 
 EPILOG = """\
@@ -34,6 +45,7 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
     parser.add_argument(
         "--output", default="runs/reproduced", metavar="DIR", help="output folder (default: %(default)s)"
     )
+    add_json_argument(parser, "the comparison")
     add_device_argument(parser)
     return parser
 
@@ -42,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
     from ..distillation.reproduction import reproduce
     from .common import checked_device
 
-    result = reproduce(
+    check_json(args, "folder", "identical")
+    made = reproduce(
         args.model,
         args.output,
         pool=sources(args.pool),
@@ -50,12 +63,11 @@ def run(args: argparse.Namespace) -> int:
         device=checked_device(args.device),
         progress=not args.quiet,
     )
-    if result.shards is not None:
-        note("surrogate data: {} of {} shards byte-identical".format(*result.shards))
-    if result.conditions:
-        note(table(("differs", "recorded", "here"), result.conditions))
-    if result.identical:
-        echo(f"{result.folder}: byte-identical")
-        return 0
-    echo(f"{result.folder}: not byte-identical; weights differ by up to {result.max_difference:.3g}")
-    return 1
+    if made.shards is not None:
+        note("surrogate data: {} of {} shards byte-identical".format(*made.shards))
+    if made.conditions:
+        note(table(("differs", "recorded", "here"), made.conditions))
+    far = f"not byte-identical; weights differ by up to {made.max_difference:.3g}"
+    values = {"folder": made.folder, "identical": made.identical, "max_difference": made.max_difference}
+    result(args, values, f"{made.folder}: {'byte-identical' if made.identical else far}")
+    return 0 if made.identical else 1

@@ -19,7 +19,7 @@ from .teachers import FEWEST, TeacherGroup
 
 @dataclasses.dataclass
 class Batch:
-    """Images of a step, each once, and what the teachers say of them.
+    """The images of a step, each once, with the teachers' outputs on them.
 
     Attributes:
         inputs: uint8 images (U, 3, H, W); or patches (U, k, 3, p, p) where only those `kept`, int64 (U, k), are

@@ -17,6 +17,7 @@ from ..errors import ConfigError, DataError
 from ..runtime.config import differences
 from ..runtime.files import atomic_write, load_sealed, read_header, save_sealed
 from ..runtime.outputs import OutputKind
+from .config import DistillationConfig
 from .parallel import OptimizerState
 from .selection import CheckpointSelection
 
@@ -39,6 +40,14 @@ def _has_checkpoint(folder: Path) -> bool:
 
 #: What a training run writes to its folder.
 OUTPUT = OutputKind("checkpoints of a training run", _has_checkpoint)
+
+
+def run_identity(
+    config: DistillationConfig, adapters: list[str], shards: list[dict[str, Any]], precision: list[Any]
+) -> dict[str, Any]:
+    """What a training run depends on: recipe, SHA-256 of adapters and surrogate shards, and types of numbers."""
+    checksums = {"adapters": adapters, "surrogate": [entry["sha256"] for entry in shards]}
+    return {"config": config.to_dict(), **checksums, "precision": precision}
 
 
 class Checkpoints:

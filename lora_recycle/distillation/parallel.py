@@ -8,7 +8,7 @@ losses that compare images with each other, which no split of the loss itself wo
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +17,9 @@ from torch import nn
 from ..backbones.backbone import Backbone
 from ..runtime.heartbeat import waiting
 from .student import Student
+
+
+Flag = TypeVar("Flag", bool, torch.Tensor)
 
 
 def own_rows(count: int, process: int, num_processes: int) -> torch.Tensor:
@@ -84,6 +87,14 @@ class ParallelStudent:
         if limit:
             nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         return norm
+
+
+def on_any(accelerator: Accelerator, flag: Flag) -> Flag:
+    """Whether a flag is set in any process: all must do the same."""
+    if accelerator.num_processes == 1:
+        return flag
+    total = accelerator.reduce(torch.as_tensor(flag, dtype=torch.float32, device=accelerator.device), "sum") > 0
+    return total if isinstance(flag, torch.Tensor) else bool(total)
 
 
 class OptimizerState(Protocol):

@@ -1,4 +1,4 @@
-"""What training needs before its first step: matched images, what teachers said of them, and who evaluates."""
+"""Preparation before the first step: matched images, the teachers' outputs on them, and held-out episodes."""
 
 from __future__ import annotations
 

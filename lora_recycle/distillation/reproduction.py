@@ -1,4 +1,4 @@
-"""A meta-LoRA made again from what its sidecar says, and compared with the one that is there."""
+"""Rebuild a meta-LoRA from its sidecar and compare the two."""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from ..hub.cards import meta_lora_card
 from ..hub.embedded import backbone_name
 from ..modeling.meta_lora import MetaLoRAForFewShotClassification
 from ..modeling.serialization import write_meta_lora
@@ -22,11 +21,7 @@ from .selection import CheckpointSelection
 
 def save_meta_lora(model: MetaLoRAForFewShotClassification, folder: str | Path) -> None:
     """Write the adapter, the sidecar and a card. Call it on the main process only."""
-    folder = Path(folder)
-    config = model.peft_model.peft_config["default"]
-    base, picture = config.base_model_name_or_path, model.picture is not None
-    card = meta_lora_card(folder.name, base, config.revision, getattr(config, "r", None), model.settings, picture)
-    write_meta_lora(model, folder, card=card)
+    write_meta_lora(model, folder, keep_card=False)
 
 
 def sidecar_settings(

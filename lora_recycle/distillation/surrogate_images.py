@@ -7,6 +7,7 @@ import torch
 from ..backbones.token_selection import take_patches
 from ..errors import DataError
 from ..pool.pool import AdapterPool
+from ..runtime.terminal import counted
 from ..surrogate.dataset import SurrogateDataset
 from ..surrogate.shards import ShardRows, check_alike
 
@@ -107,7 +108,7 @@ def leave_out(
             kept.append(i)
     if not kept:
         raise DataError(
-            f"{surrogate.folder}: none of the {len(pool)} adapters is fit to be learnt from; {excluded[0][0]}: "
-            f"{excluded[0][1]}. Lower `min_confidence`, or invert with more iterations."
+            f"{surrogate.folder}: none of the {counted(len(pool), 'adapter')} is fit to be learnt from; "
+            f"{excluded[0][0]}: {excluded[0][1]}. Lower `min_confidence`, or invert with more iterations."
         )
     return (pool.subset(kept) if excluded else pool), excluded

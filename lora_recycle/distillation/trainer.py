@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import cast
 
 import torch
 
@@ -22,11 +22,11 @@ from ..runtime.signals import Interruption
 from ..surrogate.dataset import SurrogateDataset
 from .batches import Batch, Prefetcher
 from .callbacks import ProgressBar, TrainerCallback
-from .checkpoints import OUTPUT, Checkpoints
+from .checkpoints import OUTPUT, Checkpoints, run_identity
 from .config import DistillationConfig
 from .experts import expert_networks
 from .losses import weighted_losses
-from .parallel import ParallelStudent
+from .parallel import ParallelStudent, on_any
 from .preparation import Store, prepare
 from .saving import sidecar_settings
 from .schedule import learning_rate
@@ -39,9 +39,6 @@ from .surrogate_images import leave_out
 #: Steps between two looks at the losses: reading them makes the host wait for the device.
 READ_EVERY = 10
 logger = logging.getLogger(__name__)
-
-
-Flag = TypeVar("Flag", bool, torch.Tensor)
 
 
 class MetaLoRATrainer:
@@ -122,7 +119,7 @@ class MetaLoRATrainer:
     def train(self, output_dir: str | Path | None = None, *, progress: bool = True, resume: bool = True) -> Student:
         """Run all steps and return the student that is best on held-out adapters, which may be the average.
 
-        With `output_dir`, checkpoints lie there, and a run that was killed goes on as if nothing had been; Ctrl-C and
+        With `output_dir`, checkpoints are written there and a killed run resumes exactly where it stopped; Ctrl-C and
         SIGTERM end it after a step that is saved. With `resume=False` the checkpoints there are deleted first.
 
         Raises:
@@ -196,12 +193,12 @@ class MetaLoRATrainer:
         stopping = False
         looking = saving or evaluating or len(self._unread) >= READ_EVERY
         if looking or self.accelerator.num_processes == 1:
-            self._interrupted = self._on_any(interruption.asked)
+            self._interrupted = on_any(self.accelerator, interruption.asked)
         if looking or self._interrupted:
             self._read_losses()
             if evaluating:
                 self._evaluate(step)
-            stopping = self._on_any(self.should_stop) or self._interrupted or self._out_of_patience
+            stopping = on_any(self.accelerator, self.should_stop) or self._interrupted or self._out_of_patience
         sound = last or not longest_tail(self.skipped, step - 1)  # what led to a spike is not to replace what did not
         if output_dir is not None and (stopping or (saving and sound)):
             self._save(output_dir, step)
@@ -217,18 +214,10 @@ class MetaLoRATrainer:
         for callback in self._watching:
             getattr(callback, event)(self, *values)
 
-    def _on_any(self, flag: Flag) -> Flag:
-        """Whether a flag is set in any process: all must do the same."""
-        if self.accelerator.num_processes == 1:
-            return flag
-        device = self.accelerator.device
-        total = self.accelerator.reduce(torch.as_tensor(flag, dtype=torch.float32, device=device), "sum") > 0
-        return total if isinstance(flag, torch.Tensor) else bool(total)
-
     def prepare(self, output_dir: str | Path | None = None, *, progress: bool = True) -> int:
-        """Everything before the first step: data checked, teachers asked, optimiser made, checkpoint loaded.
+        """All work before the first step: check data, query teachers, create the optimiser, load a checkpoint.
 
-        Returns the step to go on with. What the teachers said lies in `output_dir`, in a temporary folder without.
+        Returns the step to resume at. The teachers' outputs are stored in `output_dir`, or in a temporary folder.
         """
         state, shown = self.accelerator, progress and self.accelerator.is_main_process
         if output_dir is None:
@@ -295,7 +284,7 @@ class MetaLoRATrainer:
                     losses[name] = losses.get(name, 0.0) + value.detach() / batches
         with self._timed("model"):
             norm = self._parallel.gradient_norm(self.config.max_grad_norm)
-            skip = self._on_any(self._guard(cast(torch.Tensor, sum(losses.values()))) | ~norm.isfinite())
+            skip = on_any(self.accelerator, self._guard(cast(torch.Tensor, sum(losses.values()))) | ~norm.isfinite())
             self._parallel.step(skip)
         self._unread.append((step, rate, {**losses, "grad_norm": norm, "skip": skip}))
         return losses
@@ -338,10 +327,6 @@ class MetaLoRATrainer:
         self._notify("on_evaluate", step, self.selection.figures[-1])
 
     def _checkpoints(self, output_dir: str | Path) -> Checkpoints:
-        identity = {
-            "config": self.config.to_dict(),
-            "adapters": [info.sha256 for info in self.pool.infos],
-            "surrogate": [entry["sha256"] for entry in self.surrogate.manifest["shards"]],
-            "precision": [str(self.pool.backbone.dtype), self.accelerator.mixed_precision],
-        }
-        return Checkpoints(Path(output_dir), identity)
+        adapters, data = [info.sha256 for info in self.pool.infos], self.surrogate.manifest["shards"]
+        precision = [str(self.pool.backbone.dtype), self.accelerator.mixed_precision]
+        return Checkpoints(Path(output_dir), run_identity(self.config, adapters, data, precision))

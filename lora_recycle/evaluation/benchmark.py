@@ -15,7 +15,7 @@ from ..adapters.pull import pull_adapter
 from ..adapters.sources import one_id
 from ..backbones.backbone import Backbone
 from ..errors import ConfigError
-from ..fewshot.episodes import EpisodeSet, sample_episodes
+from ..fewshot.episodes import EpisodeSet
 from ..hub.embedded import backbone_name, pool_path, resolve_meta_lora
 from ..images.labelled import LabelledImages, load_labelled_images
 from ..modeling.meta_lora import MetaLoRAForFewShotClassification
@@ -23,7 +23,7 @@ from ..pool.pool import AdapterPool
 from ..runtime.files import tensors_sha256
 from ..runtime.terminal import single_line
 from .cells import Cell, data_checksum, identity
-from .engine import POOLLESS, EvaluationEngine
+from .engine import POOLLESS, EvaluationEngine, draw_episodes
 from .recipe import STATIC, TUNED, BenchmarkRecipe, DataSpec, PoolSpec
 
 
@@ -141,11 +141,9 @@ class Benchmark:
         numbers, size, resample = self.recipe.episodes, backbone.image_size, int(backbone.processor.resample)
         place = spec.location(self.data_root)
         data = load_labelled_images(place, size, resample, spec.max_per_class, spec.split, numbers.seed)
-        episodes = {}
-        for k in dict.fromkeys(numbers.shots):
-            drawn = (numbers.ways, k, numbers.queries, numbers.episodes, numbers.seed)
-            episodes[k] = sample_episodes(data.labels, *drawn, data.label_names, data.name)
-            self.notes += [note for note in episodes[k].notes if note not in self.notes]
+        episodes = draw_episodes(data, numbers)
+        for drawn in episodes.values():
+            self.notes += [note for note in drawn.notes if note not in self.notes]
         return data, episodes
 
     def _cell(

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ..backbones.backbone import Backbone, extract_features
 from ..fewshot.accuracy import ensemble_accuracy, head_accuracy, prototype_accuracy
 from ..fewshot.domains import SHARED, DomainRule
-from ..fewshot.episodes import EpisodeSet
+from ..fewshot.episodes import EpisodeSet, sample_episodes
 from ..fewshot.heads import HEADS, make_head
 from ..finetuning import TaskTuning, TaskTuningConfig, tuning_methods
 from ..images.labelled import LabelledImages
@@ -25,7 +25,7 @@ from ..modeling.domains import FROZEN
 from ..modeling.meta_lora import MetaLoRAForFewShotClassification
 from ..modeling.tuning import default_config
 from ..pool.pool import AdapterPool
-from .config import FROZEN_METHODS
+from .config import FROZEN_METHODS, EpisodeConfig
 from .memory import peak_bytes
 from .recipe import STATIC, TUNED
 from .selection import selected_accuracy
@@ -65,6 +65,19 @@ def _score(method: str, model: MetaLoRAForFewShotClassification | None) -> Score
     if head:
         return partial(head_accuracy, head=make_head(head, settings))
     return partial(prototype_accuracy, **FROZEN_METHODS.get(method, {"metric": settings.get("metric", "cosine")}))
+
+
+def draw_episodes(data: LabelledImages, config: EpisodeConfig) -> dict[int, EpisodeSet]:
+    """The episodes of an evaluation by shots, the same for every method.
+
+    Raises:
+        DataError: too few classes or images for an episode.
+    """
+    names = (data.label_names, data.name)
+    return {
+        k: sample_episodes(data.labels, config.ways, k, config.queries, config.episodes, config.seed, *names)
+        for k in dict.fromkeys(config.shots)
+    }
 
 
 class EvaluationEngine:

@@ -10,14 +10,13 @@ from tqdm.auto import tqdm
 
 from ..backbones.backbone import Backbone
 from ..errors import ConfigError
-from ..fewshot.episodes import sample_episodes
 from ..fewshot.heads import make_head
 from ..images.labelled import LabelledImages
 from ..modeling.meta_lora import MetaLoRAForFewShotClassification
 from ..pool.pool import AdapterPool
 from ..runtime.terminal import single_line
 from .config import EvaluationConfig
-from .engine import EvaluationEngine
+from .engine import EvaluationEngine, draw_episodes
 from .recipe import STATIC
 from .results import summarise
 
@@ -69,18 +68,8 @@ def evaluate(
     methods = _methods(config, model, pool is not None)
     for head in config.heads:
         make_head(head, model.settings if model else {})  # an unknown name is an error before any forward
-    if backbone is None and pool is not None:
-        backbone = pool.backbone
-    elif backbone is None and model is not None:
-        backbone = _bare(model)
-    elif backbone is None:
-        raise ConfigError("there is nothing to evaluate: pass a model, a pool or a backbone.")
-    drawn = {
-        k: sample_episodes(
-            data.labels, config.ways, k, config.queries, config.episodes, config.seed, data.label_names, data.name
-        )
-        for k in config.shots
-    }
+    backbone = backbone or _bare(model, pool)
+    drawn = draw_episodes(data, config)
     with tqdm(desc=single_line(f"evaluate {data.name}"), unit="pass", total=0, disable=not progress) as bar:
         engine = EvaluationEngine(
             data,
@@ -96,14 +85,21 @@ def evaluate(
         for method in methods:
             accuracies |= {(k, method): engine.accuracies(method, k) for k in drawn}
             engine.forget(method)
-    rows, notes, chosen_domains = [], [], []
+    rows: list[dict[str, Any]] = []
     for k in config.shots:
         rows += summarise({m: accuracies[k, m] for m in methods}, data.name, config.ways, k)
-        notes += drawn[k].notes
+    notes = [note for k in config.shots for note in drawn[k].notes]
+    return Evaluation(rows, accuracies, notes, _chosen_domains(engine, config))
+
+
+def _chosen_domains(engine: EvaluationEngine, config: EvaluationConfig) -> list[str]:
+    """For each number of shots with a choice, a sentence with the share of tasks that chose each domain."""
+    lines = []
+    for k in config.shots:
         if chosen := engine.chosen.get((META_LORA, k)):
             shares = ", ".join(f"{name} {count / chosen.total():.0%}" for name, count in chosen.most_common())
-            chosen_domains.append(f"{META_LORA}, {k} shot{'s' * (k > 1)}: domains that the tasks chose: {shares}.")
-    return Evaluation(rows, accuracies, notes, chosen_domains)
+            lines.append(f"{META_LORA}, {k} shot{'s' * (k > 1)}: domains that the tasks chose: {shares}.")
+    return lines
 
 
 def _methods(config: EvaluationConfig, model: MetaLoRAForFewShotClassification | None, has_pool: bool) -> list[str]:
@@ -114,8 +110,12 @@ def _methods(config: EvaluationConfig, model: MetaLoRAForFewShotClassification |
     return [*methods, *static, META_LORA, *(f"{META_LORA} + {head}" for head in config.heads)]
 
 
-def _bare(model: MetaLoRAForFewShotClassification) -> Backbone:
-    """The model's own backbone once more, without the meta-LoRA."""
+def _bare(model: MetaLoRAForFewShotClassification | None, pool: AdapterPool | None) -> Backbone:
+    """The pool's backbone; without a pool the model's own, loaded once more without the meta-LoRA."""
+    if pool is not None:
+        return pool.backbone
+    if model is None:
+        raise ConfigError("there is nothing to evaluate: pass a model, a pool or a backbone.")
     config = model.peft_model.peft_config["default"]
     base = cast(str, config.base_model_name_or_path)
     return Backbone.from_pretrained(base, revision=config.revision, device=model.device)

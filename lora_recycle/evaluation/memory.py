@@ -1,4 +1,4 @@
-"""What a computation holds at most, beside what was there before."""
+"""Peak memory of a computation, beyond what was allocated before it."""
 
 from __future__ import annotations
 

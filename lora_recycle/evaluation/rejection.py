@@ -1,4 +1,4 @@
-"""How well a model tells what belongs to no class, and whether its confidence says how often it is right."""
+"""How well a model detects images of no class, and how well its confidence is calibrated."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import DataError
-from ..runtime.terminal import single_line
+from ..runtime.terminal import fit_widths, shorten, single_line
 
 
 def confidence(values: torch.Tensor) -> tuple[float, float]:
@@ -58,8 +58,12 @@ def summarise(accuracies: dict[str, torch.Tensor], data: str, ways: int, shots: 
     return rows
 
 
-def format_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows of `summarise` as an aligned plain-text table, an empty line between (data, ways, shots) groups."""
+def format_table(rows: Sequence[dict[str, Any]], room: int | None = None) -> str:
+    """Rows of `summarise` as an aligned plain-text table, an empty line between (data, ways, shots) groups.
+
+    Args:
+        room: characters in a line; long names of methods and data are shortened to fit.
+    """
     lines = [["method", "data", "task", "accuracy", "vs frozen"]]
     groups: list[tuple[str, str] | None] = [None]
     for row in rows:
@@ -69,11 +73,12 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
         lines.append([method, data, task, f"{row['accuracy']:.2f} ± {row['ci95']:.2f}", delta])
         groups.append((row["data"], task))
     widths = [max(len(line[column]) for line in lines) for column in range(5)]
+    widths = fit_widths(widths, (True, True, False, False, False), room, least=8) or widths
     text = []
     for number, line in enumerate(lines):
         if number > 1 and groups[number] != groups[number - 1]:
             text.append("")
-        left = [cell.ljust(width) for cell, width in zip(line[:3], widths, strict=False)]
+        left = [shorten(cell, width).ljust(width) for cell, width in zip(line[:3], widths, strict=False)]
         right = [cell.rjust(width) for cell, width in zip(line[3:], widths[3:], strict=True)]
         text.append("  ".join(left + right))
     return "\n".join(text)

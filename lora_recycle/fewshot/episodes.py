@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..errors import ConfigError, DataError
+from ..runtime.terminal import counted
 
 
 _NAMED_LEFT_OUT = 5  # classes left out are named one by one up to here, then counted
@@ -135,7 +136,8 @@ def _notes(
         )
     for label in left_out[:_NAMED_LEFT_OUT]:
         called = label_names[label] if label_names else label
-        notes.append(f"{name}: class {str(called)!r} has {sizes[label]} images, fewer than {shots} + 1: left out.")
+        held = counted(sizes[label], "image")
+        notes.append(f"{name}: class {str(called)!r} has {held}, fewer than {shots} + 1: left out.")
     if len(left_out) > _NAMED_LEFT_OUT:
         more = len(left_out) - _NAMED_LEFT_OUT
         notes.append(f"{name}: {more} more classes with fewer than {shots} + 1 images: left out.")

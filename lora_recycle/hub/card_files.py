@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from ..runtime.untrusted import MAX_CARD_BYTES, parse_front_matter, read_text
+from ..runtime.untrusted import MAX_CARD_BYTES, parse_front_matter
+from ..runtime.untrusted_files import read_text
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def meta_lora_card(
         library_name="peft",
         base_model=base_model if is_repo_id(base_model) else None,  # the Hub refuses what is no repo id
         base_model_relation="adapter",
-        pipeline_tag="image-classification",
+        pipeline_tag="image-feature-extraction",  # a pipeline without a head that was never trained
         tags=["lora", "meta-lora", "few-shot", "lora-recycle"],
         model_name=name.split("/")[-1],
         eval_results=[_eval_result(row) for row in results if row["method"] == "meta-lora"] or None,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..runtime.untrusted import path_inside
+from ..runtime.untrusted_files import path_inside
 from .card_files import read_card
 from .markdown import code
 from .repo_files import CARD_FILE

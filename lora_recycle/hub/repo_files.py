@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import AdapterError
-from ..runtime.untrusted import path_inside
+from ..runtime.untrusted_files import path_inside
 
 
 CONFIG_FILE = "adapter_config.json"

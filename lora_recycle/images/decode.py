@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
+import importlib.util
 import io
 import os
 import threading
@@ -18,8 +20,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..errors import DataError
-from ..runtime.untrusted import open_regular
+from ..errors import DataError, ImageError
+from ..runtime.untrusted_files import open_regular
 from .modes import check_sides, is_large, to_rgb
 
 
@@ -28,14 +30,32 @@ from .modes import check_sides, is_large, to_rgb
 FORMATS = frozenset(
     ("AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 )
+_HEIF_SUFFIXES = (".heic", ".heif")
 _HALF_LEVEL = 0.5 / 255
 #: Whatever the number of threads: memory stays bounded.
 _one_large_picture = threading.Lock()
 
 
+@functools.cache
+def register_formats() -> None:
+    """Let this Pillow know the formats of `FORMATS` that are installed, HEIF of pillow-heif among them."""
+    Image.init()
+    if importlib.util.find_spec("pillow_heif") is not None:
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+
+
+def image_suffixes() -> frozenset[str]:
+    """Suffixes in lower case of the files that are images; HEIC too where it cannot be read, so that this is said."""
+    register_formats()
+    known = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
+    return frozenset(known).union(_HEIF_SUFFIXES)
+
+
 def to_picture(image: Any, where: str | None = None, at_least: int | None = None) -> Image.Image:
     """One image in any form as upright RGB: PIL, an array or tensor ([`to_uint8`]), a path, a file:// URL, an encoded
-    file.
+    file as bytes or open for reading.
 
     Args:
         where: what errors call it; by default its path, where it has one.
@@ -43,7 +63,7 @@ def to_picture(image: Any, where: str | None = None, at_least: int | None = None
             decodes much faster, and a picture of more than `LARGE` pixels at a whole part of it.
 
     Raises:
-        DataError: it is damaged, empty, larger than Pillow's limit, too long, of no known format, no regular
+        ImageError: it is damaged, empty, larger than Pillow's limit, too long, of no known format, no regular
             file, or no image at all.
     """
     if isinstance(image, (str, Path)):
@@ -53,19 +73,24 @@ def to_picture(image: Any, where: str | None = None, at_least: int | None = None
         if isinstance(image, (bytes, Path)):
             with io.BytesIO(image) if isinstance(image, bytes) else open_regular(image) as file:
                 return _opened(file, at_least)
+        if is_file(image):
+            return _opened(image, at_least)
         image = _from_pixels(image)
         check_sides(image.size)
         return to_rgb(image, at_least)
     except DataError as error:
-        if where is None:
-            raise
-        raise DataError(f"{where}: {error}") from None
+        raise ImageError(str(error) if where is None else f"{where}: {error}") from None
     except Exception as error:  # decoders of damaged files raise nearly anything
-        raise DataError(f"{where or 'An image'}: not a readable image ({_reason(error, image)}).") from error
+        raise ImageError(f"{where or 'An image'}: not a readable image ({_reason(error, image)}).") from error
+
+
+def is_file(image: Any) -> bool:
+    """Whether it is open for reading, as `io.BytesIO` and uploads of web frameworks are."""
+    return callable(getattr(image, "read", None)) and not isinstance(image, (Image.Image, Path))
 
 
 def _opened(file: BinaryIO, at_least: int | None) -> Image.Image:
-    Image.init()
+    register_formats()
     with Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN]) as opened:
         check_sides(opened.size)
         if at_least is not None:
@@ -121,8 +146,8 @@ def _array_to_picture(image: torch.Tensor | np.ndarray) -> Image.Image:
 def _reason(error: Exception, image: Any) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    if isinstance(image, Path) and image.suffix.lower() in (".heic", ".heif"):
-        return "HEIC needs the package pillow-heif and its register_heif_opener(); or save it as JPEG"
+    if "HEIF" not in Image.OPEN and isinstance(image, Path) and image.suffix.lower() in _HEIF_SUFFIXES:
+        return "HEIC needs pillow-heif: pip install 'lora-recycle[heic]', or save it as JPEG"
     if isinstance(error, Image.DecompressionBombError):
         return f"{error} Make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
     if isinstance(error, Image.UnidentifiedImageError):

@@ -11,7 +11,8 @@ from PIL import Image
 
 from ..errors import DataError
 from .decode import decoded
-from .sources import ImageSource, open_source
+from .sources import open_source
+from .tables import NO_COLUMNS, Columns, ImageSource
 
 
 @dataclass
@@ -45,24 +46,42 @@ def load_labelled_images(
     max_per_class: int | None = None,
     split: str | None = None,
     seed: int = 0,
+    *,
+    columns: Columns = NO_COLUMNS,
+    failures: dict[int, str] | None = None,
 ) -> LabelledImages:
     """Read labelled images, convert to RGB and resize to `size` x `size`.
 
     Args:
-        path (`str` or `Path`): a parquet file, a `datasets.save_to_disk` folder, a folder of class folders or a
-            Hub data set id.
+        path (`str` or `Path`): a parquet or CSV file, a `datasets.save_to_disk` folder, a folder of class folders or
+            a Hub data set id.
         resample (`int`, *optional*, defaults to 3): PIL's number of the filter, as image processors give it.
         max_per_class (`int`, *optional*): keep a random subset of each class, drawn before any image is decoded.
         split (`str`, *optional*): which split of a folder or Hub data set; by default test, validation or train.
+        columns ([`images.tables.Columns`], *optional*): of a table, where they are not found.
+        failures (`dict`, *optional*): takes the number and the error of each image that cannot be read, which is left
+            out; without it the first one is an error.
 
     Raises:
-        DataError: nothing there, no image or label column, an empty class folder, or an image that cannot be read.
+        DataError: nothing there, no image or label column, an empty class folder, or a class of which no image can
+            be read.
+        ImageError: an image that cannot be read.
     """
-    source = open_source(path, split)
+    source = open_source(path, split, columns=columns)
     labels, label_names = source.classes()
     kept = _subset(labels, max_per_class, seed)
     names = [str(name) for name in label_names]
-    return LabelledImages(_decode(source, kept, size, resample), labels[kept], names, source.name)
+    unread: dict[int, str] | None = None if failures is None else {}
+    pixels = _decode(source, kept, size, resample, unread)
+    if unread:
+        read = torch.tensor([place not in unread for place in range(len(kept))])
+        for label in sorted(set(labels[kept].tolist()) - set(labels[kept][read].tolist())):
+            place = next(place for place in unread if labels[kept[place]] == label)
+            raise DataError(f"No image of the class {names[label]!r} can be read. The first: {unread[place]}")
+        assert failures is not None
+        failures |= {int(kept[place]): reason for place, reason in unread.items()}
+        pixels, kept = pixels[read], kept[read]
+    return LabelledImages(pixels, labels[kept], names, source.name)
 
 
 def load_unlabelled_images(
@@ -81,8 +100,10 @@ def load_unlabelled_images(
     return _decode(source, kept, size, resample)
 
 
-def _decode(source: ImageSource, kept: torch.Tensor, size: int, resample: int) -> torch.Tensor:
-    """uint8 (len(kept), 3, size, size) images of a source."""
+def _decode(
+    source: ImageSource, kept: torch.Tensor, size: int, resample: int, failures: dict[int, str] | None = None
+) -> torch.Tensor:
+    """uint8 (len(kept), 3, size, size) images of a source; those that `failures` takes stay empty."""
     pixels = torch.empty(len(kept), 3, size, size, dtype=torch.uint8)
     target = pixels.numpy()
 
@@ -90,9 +111,12 @@ def _decode(source: ImageSource, kept: torch.Tensor, size: int, resample: int) -
         return np.asarray(image if image.size == (size, size) else image.resize((size, size), resample))
 
     for number, picture in enumerate(decoded(source.fetch(kept.tolist()), resized)):
-        if isinstance(picture, DataError):
+        if not isinstance(picture, DataError):
+            target[number] = picture.transpose(2, 0, 1)
+        elif failures is None:
             raise picture
-        target[number] = picture.transpose(2, 0, 1)
+        else:
+            failures[number] = str(picture)
     return pixels
 
 

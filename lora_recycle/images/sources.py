@@ -3,88 +3,69 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from ..errors import DataError, first_line
-from .decode import FORMATS
-from .table_checks import MAX_ROWS, check_inside, check_parquet
+from .decode import image_suffixes
+from .table_checks import check_parquet
+from .tables import NO_COLUMNS, Columns, ImageSource, csv_source, dataset_table
 
 
-IMAGE_COLUMNS = ("image", "img")
-LABEL_COLUMNS = ("label", "labels", "fine_label")
 #: The split that is judged comes first.
 SPLITS = ("test", "validation", "valid", "val", "train")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_EXPECTED = "a parquet file, a saved data set, a folder of class folders or a Hub data set id"
-
-
-@dataclass
-class ImageSource:
-    """Encoded images that can be fetched by index, before any is decoded.
-
-    Args:
-        name: a short name for tables and errors.
-        count: how many images there are.
-        fetch: yields (what errors call it, path or encoded bytes) of the images of these numbers.
-        labels (`torch.Tensor`, *optional*): int64 (N,), indices into `label_names`.
-        label_names: what the labels stand for.
-    """
-
-    name: str
-    count: int
-    fetch: Callable[[list[int]], Iterator[tuple[str, bytes | str | None]]]
-    labels: torch.Tensor | None = None
-    label_names: list[str | int] | None = None
-
-    def __len__(self) -> int:
-        return self.count
-
-    def classes(self) -> tuple[torch.Tensor, list[str | int]]:
-        """`labels` and `label_names` of a source that was opened with them."""
-        assert self.labels is not None and self.label_names is not None, f"{self.name} was opened without labels"
-        return self.labels, self.label_names
+_EXPECTED = "a parquet or CSV file, a saved data set, a folder of class folders or a Hub data set id"
+#: Suffixes of files that hold a table of images.
+TABLES = (".parquet", ".csv", ".tsv")
 
 
 def open_source(
-    path: str | Path, split: str | None = None, labelled: bool = True, order: Sequence[str] = SPLITS
+    path: str | Path,
+    split: str | None = None,
+    labelled: bool = True,
+    order: Sequence[str] = SPLITS,
+    columns: Columns = NO_COLUMNS,
 ) -> ImageSource:
     """The source behind a path or a Hub data set id, with labels where `labelled`.
 
     Args:
         split: of a folder or data set that has several; by default the first of `order` that there is.
+        columns: of a table, where they are not found by their types and usual names.
 
     Raises:
         DataError: nothing there, of no known form, or without images or labels.
     """
     folder = Path(path).expanduser()
     if folder.is_file():
+        name = f"{folder.resolve().parent.name}/{folder.stem}"
+        if folder.suffix in (".csv", ".tsv"):
+            return csv_source(folder, name, labelled, columns)
         if folder.suffix != ".parquet":
             raise DataError(f"{path}: expected {_EXPECTED}, got a {folder.suffix or 'nameless'} file.")
-        return _table(_read_parquet([folder]), f"{folder.resolve().parent.name}/{folder.stem}", labelled)
+        return dataset_table(_read_parquet([folder]), name, labelled, columns)
     if folder.is_dir():
-        return _open_folder(folder.resolve(), split, labelled, order)
-    if _HUB_ID.fullmatch(str(path)) and not str(path).endswith(".parquet"):
-        return _table(_read_hub(str(path), split, order), str(path), labelled, _caches())
+        return _open_folder(folder.resolve(), split, labelled, order, columns)
+    if _HUB_ID.fullmatch(str(path)) and not str(path).endswith(TABLES):
+        return dataset_table(_read_hub(str(path), split, order), str(path), labelled, columns, _caches())
     raise DataError(f"{path}: no such file or folder. Expected {_EXPECTED}.")
 
 
-def _open_folder(folder: Path, split: str | None, labelled: bool, order: Sequence[str]) -> ImageSource:
+def _open_folder(
+    folder: Path, split: str | None, labelled: bool, order: Sequence[str], columns: Columns
+) -> ImageSource:
     if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
-        return _table(_read_saved(folder, split, order), folder.name, labelled)
-    tables = sorted(folder.rglob("*.parquet"))
+        return dataset_table(_read_saved(folder, split, order), folder.name, labelled, columns)
+    tables = [path for path in sorted(folder.rglob("*.parquet")) if not _is_hidden(path, folder)]
     if tables:
         splits: dict[str, list[Path]] = {}
         for table in tables:  # a Hub data set on disk: test-00000-of-00002.parquet
             splits.setdefault(re.split(r"[-.]", table.name)[0], []).append(table)
         chosen = _choose_split(list(splits), split, folder, order)
-        return _table(_read_parquet(splits[chosen]), f"{folder.name}/{chosen}", labelled)
+        return dataset_table(_read_parquet(splits[chosen]), f"{folder.name}/{chosen}", labelled, columns)
     if not labelled:
         paths = images_below(folder, "no images below this folder.")
         return ImageSource(folder.name, len(paths), _fetch_paths(paths))
@@ -107,7 +88,12 @@ def _class_folders(folder: Path, split: str | None, order: Sequence[str]) -> Ima
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not _is_hidden(entry, folder))
+
+
+def _is_hidden(path: Path, folder: Path) -> bool:
+    """Whether it lies in a hidden place below `folder`, or in what macOS packs beside the files of a ZIP."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts)
 
 
 def _fetch_paths(paths: list[Path]) -> Callable[[list[int]], Iterator[tuple[str, str]]]:
@@ -189,87 +175,17 @@ def _choose_split(splits: list[str], split: str | None, where: str | Path, order
     return chosen
 
 
-def dataset_source(dataset: Any, labelled: bool, order: Sequence[str] = SPLITS) -> ImageSource:
+def dataset_source(
+    dataset: Any, labelled: bool, order: Sequence[str] = SPLITS, columns: Columns = NO_COLUMNS
+) -> ImageSource:
     """The source behind a `datasets.Dataset`, or one split of a `DatasetDict`. Raises `DataError` as `open_source`."""
-    return _table(_one_split(dataset, None, "the data set", order), "the data set", labelled)
-
-
-def is_dataset(value: Any) -> bool:
-    """Whether it is a `datasets.Dataset` or `DatasetDict`; who never imported `datasets` has none."""
-    datasets = sys.modules.get("datasets")
-    return datasets is not None and isinstance(value, (datasets.Dataset, datasets.DatasetDict))
-
-
-def _table(dataset: Any, name: str, labelled: bool, roots: Sequence[Path] | None = None) -> ImageSource:
-    """The source behind a `datasets.Dataset`: its image column left encoded, its label column as integers.
-
-    Args:
-        roots: folders that hold the images that it names; any, for a table of this machine, which `datasets` writes
-            with the paths of images.
-    """
-    from datasets import Image as ImageFeature
-
-    if not len(dataset):
-        raise DataError(f"{name}: the data set has no rows.")
-    if len(dataset) > MAX_ROWS:
-        raise DataError(f"{name}: the data set has {len(dataset)} rows, more than {MAX_ROWS}.")
-    typed = [column for column, feature in dataset.features.items() if isinstance(feature, ImageFeature)]
-    image = _column(dataset, typed, IMAGE_COLUMNS, name, "an image column")
-    try:
-        encoded = dataset.select_columns([image]).cast_column(image, ImageFeature(decode=False))
-    except Exception as error:  # pyarrow and datasets share no base error
-        raise DataError(f"{name}: column {image!r} holds no images ({first_line(error)}).") from error
-
-    def fetch(indices: list[int]) -> Iterator[tuple[str, bytes | str | None]]:
-        batches = encoded.select(indices).iter(batch_size=512)
-        cells = (cell or {} for batch in batches for cell in batch[image])
-        for index, cell in zip(indices, cells, strict=True):
-            where, path = f"{name}, row {index}", cell.get("path")
-            if path and not cell.get("bytes") and roots is not None:
-                check_inside(path, roots, where)
-            yield where, cell.get("bytes") or path
-
-    labels, label_names = _labels(dataset, name) if labelled else (None, None)
-    return ImageSource(name, len(dataset), fetch, labels, label_names)
-
-
-def _labels(dataset: Any, name: str) -> tuple[torch.Tensor, list[str | int]]:
-    """(N,) labels and what they stand for, from a ClassLabel, an integer or a string column."""
-    from datasets import ClassLabel
-
-    typed = [column for column, feature in dataset.features.items() if isinstance(feature, ClassLabel)]
-    column = _column(dataset, typed, LABEL_COLUMNS, name, "a label column")
-    values, feature = dataset[column][:], dataset.features[column]
-    missing = sum(value is None or (column in typed and value < 0) for value in values)
-    if missing:
-        raise DataError(f"{name}: {missing} of {len(values)} images have no label in column {column!r}.")
-    if column in typed:
-        if values and max(values) >= len(feature.names):
-            raise DataError(
-                f"{name}: column {column!r} holds the label {max(values)}, but has {len(feature.names)} names."
-            )
-        return torch.tensor(values), list(feature.names)
-    if not isinstance(values[0], (int, str)):
-        raise DataError(f"{name}: column {column!r} must hold one integer or string a row, got {feature}.")
-    names = sorted(set(values))
-    position = {value: index for index, value in enumerate(names)}
-    return torch.tensor([position[value] for value in values]), names
-
-
-def _column(dataset: Any, typed: list[str], names: tuple[str, ...], where: str, what: str) -> str:
-    """The column of the right type, a usual name first; else a column with a usual name."""
-    candidates = typed or dataset.column_names
-    usual = [name for name in names if name in candidates]
-    if usual or typed:
-        return (usual or typed)[0]
-    columns = ", ".join(dataset.column_names)
-    raise DataError(f"{where}: expected {what} (by type, or named {' or '.join(names)}), found columns {columns}.")
+    return dataset_table(_one_split(dataset, None, "the data set", order), "the data set", labelled, columns)
 
 
 def images_below(folder: Path, complaint: str) -> list[Path]:
     """The picture files below a folder, by their names, sorted. Raises `DataError` with the complaint for none."""
-    known = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS} | {".heic", ".heif"}
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in known and not p.name.startswith("."))
+    known = image_suffixes()
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in known and not _is_hidden(p, folder))
     if not paths:
         raise DataError(f"{folder}: {complaint}")
     return paths

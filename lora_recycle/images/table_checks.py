@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..runtime.untrusted import open_regular
+from ..runtime.untrusted_files import open_regular
 
 
 MAX_ROWS = 2**22
 #: Bytes that a parquet file may become: so many, or so many times its own.
 _MAX_BYTES, _MAX_GROWTH = 2**30, 20
+#: Bytes of a CSV file, which is read as a whole.
+MAX_CSV_BYTES = 2**28
 _ROWS_AT_A_TIME = 4096
 #: Bytes of a file up to which its values are counted, which takes twice as long as to read it.
 _SMALL = 2**27
@@ -55,7 +58,9 @@ def _text_bytes(file: Any, most: int) -> int:
     for name in [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]:
         file.seek(0)
         reader = pq.ParquetFile(file, read_dictionary=[name])  # repeated values stay as small as they are in the file
-        for batch in reader.iter_batches(_ROWS_AT_A_TIME, columns=[name]):
+        # each row group has its own dictionary, and Arrow joins no structs of two
+        groups = (reader.iter_batches(_ROWS_AT_A_TIME, [i], [name]) for i in range(reader.num_row_groups))
+        for batch in itertools.chain.from_iterable(groups):
             values = batch.column(0)
             for part in name.split(".")[1:]:
                 values = pc.struct_field(values, part) if hasattr(values.type, "get_field_index") else values

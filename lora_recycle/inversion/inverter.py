@@ -41,7 +41,7 @@ class LoRAInverter:
         config ([`InversionConfig`]): how.
 
     Raises:
-        AdapterError: an adapter has no head, or one that does not fit; said before the first one is inverted.
+        AdapterError: an adapter has no head, or one that does not fit; raised before any inversion starts.
     """
 
     def __init__(self, pool: AdapterPool, config: InversionConfig | None = None):

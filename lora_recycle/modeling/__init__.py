@@ -1,1 +1,1 @@
-"""The model that users wear."""
+"""The model that people use: fit, predict, save, export, serve."""

@@ -12,6 +12,7 @@ from ..errors import AdapterError, DataError
 from ..fewshot.domains import SHARED, DomainChoice
 from ..fewshot.heads import FewShotHead
 from ..fewshot.prototypes import prototype_logits
+from ..images.tables import Columns
 from ..runtime.outputs import check_file
 from .support import require_two_classes, support_set, without_failures
 from .task import FewShotTask, holds_task, save_task
@@ -23,9 +24,10 @@ Self = TypeVar("Self", bound="FewShotClassifier")
 class FewShotClassifier:
     """Learns one task from its support images and classifies by it.
 
-    `images` may be PIL images, arrays (H, W, 3), tensors (N, 3, H, W), paths, file:// URLs, or a `datasets.Dataset`;
-    one image alone is a list of one. Numbers in arrays and tensors are pixels, uint8 or floats from 0 to 1 as ToTensor
-    gives them; values that are normalised already are refused, and go through `model.features` and `probabilities`.
+    `images` may be PIL images, arrays (H, W, 3), tensors (N, 3, H, W), paths, file:// URLs, open files, a folder, a
+    table (CSV, parquet, DataFrame, `datasets.Dataset`) or a torch data set; one image alone is a list of one. Numbers
+    in arrays and tensors are pixels, uint8 or floats from 0 to 1 as ToTensor gives them; values that are normalised
+    already are refused, and go through `model.features` and `probabilities`.
     An image that cannot be read raises `DataError`, unless `failures` is given: a dictionary that takes its number
     and the reason.
 
@@ -81,6 +83,8 @@ class FewShotClassifier:
         *,
         failures: dict[int, str] | None = None,
         domain: str | None = None,
+        image_column: str | None = None,
+        label_column: str | None = None,
     ) -> Self:
         """Learn a task from its support images: one forward pass, no tuning.
 
@@ -89,31 +93,40 @@ class FewShotClassifier:
 
         Args:
             images: with `labels`, images in any form. Without, what has labels: a folder of class folders, a parquet
-                file, a saved or loaded data set (its train split, if it has several), or a Hub data set id.
+                or CSV file, a DataFrame, a saved or loaded data set (its train split, if it has several), a Hub data
+                set id, (image, label) pairs in a list or a torch data set, or a dict of the images of each class.
             labels: names or numbers, one for each image.
             failures: takes the images that cannot be read, which are left out.
             domain (`str`, *optional*): one of `model.domains`, where the choice is not left to the images.
+            image_column (`str`, *optional*): of a table; by default found by its type or a usual name.
+            label_column (`str`, *optional*): the same of the labels.
 
         Raises:
             ConfigError: the model has no such domain.
             DataError: no images, another number of labels, one class only, or a class whose images all failed.
         """
-        images, names = support_set(images, labels)
+        images, names = support_set(images, labels, Columns(image_column, label_column))
         require_two_classes(names)
         features, kept, chosen = self._choice(images, names, failures, domain)
         self._task = FewShotTask.fitted(features, kept, self.head, domain=chosen)
         return self
 
     def add_classes(
-        self: Self, images: Any, labels: Sequence[Any] | None = None, *, failures: dict[int, str] | None = None
+        self: Self,
+        images: Any,
+        labels: Sequence[Any] | None = None,
+        *,
+        failures: dict[int, str] | None = None,
+        image_column: str | None = None,
+        label_column: str | None = None,
     ) -> Self:
         """Add classes to a fitted task, or images to its classes, without seeing the earlier images again.
 
-        What it takes is what `fit` takes. The task keeps its domain: what is known of the earlier images is known by
-        that network alone. Where the new classes are of another kind, fit all of them together.
+        It takes the same images and labels as `fit`. The task keeps its domain, because only that network has embedded
+        the earlier images. If the new classes are of another kind, fit all classes together.
         """
         task = self._fitted()
-        images, names = support_set(images, labels)
+        images, names = support_set(images, labels, Columns(image_column, label_column))
         features = self._seen(images, failures, task.network).float()
         self._task = FewShotTask.fitted(features, without_failures(names, failures or {}), self.head, task)
         return self
@@ -166,8 +179,8 @@ class FewShotClassifier:
     def similarity(self, images: Any, *, failures: dict[int, str] | None = None) -> torch.Tensor:
         """Cosine of each image's embedding to that of the nearest prototype: (N,), float32 on the CPU.
 
-        It tells images of no class better than the probability does, which only says which class is nearer
-        (docs/more.md). What is low depends on backbone and task: look at it for images of your own.
+        It separates images of no class better than the probability does, which only says which class is nearer
+        (docs/more.md). Which value is low depends on backbone and task; check it on your own images.
 
         Args:
             failures: takes the images that cannot be read; their values are NaN.
@@ -265,7 +278,7 @@ class SharedTask(FewShotClassifier):
         """Write the task alone, one safetensors file, for `model.load_task`.
 
         Raises:
-            StorageError: a file is there that is no task, or nothing can be written.
+            StorageError: the path holds a file that is not a task, or it cannot be written.
         """
         task = self._fitted()
         check_file(path, holds_task, "a fitted task")

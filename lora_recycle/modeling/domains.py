@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from peft import PeftModel, set_peft_model_state_dict
+from peft import PeftModel
 from torch import nn
 
 from ..adapters.experts import DomainEntries, ExpertEntry, pull_experts
-from ..adapters.load import load_adapter
-from ..adapters.peft_wrap import tuner_layers, wrap
+from ..adapters.load import load_adapter, wear
+from ..adapters.peft_wrap import tuner_layers
 from ..adapters.pull import AdapterInfo
-from ..backbones.backbone import Backbone
+from ..backbones.backbone import Backbone, check_embeddings
 from ..fewshot.domains import SHARED, DomainChoice, Expert, choose_domain
 from ..hub.download import HubOptions
+from .preprocessing import as_batch, pixel_batches
+from .support import without_failures
 
 
 #: Name of the bare backbone among the looks at a support set.
@@ -24,9 +26,9 @@ FROZEN = "frozen"
 
 
 def bare_copy(backbone: Backbone) -> Backbone:
-    """A backbone without an adapter on the same weights in memory, whether `backbone` wears one or not.
+    """The backbone without any adapter, sharing its weights in memory.
 
-    Networks that stand side by side need no switching, so that threads may each use another one.
+    Separate networks need no switching, so threads can use different ones at once.
     """
     tensors = [*backbone.parameters(), *backbone.buffers()]
     memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
@@ -83,10 +85,7 @@ class DomainNetworks(nn.Module):
         networks = []
         for entry, adapter in zip(entries.experts, loaded, strict=True):
             own = bare_copy(backbone)
-            peft_model = wrap(own.model, adapter.peft_config)
-            set_peft_model_state_dict(peft_model, adapter.state_dict)
-            peft_model.to(device=backbone.device, dtype=backbone.dtype)
-            networks.append(ExpertNetwork(entry, own, peft_model))
+            networks.append(ExpertNetwork(entry, own, wear(own, adapter)))
         return cls(bare_copy(backbone), networks, entries.reference_spread)
 
     def __iter__(self) -> Iterator[ExpertNetwork]:
@@ -100,8 +99,42 @@ class DomainNetworks(nn.Module):
         """The backbone that wears the expert of this name."""
         return next(network.backbone for network in self if network.expert.name == name)
 
+    def look(self, shared: Backbone, batches: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Embeddings (N, D), float32, of batches of normalised images by `FROZEN`, `SHARED` and each expert.
+
+        Args:
+            shared: wears the shared adapter.
+            batches: (B, 3, H, W) each.
+
+        Raises:
+            AdapterError: embeddings are not finite.
+            DataError: images hold NaN or infinity.
+        """
+        networks = {FROZEN: self.frozen, SHARED: shared}
+        networks |= {network.expert.name: network.backbone for network in self}
+        looks: dict[str, list[torch.Tensor]] = {name: [] for name in networks}
+        for pixel_values in batches:
+            for name, network in networks.items():
+                looks[name].append(network.features(pixel_values.to(shared.device)))
+                check_embeddings(looks[name][-1], pixel_values, network.name)
+        return {name: torch.cat(parts).float() for name, parts in looks.items()}
+
     def choose(self, looks: dict[str, torch.Tensor], labels: torch.Tensor) -> DomainChoice:
         """The domain of a support set, from its features (S, D) by `FROZEN`, `SHARED` and each expert."""
         own = {name: looks[name] for name in self.names}
         experts = [network.expert for network in self]
         return choose_domain(looks[FROZEN], looks[SHARED], own, labels, experts, self.reference_spread)
+
+    @torch.inference_mode()
+    def embed_chosen(
+        self, shared: Backbone, images: Any, names: list[Any], failures: dict[int, str] | None
+    ) -> tuple[torch.Tensor, list[Any], DomainChoice]:
+        """Support images and their labels, without those that `failures` takes: embeddings (N, D) by the network that
+        they choose, the labels that are left, and the choice."""
+        if failures is not None:
+            failures.clear()  # of an earlier call
+        looks = self.look(shared, pixel_batches(as_batch(images), shared, 64, failures))
+        kept = without_failures(names, failures or {})
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(kept))}
+        choice = self.choose(looks, torch.tensor([numbers[name] for name in kept], device=shared.device))
+        return looks[choice.name], kept, choice

@@ -58,7 +58,7 @@ class ExportableModel(Protocol):
 
 
 def export(model: ExportableModel, folder: str | os.PathLike[str], format: str = "onnx") -> dict[str, Any]:
-    """Write a model for use without this library, load it again and compare what it says.
+    """Write a model for use without this library, then load the file and compare its outputs.
 
     The adapter is folded into a float32 copy of the weights; `model` stays as it is. Of a model with experts that is
     the one of the fitted task's domain, of an unfitted model the shared one; `export.json` says which. The graph of a

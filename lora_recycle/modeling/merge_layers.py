@@ -29,7 +29,7 @@ def merge_layers(backbone: Backbone) -> Layers:
         The layers by path, for [`worn_for_saving`].
 
     Raises:
-        AdapterError: the merged backbone answers otherwise. It is left as it was.
+        AdapterError: the merged backbone gives other outputs. It is restored.
     """
     model = backbone.model
     layers, idle = tuner_layers(model), never_called(model)

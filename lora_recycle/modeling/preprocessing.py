@@ -2,36 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..backbones.backbone import Backbone
 from ..errors import ConfigError, DataError
-from ..images.decode import decoded, to_uint8
-from ..images.sources import ImageSource, dataset_source, is_dataset
+from ..images.decode import decoded, is_file, local_path, to_uint8
+from ..images.sources import TABLES, dataset_source, open_source
+from ..images.tables import NO_COLUMNS, Columns, ImageSource, frame_source, is_dataset, is_frame
 
 
-def as_batch(images: Any) -> Any:
-    """A sequence of images, a tensor, or the source of a `datasets.Dataset`; one image becomes a sequence of one.
+class FirstOfPairs(Sequence):
+    """The images of a torch data set whose items are (image, label) pairs, each read when it is asked for."""
+
+    def __init__(self, dataset: Any):
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: Any) -> Any:
+        if index >= len(self):
+            raise IndexError(index)
+        item = self._dataset[index]
+        return item[0] if isinstance(item, (tuple, list)) else item
+
+
+def as_batch(images: Any, columns: Columns = NO_COLUMNS) -> Any:
+    """A sequence of images, a tensor, or the source of a folder or a table; one image becomes a sequence of one.
+
+    Args:
+        columns: of a table, where they are not found by their types and usual names.
 
     Raises:
         DataError: nothing that images can be taken from.
     """
-    if isinstance(images, (Image.Image, str, Path, bytes)) or getattr(images, "ndim", 4) in (2, 3):
+    if is_frame(images):
+        return frame_source(images, labelled=False, columns=columns)
+    if isinstance(images, (str, Path)):
+        path = local_path(images)
+        return open_source(path, labelled=False, columns=columns) if _is_many(path) else [images]
+    if isinstance(images, (Image.Image, bytes)) or is_file(images) or getattr(images, "ndim", 4) in (2, 3):
         return [images]
     if isinstance(images, (torch.Tensor, np.ndarray, ImageSource)):
         return images
     if is_dataset(images):
-        return dataset_source(images, labelled=False)
+        return dataset_source(images, labelled=False, columns=columns)
+    if isinstance(images, DataLoader):
+        raise DataError("A DataLoader gives batches, perhaps shuffled ones. Pass its data set: loader.dataset.")
+    if isinstance(images, Dataset) and hasattr(images, "__len__"):
+        return FirstOfPairs(images)
+    if isinstance(images, Mapping):
+        raise DataError(
+            "Images cannot be taken from a dict. Pass a list of them; fit also takes {class name: images of it}."
+        )
     if not isinstance(images, Iterable):
         raise DataError(f"No images can be read from a {type(images).__name__}: pass PIL images, arrays or paths.")
-    return images if isinstance(images, (list, tuple)) else list(images)  # a generator, as Path.glob gives
+    items = images if isinstance(images, (list, tuple)) else list(images)  # a generator, as Path.glob gives
+    if are_pairs(items):
+        raise DataError("These are pairs. Pass the images alone: [image for image, _ in pairs].")
+    return items
+
+
+def _is_many(path: Path) -> bool:
+    """Whether a path leads to a folder or a table, not to one image."""
+    return path.is_dir() or path.suffix.lower() in TABLES
+
+
+def are_pairs(images: Any) -> bool:
+    """Whether these are (image, label) pairs in a list."""
+    pairs = isinstance(images, (list, tuple)) and bool(images)
+    return pairs and all(isinstance(item, (list, tuple)) and len(item) == 2 for item in images)
 
 
 def pixel_batches(

@@ -5,20 +5,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any, Protocol
 
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 
 from ..adapters.experts import EXPERT_FILES, DomainEntries
 from ..adapters.files import checksums
 from ..adapters.peft_wrap import Layers
-from ..adapters.quantization import check_bits, store_weights
+from ..adapters.quantization import CODE_BITS, check_bits, store_weights
 from ..backbones.backbone import Backbone
 from ..errors import AdapterError, StorageError
 from ..fewshot.domains import SHARED
 from ..fewshot.heads import FewShotHead
 from ..hub.card_files import read_card
+from ..hub.cards import meta_lora_card
 from ..hub.embedded import backbone_name
 from ..hub.repo_files import (
     CARD_FILE,
@@ -61,7 +63,9 @@ class SavableModel(Protocol):
     _merged_domain: str
 
 
-def write_meta_lora(model: SavableModel, folder: str | Path, bits: int | None = None, card: str | None = None) -> None:
+def write_meta_lora(
+    model: SavableModel, folder: str | Path, bits: int | None = None, *, keep_card: bool = True
+) -> None:
     """Write a model to a folder that is new, empty, or holds a meta-LoRA already.
 
     All files are written beside their places first. The sidecar takes its place before any other, with the checksums
@@ -70,7 +74,7 @@ def write_meta_lora(model: SavableModel, folder: str | Path, bits: int | None = 
 
     Args:
         bits: for each weight, as of `save_pretrained`.
-        card: the README.md; by default PEFT's, or what is there with PEFT's header.
+        keep_card: a README.md that is there stays, with PEFT's header; otherwise it is written anew.
 
     Raises:
         AdapterError: the card in the folder cannot be read.
@@ -83,19 +87,20 @@ def write_meta_lora(model: SavableModel, folder: str | Path, bits: int | None = 
     check_output(folder, OUTPUT)
     remove_abandoned(folder, "files")
     with replacing_files(folder, _place, removes=[*_OPTIONAL, *_expert_files(folder)]) as new:
-        if card is None and (earlier := _card_in(folder)) is not None:
+        earlier = _card_in(folder) if keep_card else None
+        if earlier is not None:
             (new / CARD_FILE).write_bytes(utf8(earlier))  # PEFT only adds to a card that is there
         domains = _write_experts(model, new, bits)
         _write_adapter(model, SHARED, model.peft_model, new)
         store_weights(new, bits)
-        if card is not None:
-            (new / CARD_FILE).write_bytes(utf8(card))
         if model._task is not None:
             save_task(new / TASK_FILE, model._task)
         if model.picture is not None:
             (new / PICTURE_FILE).write_bytes(model.picture)
         settings = model.settings | _own_settings(model) | {"checksums": checksums(new)}
         settings = {key: value for key, value in settings.items() if key != "domains"} | domains
+        if earlier is None:
+            (new / CARD_FILE).write_bytes(utf8(_card(model, folder.name, settings, bits)))
         (new / SIDECAR_FILE).write_text(json.dumps(settings, indent=1, allow_nan=False), encoding="utf-8")
     _remove_empty_folders(folder)
 
@@ -136,11 +141,32 @@ def _remove_empty_folders(folder: Path) -> None:
 def _write_adapter(model: SavableModel, domain: str, peft_model: PeftModel, folder: Path) -> None:
     config: Any = peft_model.peft_config["default"]  # of the class of its type
     config.base_model_name_or_path = backbone_name(config.base_model_name_or_path)
-    config.target_modules = sorted(config.target_modules)  # PEFT writes a set in any order
-    merged = model._merged if model._merged_domain == domain else {}
-    with worn_for_saving(peft_model, merged) as worn:
-        # no embedding layers: PEFT would ask the Hub whether the base's vocabulary grew
-        worn.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    given, merged = config.target_modules, model._merged if model._merged_domain == domain else {}
+    config.target_modules = _targets(peft_model)
+    try:
+        with worn_for_saving(peft_model, merged) as worn:
+            # no embedding layers: PEFT would ask the Hub whether the base's vocabulary grew
+            worn.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    finally:
+        config.target_modules = given
+
+
+def _targets(peft_model: PeftModel) -> str | list[str]:
+    """Which modules the saved config names: of a LoRA as a pattern that only the headless backbone's names match.
+
+    Plain names would match in `...ForImageClassification` too, where they stand behind `vit.`: its head is untrained
+    and it would find no tensors of the adapter, and so would answer at random after a warning. PEFT and transformers
+    raise where a pattern matches nothing.
+    """
+    config: Any = peft_model.peft_config["default"]
+    if not isinstance(config, LoraConfig):
+        return sorted(config.target_modules)  # PEFT writes a set in any order
+    tuner: Any = peft_model.base_model
+    paths = set(tuner.targeted_module_names)
+    one_a_layer = {re.sub(r"(?<=\.)\d+(?=\\\.|$)", r"\\d+", re.escape(path)) for path in paths}
+    pattern = "|".join(sorted(one_a_layer))
+    matched = {name for name, _ in peft_model.get_base_model().named_modules() if re.fullmatch(pattern, name)}
+    return pattern if matched == paths else "|".join(sorted(map(re.escape, paths)))
 
 
 def _own_settings(model: SavableModel) -> dict[str, Any]:
@@ -153,6 +179,17 @@ def _own_settings(model: SavableModel) -> dict[str, Any]:
         "lora_recycle_version": __version__,
         "num_classes": None if model._task is None else len(model._task.label_names),
     }
+
+
+def _card(model: SavableModel, name: str, settings: dict[str, Any], bits: int | None) -> str:
+    config: Any = model.peft_model.peft_config["default"]
+    base = config.base_model_name_or_path, config.revision, getattr(config, "r", None)
+    coded = bits if bits in CODE_BITS else None
+    try:
+        return meta_lora_card(name, *base, settings, model.picture is not None, coded)
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError):
+        own = _own_settings(model)  # what a stranger's sidecar says beside it is no card's
+        return meta_lora_card(name, *base, own, model.picture is not None, coded)
 
 
 def _card_in(folder: Path) -> str | None:

@@ -3,31 +3,72 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..backbones.backbone import Backbone
 from ..errors import DataError
 from ..fewshot.heads import FewShotHead
-from .classifier import FewShotClassifier, finite
+from ..runtime.terminal import counted
+from .classifier import FewShotClassifier, SharedTask, finite
 from .preprocessing import as_batch, pixel_batches
-from .task import FewShotTask
+from .task import FewShotTask, load_task
 
 
-class ServingModel(Protocol):
-    """What is asked of a model with tasks."""
+class TaskServer(FewShotClassifier):
+    """A model that serves many tasks on one backbone."""
 
     backbone: Backbone
-    head: FewShotHead
 
-    def embed(self, images: Any, batch_size: int = 64, *, domain: str | None = None) -> torch.Tensor: ...
+    @property
+    def domains(self) -> list[str]:
+        """As of [`MetaLoRAForFewShotClassification`]."""
+        raise NotImplementedError
 
-    def _embeddings(self, pixel_values: torch.Tensor, domain: str | None = None) -> torch.Tensor: ...
+    def _embeddings(self, pixel_values: torch.Tensor, domain: str | None = None) -> torch.Tensor:
+        raise NotImplementedError
+
+    def new_task(self) -> SharedTask:
+        """A new, unfitted task on this model's backbone, for serving many users or many problems at once."""
+        return SharedTask(self)
+
+    def load_task(self, path: str | Path) -> SharedTask:
+        """Load a task that `SharedTask.save` wrote. The file is not trusted.
+
+        Raises:
+            AdapterError: it is damaged, or fits another backbone.
+            DataError: there is no such file, or another kind of head fitted it.
+        """
+        task = SharedTask(self)
+        task._task = load_task(Path(path), self.head, self.backbone.hidden_size, self.domains)
+        if task._task is None:
+            raise DataError(f"{path}: there is no fitted task here that the head {self.head.name} can use.")
+        return task
+
+    def predict_tasks(self, images: Any, tasks: Sequence[FewShotClassifier], batch_size: int = 64) -> list[Any]:
+        """The label of each image by the task of its place: images of many tasks in one forward pass, or in one for
+        each domain that there is among the tasks.
+
+        Args:
+            images: N images in any form that `fit` takes.
+            tasks: N tasks, `new_task()` of this model each; the same one may come again.
+
+        Raises:
+            DataError: another number of tasks, or one that is not fitted or another model's.
+        """
+        return [task.label_names[int(row.argmax())] for task, row in answer_tasks(self, images, tasks, batch_size)]
+
+    def predict_proba_tasks(
+        self, images: Any, tasks: Sequence[FewShotClassifier], batch_size: int = 64
+    ) -> list[torch.Tensor]:
+        """Class probabilities of each image by the task of its place, (classes of the task,) each, on the CPU."""
+        return [row for _, row in answer_tasks(self, images, tasks, batch_size)]
 
 
 def answer_tasks(
-    model: ServingModel, images: Any, tasks: Sequence[FewShotClassifier], batch_size: int
+    model: TaskServer, images: Any, tasks: Sequence[FewShotClassifier], batch_size: int
 ) -> list[tuple[FewShotTask, torch.Tensor]]:
     """For each image the task of its place as it is now, and the probabilities of that task's classes, on the CPU.
 
@@ -36,7 +77,8 @@ def answer_tasks(
     """
     images = as_batch(images)
     if len(images) != len(tasks):
-        raise DataError(f"{len(images)} images, but {len(tasks)} tasks: each image needs the task it belongs to.")
+        found = f"{counted(len(images), 'image')}, but {counted(len(tasks), 'task')}"
+        raise DataError(f"{found}: each image needs the task it belongs to.")
     if any(getattr(task, "model", task) is not model for task in tasks):
         raise DataError("A task belongs to another model. Make tasks with new_task() of the model that is asked.")
     fitted = [task._fitted() for task in tasks]  # each as it is now, whatever is fitted meanwhile
@@ -49,7 +91,7 @@ def answer_tasks(
 
 
 @torch.inference_mode()
-def _embed_by_domain(model: ServingModel, images: Any, domains: list[str], batch_size: int) -> torch.Tensor:
+def _embed_by_domain(model: TaskServer, images: Any, domains: list[str], batch_size: int) -> torch.Tensor:
     """Embeddings (N, D) of N images by the network of each one's domain."""
     parts, start = [], 0
     for pixel_values in pixel_batches(images, model.backbone, batch_size):

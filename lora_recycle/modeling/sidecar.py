@@ -16,7 +16,7 @@ from ..errors import AdapterError, ConfigError
 from ..fewshot.heads import make_head
 from ..hub.download import HubOptions, fetch
 from ..hub.repo_files import MAX_PICTURE_BYTES, PICTURE_FILE, TASK_FILE, optional_file
-from ..runtime.untrusted import MAX_TENSOR_BYTES
+from ..runtime.untrusted_tensors import MAX_TENSOR_BYTES
 
 
 #: Of what is written. In 1, some heads and settings had other names.

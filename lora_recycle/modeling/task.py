@@ -18,7 +18,8 @@ from ..fewshot.domains import SHARED, DomainChoice
 from ..fewshot.heads import HEADS, FewShotHead
 from ..hub.repo_files import MAX_CLASSES
 from ..runtime.files import atomic_save_tensors, read_header
-from ..runtime.untrusted import parse_json, read_safetensors_header
+from ..runtime.untrusted import parse_json
+from ..runtime.untrusted_tensors import read_safetensors_header
 from .support import check_labels
 
 
@@ -92,7 +93,7 @@ def holds_task(path: Path) -> bool:
 
 
 def load_task(path: Path, head: FewShotHead, width: int, domains: Sequence[str] = ()) -> FewShotTask | None:
-    """Read a task on embeddings of `width` numbers, of which nothing is trusted.
+    """Read a task on embeddings of `width` numbers from a file that is not trusted.
 
     Args:
         domains: of the model, see [`MetaLoRAForFewShotClassification.domains`].

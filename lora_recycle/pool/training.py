@@ -23,14 +23,24 @@ from ..errors import AdapterError, DataError
 from ..fewshot.prototypes import class_prototypes, prototype_logits
 from ..hub.cards import adapter_card
 from ..hub.embedded import backbone_name
+from ..hub.repo_files import CONFIG_FILE
 from ..images.labelled import LabelledImages, load_labelled_images
+from ..images.tables import NO_COLUMNS, Columns
 from ..runtime.files import check_writable, creating_folder
 from ..runtime.launch import claim_indices, mixed_precision, process_state
-from ..runtime.outputs import check_output
+from ..runtime.outputs import OutputKind, check_output
+from ..runtime.terminal import counted
 from .config import AdapterTrainingConfig
 from .fitted_heads import prototype_layer
 
 
+def _holds_adapters(folder: Path) -> bool:
+    """Whether there is nothing but folders in it, and an adapter in one."""
+    entries = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    return all(path.is_dir() for path in entries) and any((path / CONFIG_FILE).is_file() for path in entries)
+
+
+OUTPUT = OutputKind("adapters", _holds_adapters)
 #: Images, uint8 (N, 3, H, W), and their labels, int64 (N,).
 Task = tuple[torch.Tensor, torch.Tensor]
 
@@ -94,7 +104,7 @@ def split_task(
 def start_head(view: Backbone, head: torch.nn.Linear, train: Task, held: Task) -> float:
     """Set the head to the nearest prototype of what it reads on the frozen backbone, so that tuning starts from that.
 
-    Returns the held-out accuracy of frozen prototypes with cosine (per cent): what an adapter must beat.
+    Returns the held-out accuracy (per cent) of cosine prototypes on the frozen backbone, which an adapter must beat.
     """
     (images, labels), (held_images, held_labels) = train, held
     features, read = _features_and_head_inputs(view, images)
@@ -228,21 +238,31 @@ def train_adapters(
     base_model: str = "demo",
     device: torch.device | str | None = None,
     progress: bool = True,
+    *,
+    columns: Columns = NO_COLUMNS,
+    failures: dict[int, str] | None = None,
 ) -> list[dict]:
     """Tune `config.tasks` adapters on random draws of classes. Finished adapters are kept when it is run again.
 
     Several processes (`accelerate launch`) share the tasks.
+
+    Args:
+        columns: of a table, as of [`images.labelled.load_labelled_images`].
+        failures: takes the images that cannot be read, which are left out.
 
     Raises:
         DataError: the data has too few classes.
         StorageError: the folder of an adapter holds something else, or nothing can be written there.
     """
     state, output_dir = process_state(), Path(output_dir)
+    check_output(output_dir, OUTPUT)
     backbone = Backbone.from_pretrained(base_model)
-    data = load_labelled_images(data_path, backbone.image_size, backbone.processor.resample, seed=config.seed)
+    reading: Any = {"seed": config.seed, "columns": columns, "failures": failures}
+    data = load_labelled_images(data_path, backbone.image_size, backbone.processor.resample, **reading)
     available = sorted(data.by_class())
     if len(available) < config.classes:
-        raise DataError(f"{data.name} has {len(available)} classes, fewer than the {config.classes} of a task.")
+        found = counted(len(available), "class", "classes")
+        raise DataError(f"{data.name} has {found}, fewer than the {config.classes} of a task.")
     # another program, in another folder, is to find it too
     base_name = backbone_name(Path(base_model).resolve() if Path(base_model).is_dir() else base_model)
     targets = [output_dir / f"{data.name.replace('/', '-')}-{task:03d}" for task in range(config.tasks)]

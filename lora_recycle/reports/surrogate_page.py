@@ -14,6 +14,7 @@ from ..backbones.backbone import Backbone, extract_features
 from ..backbones.base_models import CONFIG_FILES, BaseModel
 from ..errors import DataError
 from ..images.labelled import LabelledImages
+from ..runtime.terminal import counted
 from ..surrogate.dataset import SurrogateDataset, evenly_spread
 from .charts import charts, scatter
 from .gallery import gallery
@@ -101,7 +102,8 @@ def write_surrogate_page(
         ("Adapters", table(caption, ("adapter", "images", "accuracy", "confidence"), scores)),
         ("Settings", preformatted(settings)),
     ]
-    return write_page(path, f"{len(surrogate)} surrogate images of {surrogate.num_shards} adapters", sections)
+    title = f"{counted(len(surrogate), 'surrogate image')} of {counted(surrogate.num_shards, 'adapter')}"
+    return write_page(path, title, sections)
 
 
 def read_patch_size(surrogate: SurrogateDataset) -> int | None:

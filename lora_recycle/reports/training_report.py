@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from ..errors import DataError
 from ..hub.cards import usage_lines
+from ..runtime.terminal import counted
 from .charts import bars, charts, curve
 from .gallery import gallery
 from .html_page import paragraph, preformatted, table, write_page
@@ -97,7 +98,7 @@ def write_training_report(
         curves: more curves, to come before those of the trainer.
     """
     pool, sample = trainer.pool, trainer.surrogate.sample(IMAGES_SHOWN)
-    count = f"{len(pool)} adapters"
+    count = counted(len(pool), "adapter")
     shown = {key: value for key, value in settings.items() if key not in ("results", "sources")}
     history = {f"distillation: {name}": values for name, values in trainer.history.items()}
     return write_report(

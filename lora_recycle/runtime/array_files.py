@@ -13,7 +13,7 @@ import torch
 
 from ..errors import DataError
 from .files import replacing
-from .untrusted import SafetensorsHeader
+from .untrusted_tensors import SafetensorsHeader
 
 
 _NUMPY_TYPES = {"U8": np.uint8, "I16": np.int16, "I64": np.int64, "F16": np.float16, "F32": np.float32}

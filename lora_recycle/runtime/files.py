@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..errors import StorageError
-from .untrusted import parse_json, read_safetensors_header
+from .untrusted import parse_json
+from .untrusted_tensors import read_safetensors_header
 
 
 #: Why a file cannot be written that is no fault of the program: space, rights, limits, what lies there already.

@@ -12,7 +12,8 @@ from typing import Any
 
 from ..errors import StorageError
 from .files import OWN_PREFIX, atomic_write, check_writable, is_partial, refusals_explained, remove_abandoned
-from .untrusted import check_utf8, parse_json, read_text
+from .untrusted import parse_json
+from .untrusted_files import check_utf8, read_text
 
 
 #: Says what a folder is for, from before the first result is in it.
@@ -33,12 +34,13 @@ class OutputKind:
 
 
 def holds_json(path: Path, *keys: str) -> bool:
-    """Whether a file is a JSON object with these keys."""
+    """Whether a file is a JSON object with these keys, or a list of such."""
     try:
         found = parse_json(read_text(path))
     except (OSError, ValueError):
         return False
-    return isinstance(found, dict) and found.keys() >= set(keys)
+    items = found if isinstance(found, list) else [found]
+    return bool(items) and all(isinstance(item, dict) and item.keys() >= set(keys) for item in items)
 
 
 def check_output(folder: str | Path, kind: OutputKind | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 
 #: What a terminal may obey (C0 and C1 controls but tab and newline), lone surrogates, which cannot be encoded, and
@@ -28,6 +29,31 @@ def single_line(text: str) -> str:
 def utf8(text: str) -> bytes:
     r"""A page or a card as UTF-8, which holds no lone surrogates: those are shown as escapes, as in `\udcff`."""
     return text.encode("utf-8", errors="backslashreplace")
+
+
+def counted(number: int, thing: str, plural: str | None = None) -> str:
+    """`1 image`, `2 images`; `2 classes` where the plural is given."""
+    return f"{number} {thing if number == 1 else plural or thing + 's'}"
+
+
+def shorten(text: str, width: int) -> str:
+    """The text in so many characters, its middle left out: of a path both the folder and the file stay."""
+    tail = (width - 1) * 2 // 3
+    return text if len(text) <= width else f"{text[: width - 1 - tail]}…{text[len(text) - tail :]}"
+
+
+def fit_widths(widths: Sequence[int], shrinks: Sequence[bool], room: int | None, least: int = 12) -> list[int] | None:
+    """Widths of columns that lie two apart in `room`, the widest of those that may shrink taken in first.
+
+    None where they do not fit with `least` characters in each of these. `room` is None where there is no end.
+    """
+    fitted = list(widths)
+    while room is not None and sum(fitted) + 2 * (len(fitted) - 1) > room:
+        wide = [i for i, (width, may) in enumerate(zip(fitted, shrinks, strict=True)) if may and width > least]
+        if not wide:
+            return None
+        fitted[max(wide, key=fitted.__getitem__)] -= 1
+    return fitted
 
 
 def csv_cell(text: str) -> str:

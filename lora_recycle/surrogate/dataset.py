@@ -29,7 +29,9 @@ from ..hub.upload import push_files, without_local_paths
 from ..runtime.files import atomic_write, file_sha256, read_header, save_sealed
 from ..runtime.outputs import OutputKind, holds_json
 from ..runtime.terminal import utf8
-from ..runtime.untrusted import MAX_FILE_BYTES, MAX_TEXT_BYTES, check_utf8, parse_json, path_inside, read_text
+from ..runtime.untrusted import parse_json
+from ..runtime.untrusted_files import MAX_TEXT_BYTES, check_utf8, path_inside, read_text
+from ..runtime.untrusted_tensors import MAX_FILE_BYTES
 from .manifest import check_manifest
 from .shards import TENSORS, ShardRows, check_alike, open_shard
 from .table import to_table

@@ -7,7 +7,7 @@ import re
 from pathlib import PurePosixPath
 from typing import Any
 
-from ..runtime.untrusted import check_file_name
+from ..runtime.untrusted_files import check_file_name
 
 
 #: Images of one adapter, and of all together.

@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import DataError
 from ..runtime.array_files import RowFile, safetensors_rows
-from ..runtime.untrusted import parse_json, read_safetensors_header
+from ..runtime.untrusted import parse_json
+from ..runtime.untrusted_tensors import read_safetensors_header
 from .manifest import check_source
 
 

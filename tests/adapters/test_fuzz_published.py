@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from test_fuzz import KEYS, respoil, spoil_bytes, spoil_config, spoil_header, spoil_json, spoil_numbers
+from helpers_fuzz import KEYS, respoil, spoil_bytes, spoil_config, spoil_header, spoil_json, spoil_numbers
 
 from lora_recycle.adapters.files import checksums
 from lora_recycle.adapters.pull import pull_adapter, read_tensors

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from helpers_clip import save_tiny_pair
+from helpers_clip import CLASSES, RANK, paper_tensors, save_tiny_pair
 from helpers_tiny import random_pixels
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -16,24 +16,10 @@ from lora_recycle.adapters.paper_format import import_paper_file
 from lora_recycle.errors import AdapterError, StorageError
 
 
-RANK, CLASSES = 3, 5
-
-
 @pytest.fixture
 def base(tmp_path):
     save_tiny_pair(tmp_path / "clip")
     return tmp_path / "clip"
-
-
-def paper_tensors(layers=2, hidden=32, projection=24, scale=0.2):
-    """What the code saves for a tiny CLIP: q and v of each layer in turn, and the head's weight."""
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for i in range(2 * layers):
-        tensors[f"w_a_{i:03d}"] = scale * torch.randn(RANK, hidden, generator=generator)
-        tensors[f"w_b_{i:03d}"] = scale * torch.randn(hidden, RANK, generator=generator)
-    tensors[f"fc_{projection}in_{CLASSES}out"] = torch.randn(CLASSES, projection, generator=generator)
-    return tensors
 
 
 @pytest.fixture

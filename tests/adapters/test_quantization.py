@@ -7,10 +7,10 @@ import re
 import pytest
 import torch
 from helpers_adapters import CONFIGS, save_adapter
+from helpers_fuzz import spoil_bytes, spoil_header, spoil_json, spoil_numbers
 from helpers_tiny import tiny_processor
 from peft import PeftModel
 from safetensors.torch import load, load_file, save_file
-from test_fuzz import spoil_bytes, spoil_header, spoil_json, spoil_numbers
 from transformers import AutoModel
 
 from lora_recycle import AdapterError, ConfigError, MetaLoRAForFewShotClassification

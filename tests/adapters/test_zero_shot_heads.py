@@ -141,7 +141,7 @@ def test_adapters_that_cannot_be_inverted_are_skipped_with_their_reasons(pool_pa
     given = {"pets": NAMES}
     with pytest.raises(AdapterError, match="^birds: has no classification head, .*--class-names"):
         AdapterPool.from_pretrained(pool_path, class_names=given, require_heads=True)
-    with pytest.warns(UserWarning, match="1 of 2 adapters are skipped:\n- birds: has no classification head"):
+    with pytest.warns(UserWarning, match="1 of 2 adapters skipped:\n- birds: has no classification head"):
         pool = AdapterPool.from_pretrained(pool_path, class_names=given, require_heads=True, on_error="skip")
     assert [a.info.name for a in pool] == ["pets"] and pool.skipped[0][0] == "birds"
 

@@ -10,7 +10,9 @@ import pytest
 
 from lora_recycle.app.models import MODELS_KEPT
 from lora_recycle.app.session import MAX_IMAGES
-from lora_recycle.runtime import untrusted
+from lora_recycle.runtime.untrusted import MAX_SIZE_SETTING
+from lora_recycle.runtime.untrusted_files import MAX_TEXT_BYTES
+from lora_recycle.runtime.untrusted_tensors import MAX_FILE_BYTES, MAX_TENSOR_BYTES
 
 
 page = pytest.importorskip("lora_recycle.app.page", reason="the extra [app] is not installed", exc_type=ValueError)
@@ -168,9 +170,9 @@ def test_the_page_on_security_states_the_limits_as_they_are():
         f"| examples, or new images, of one click | {MAX_IMAGES} |",
         f"| visitors waiting for the model | {page.MAX_WAITING} |",
         f"| meta-LoRAs that the page keeps in memory | {MODELS_KEPT} |",
-        f"| JSON, sidecar or card of a repo | {untrusted.MAX_TEXT_BYTES // mebibyte} MiB |",
-        f"| one tensor as float32 | {untrusted.MAX_TENSOR_BYTES // 1024**3} GiB |",
-        f"| one file of a repo | {untrusted.MAX_FILE_BYTES // 1024**3} GiB |",
-        f"| ranks and other sizes in an adapter's settings | {untrusted.MAX_SIZE_SETTING:,} |",
+        f"| JSON, sidecar or card of a repo | {MAX_TEXT_BYTES // mebibyte} MiB |",
+        f"| one tensor as float32 | {MAX_TENSOR_BYTES // 1024**3} GiB |",
+        f"| one file of a repo | {MAX_FILE_BYTES // 1024**3} GiB |",
+        f"| ranks and other sizes in an adapter's settings | {MAX_SIZE_SETTING:,} |",
     ):
         assert line in text

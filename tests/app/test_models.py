@@ -93,4 +93,4 @@ def test_a_page_for_others_tells_nothing_of_folders(page, tmp_path, monkeypatch)
 
 def _model(base):
     backbone = SimpleNamespace(name=base, image_size=64, patch_size=8, layers=[0])
-    return SimpleNamespace(backbone=backbone, head=SimpleNamespace(name="prototypes"))
+    return SimpleNamespace(backbone=backbone, head=SimpleNamespace(name="prototypes"), domains=[])

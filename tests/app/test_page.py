@@ -64,6 +64,18 @@ def test_from_dropped_files_to_a_saved_task(visit, pictures, tmp_path):
         assert "fitted_task/adapter_model.safetensors" in archive.namelist()
 
 
+def test_an_error_leaves_no_old_answers_and_a_class_can_be_removed(visit):
+    tab, *_ = visit  # with the classes and answers of the test before
+    tab.locator("#answers h3").first.wait_for()
+    tab.get_by_role("button", name="Remove class 2").click()
+    tab.get_by_label("Name of class 2").wait_for(state="hidden")
+    tab.get_by_role("button", name="Remove class 3").click()
+    tab.wait_for_function("document.querySelectorAll('.drop-zone img').length === 6")  # 4 of class 1, 2 new ones
+    tab.get_by_role("button", name="Classify").click()
+    tab.get_by_text("Show images of at least two classes first").first.wait_for()
+    assert tab.locator("#answers h3").count() == 0
+
+
 def test_another_meta_lora_is_chosen_or_refused(visit):
     from playwright.sync_api import TimeoutError as Late
 
@@ -108,13 +120,13 @@ def test_the_keyboard_reaches_everything_in_reading_order(visit):
     tab.get_by_role("button", name="Images of class 1: choose or drop files").wait_for()
     tab.locator("h1").click()
     found = []
-    for _ in range(9):
+    for _ in range(11):
         tab.keyboard.press("Tab")
         found.append(tab.evaluate("(a => a.ariaLabel || a.placeholder || a.innerText.trim())(document.activeElement)"))
     zone = "{}: choose or drop files"
-    names = ["class 1", zone.format("Images of class 1"), "class 2", zone.format("Images of class 2"), "Add a class"]
-    assert found[:8] == [*names, zone.format("New images"), "Classify", "Save the fitted task"]
-    assert found[8].startswith("Another meta-LoRA")
+    names = [name for n in (1, 2) for name in (f"class {n}", zone.format(f"Images of class {n}"), f"Remove class {n}")]
+    assert found[:10] == [*names, "Add a class", zone.format("New images"), "Classify", "Save the fitted task"]
+    assert found[10].startswith("Another meta-LoRA")
     outline = "getComputedStyle(document.activeElement).outlineStyle"
     assert tab.evaluate(outline) == "solid"
     tab.get_by_role("button", name="Add a class").focus()

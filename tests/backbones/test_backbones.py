@@ -1,74 +1,26 @@
 """The view gives what transformers' own models give, for each family."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
+from helpers_backbones import FAMILIES, build
 from helpers_tiny import SIZES, random_pixels, shake, tiny_backbone, tiny_processor
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import (
-    CLIPConfig,
-    CLIPForImageClassification,
-    DeiTConfig,
-    DeiTForImageClassification,
     Dinov2Config,
-    Dinov2ForImageClassification,
     Dinov2Model,
-    Dinov2WithRegistersConfig,
-    Dinov2WithRegistersForImageClassification,
     ResNetConfig,
     ResNetModel,
-    SiglipConfig,
-    SiglipForImageClassification,
     SiglipVisionConfig,
     SiglipVisionModel,
     SwinConfig,
     SwinModel,
-    ViTConfig,
-    ViTForImageClassification,
 )
 
 from lora_recycle.backbones.backbone import Backbone, extract_features
 from lora_recycle.backbones.token_selection import keep_tokens, take_patches
 from lora_recycle.errors import AdapterError, DataError
-
-
-TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-#: class, config, where the base model lies, tokens before the patches
-FAMILIES = {
-    "vit": (ViTForImageClassification, ViTConfig(**SIZES, num_labels=5), "vit", 1),
-    "deit": (DeiTForImageClassification, DeiTConfig(**SIZES, num_labels=5), "deit", 2),
-    "dinov2": (Dinov2ForImageClassification, Dinov2Config(**SIZES, num_labels=5), "dinov2", 1),
-    "registers": (
-        Dinov2WithRegistersForImageClassification,
-        Dinov2WithRegistersConfig(**SIZES, num_labels=5, num_register_tokens=3),
-        "dinov2_with_registers",
-        4,
-    ),
-    "clip": (
-        CLIPForImageClassification,
-        CLIPConfig(vision_config=SIZES, text_config=TEXT, num_labels=5),
-        "vision_model",
-        1,
-    ),
-    "siglip": (
-        SiglipForImageClassification,
-        SiglipConfig(vision_config=SIZES, text_config=TEXT, num_labels=5),
-        "vision_model",
-        0,
-    ),
-}
-
-
-def build(family, layers=2):
-    kind, config, base, prefix = FAMILIES[family]
-    torch.manual_seed(0)
-    config = copy.deepcopy(config)  # models keep it, and their choice of attention in it
-    getattr(config, "vision_config", config).num_hidden_layers = layers
-    model = shake(kind(config))
-    return model, getattr(model, base), prefix
 
 
 @torch.no_grad()

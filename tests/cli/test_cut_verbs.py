@@ -8,9 +8,8 @@ import resource
 import signal
 
 import pytest
-from helpers_clip import save_tiny_pair
+from helpers_clip import paper_tensors, save_tiny_pair
 from safetensors.torch import save_file
-from test_paper_format import paper_tensors
 
 from lora_recycle.cli.main import main
 

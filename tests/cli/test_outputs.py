@@ -102,7 +102,7 @@ def test_tune_pool_leaves_a_folder_of_the_user(work, tmp_path, fails):
     (mine / "holiday.jpg").write_text("mine")
     quick = ["--classes", 4, "--epochs", 1, "--rank", 2, "--tasks", 1, "--base-model", work / "base", "--quiet"]
     line = fails("train-adapters", work / "photos", "--output", tmp_path / "pool", *quick)
-    assert "photos-000: holds other files (holiday.jpg), which is not replaced" in line
+    assert "pool: holds other files (photos-000), which is not replaced" in line
     assert content(tmp_path) == {"pool/photos-000/holiday.jpg": b"mine"}
 
 
@@ -141,7 +141,7 @@ def test_results_of_evaluate_replace_only_such_results(evaluate_arguments, tmp_p
         assert run(*evaluate_arguments, "--no-pool", "--json", path)[0] == 0
     (tmp_path / "mine.json").write_text('{"mine": 1}')
     line = fails(*evaluate_arguments, "--no-pool", "--json", tmp_path / "mine.json")
-    assert "mine.json: is there already, and is not results of evaluate" in line
+    assert "mine.json: is there already, and is not what lora-recycle evaluate wrote" in line
     assert (tmp_path / "mine.json").read_text() == '{"mine": 1}'
 
 

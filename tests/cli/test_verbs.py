@@ -110,7 +110,7 @@ def test_distill_writes_a_plain_adapter_with_sources_recipe_and_card(work):
     assert sidecar["distillation"]["steps"] == 3 and sidecar["inversion"]["keep_ratio"] == 0.5
     assert set(sidecar["versions"]) == {"lora_recycle", "python", *PACKAGES}
     card = (work / "meta" / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: peft\n") and "pipeline_tag: image-classification" in card
+    assert card.startswith("---\nlibrary_name: peft\n") and "pipeline_tag: image-feature-extraction" in card
     assert all(source["sha256"] in card for source in sidecar["sources"])
     assert not (work / "meta" / "config.json").exists()
     plain = PeftModel.from_pretrained(ViTModel.from_pretrained(work / "base", add_pooling_layer=False), work / "meta")

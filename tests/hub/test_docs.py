@@ -7,11 +7,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from helpers_clip import save_tiny_pair, wear_lora
+from helpers_clip import paper_tensors, save_tiny_pair, wear_lora
 from helpers_hub import publish
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_paper_format import paper_tensors
 from transformers import CLIPModel
 
 from lora_recycle.cli.main import main

@@ -65,7 +65,7 @@ def test_the_card_says_where_it_came_from(hub, model):
     card = ModelCard.load("org/meta")
     assert card.validate() is None and ModelCard(str(card)).content == card.content
     data = card.data
-    assert (data.library_name, data.pipeline_tag, data.license) == ("peft", "image-classification", "apache-2.0")
+    assert (data.library_name, data.pipeline_tag, data.license) == ("peft", "image-feature-extraction", "apache-2.0")
     assert (data.base_model, data.base_model_relation) == ("org/tiny-vit", "adapter")
     (result,) = data.eval_results
     assert (data.model_name, result.dataset_name, result.metric_value) == ("meta", "birds/test", 54.47)

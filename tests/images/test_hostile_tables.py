@@ -24,6 +24,7 @@ from PIL import Image
 from lora_recycle.errors import DataError, LoRARecycleError
 from lora_recycle.images import sources
 from lora_recycle.images.labelled import load_labelled_images
+from lora_recycle.images.table_checks import check_parquet
 
 
 CELL = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -103,6 +104,15 @@ def test_a_kilobyte_that_stands_for_gigabytes(tmp_path):
     path = write(tmp_path, repeated(b"x", 2**22 + 1), pa.nulls(2**22 + 1, pa.int8()))
     with pytest.raises(DataError, match="table.parquet: it has 4194305 rows, more than 4194304"):
         load_labelled_images(path, 8)
+
+
+def test_row_groups_with_a_dictionary_each(tmp_path):
+    """Arrow refuses a batch of structs across two of them; files like that are as common as harmless."""
+    cells = [{"bytes": random.Random(i).randbytes(300), "path": None} for i in range(2000)]
+    pq.write_table(pa.table({"image": pa.array(cells, CELL)}), tmp_path / "table.parquet", row_group_size=1000)
+    with pytest.raises(pa.ArrowNotImplementedError):
+        list(pq.ParquetFile(tmp_path / "table.parquet", read_dictionary=["image.bytes"]).iter_batches(2000))
+    check_parquet(tmp_path / "table.parquet")
 
 
 def test_many_equal_labels_are_no_bomb(tmp_path):

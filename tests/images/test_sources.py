@@ -130,7 +130,7 @@ def test_exif_orientation_is_applied(tmp_path):
 
 
 def test_what_is_missing_is_said(tmp_path, monkeypatch):
-    with pytest.raises(DataError, match="no such file or folder. Expected a parquet file"):
+    with pytest.raises(DataError, match="no such file or folder. Expected a parquet or CSV file"):
         load_labelled_images(tmp_path / "nowhere", 4)
     with pytest.raises(DataError, match="got a .txt file"):
         (tmp_path / "notes.txt").write_text("x")
@@ -192,7 +192,7 @@ def test_broken_table_rows_and_columns(tmp_path):
     with pytest.raises(DataError, match="broken, row 1: not a readable image"):
         load_labelled_images(path, 4)
     table().remove_columns("label").to_parquet(str(tmp_path / "bare.parquet"))
-    with pytest.raises(DataError, match="expected a label column .* found columns image"):
+    with pytest.raises(DataError, match="expected a label column .* found columns none besides the images"):
         load_labelled_images(tmp_path / "bare.parquet", 4)
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "bare.parquet").read_bytes()[:100])
     with pytest.raises(DataError, match="not a readable parquet file"):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from helpers_backbones import FAMILIES, build
 from helpers_tiny import copied_state, planted_adapter, random_factors, random_pixels, same_weights, tiny_processor
 from PIL import Image
-from test_backbones import FAMILIES, build
 
 from lora_recycle.adapters.heads import Head
 from lora_recycle.adapters.stored import StoredAdapter

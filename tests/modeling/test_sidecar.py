@@ -7,21 +7,8 @@ from helpers_old_names import as_format_1
 
 from lora_recycle.distillation.config import DistillationConfig
 from lora_recycle.errors import AdapterError
-from lora_recycle.hub.embedded import meta_lora_path
 from lora_recycle.modeling.meta_lora import MetaLoRAForFewShotClassification
 from lora_recycle.modeling.sidecar import FORMAT_VERSION, read_sidecar
-
-
-def test_the_shipped_sidecar_has_the_names_of_its_time_and_is_read_by_todays():
-    path = meta_lora_path() / "meta_lora_config.json"
-    stored = json.loads(path.read_text())
-    assert (
-        "format_version" not in stored and stored["head"] == "class_centres" and "held_out" in stored["distillation"]
-    )
-    settings = read_sidecar(path)
-    assert settings["head"] == "prototypes"
-    config = DistillationConfig(**settings["distillation"])
-    assert (config.validation_fraction, config.eval_steps, config.save_steps) == (0.2, 50, 50)
 
 
 @pytest.mark.parametrize("head", ["prototypes", "euclidean_prototypes", "lda"])

@@ -215,7 +215,7 @@ def test_heads_that_do_not_fit_are_skipped_where_heads_are_required(tiny_pool_pa
     assert len(AdapterPool.from_pretrained(tmp_path)) == 2  # for an average heads do not matter
     with pytest.raises(AdapterError, match="^wide: its head reads 64 features, .* gives 32"):
         AdapterPool.from_pretrained(tmp_path, require_heads=True)
-    with pytest.warns(UserWarning, match="1 of 2 adapters are skipped:\n- wide: its head reads 64"):
+    with pytest.warns(UserWarning, match="1 of 2 adapters skipped:\n- wide: its head reads 64"):
         pool = AdapterPool.from_pretrained(tmp_path, require_heads=True, on_error="skip")
     assert [info.name for info in pool.infos] == ["good"] and pool.skipped[0][0] == "wide"
 

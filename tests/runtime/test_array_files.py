@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from lora_recycle.errors import DataError
 from lora_recycle.runtime.array_files import open_rows, safetensors_rows, write_rows
-from lora_recycle.runtime.untrusted import read_safetensors_header
+from lora_recycle.runtime.untrusted_tensors import read_safetensors_header
 
 
 def test_rows_are_those_of_the_array_in_the_order_asked(tmp_path):

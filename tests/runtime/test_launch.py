@@ -1,33 +1,21 @@
 """Launches of several real processes, which meet over gloo: what they make, and how they fail."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from helpers_launch import EXACT, INVERT, LAUNCHED, distill, environment, furthest
 from safetensors.torch import load_file
 
 
 pytestmark = pytest.mark.slow
 
-LAUNCHED = Path(__file__).with_name("launched.py")
-INVERT = ["--images-per-class", "6", "--iterations", "5", "--keep-ratio", "0.5", "--jitter", "0"]
-DISTILL = ["--steps", "6", "--rank", "4", "--relational-batch", "16", "--save-steps", "3"]
-DISTILL += ["--ways", "3", "--queries", "3", "--episodes", "2", "--kl-weight", "1", "--interpolation-weight", "1"]
-DISTILL += ["--gradient-accumulation-steps", "2", "--max-grad-norm", "0.5", "--validation-fraction", "0"]
-#: Weights of a few tenths are stored in float32, of which half of the last digit is 2**-26 there.
-EXACT = 2**-24
 #: Judged, with every step a change of the student.
 JUDGED = ["--validation-fraction", "0.2", "--groups", "one", "--eval-steps", "2", "--init", "zero", "--lr", "0.03"]
 #: The pool's average is judged, and blends of what is learnt.
 PART = ["--validation-fraction", "0.2", "--groups", "one", "--eval-steps", "2"]
-
-
-def environment(**changes):
-    packages = str(Path(__file__).parents[2])
-    return os.environ | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONPATH": packages} | changes
 
 
 def accelerate_launch(*arguments, **changes):
@@ -35,10 +23,6 @@ def accelerate_launch(*arguments, **changes):
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_machines", "1"]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment(**changes))
-
-
-def distill(pool, surrogate, output, *more):
-    return ["distill", str(pool), "--surrogate", str(surrogate), "--output", str(output), *DISTILL, *more]
 
 
 def meta_lora(folder):
@@ -51,12 +35,6 @@ def losses_of(folder):
 
 def judged_in(folder):
     return json.loads((Path(folder) / "meta_lora_config.json").read_text())["judged"]
-
-
-def furthest(one, other):
-    """The largest difference; of what was learnt in float64, that of the last digit as it is stored."""
-    assert one.keys() == other.keys()
-    return max((one[name] - other[name]).abs().max().item() for name in one)
 
 
 @pytest.fixture(scope="module")

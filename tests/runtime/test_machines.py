@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers_launch import EXACT, INVERT, LAUNCHED, distill, environment, furthest
 from helpers_machines import free_port, run, two_machines
 from safetensors.torch import load_file
-from test_launch import EXACT, INVERT, LAUNCHED, distill, environment, furthest
 
 from lora_recycle.cli.main import main
 from lora_recycle.pool.pool import AdapterPool

@@ -18,8 +18,9 @@ from lora_recycle.errors import AdapterError, DataError
 from lora_recycle.hub.card_files import read_card
 from lora_recycle.hub.cards import is_repo_id
 from lora_recycle.hub.repo_files import CODES_FILE
-from lora_recycle.runtime import untrusted
-from lora_recycle.runtime.untrusted import check_settings, parse_json, read_safetensors_header
+from lora_recycle.runtime import untrusted_tensors
+from lora_recycle.runtime.untrusted import check_settings, parse_json
+from lora_recycle.runtime.untrusted_tensors import read_safetensors_header
 from lora_recycle.surrogate.dataset import SurrogateDataset
 
 
@@ -133,17 +134,17 @@ def test_tensor_names(stranger, name, reason):
 
 
 def test_the_longest_names_that_pass_take_no_time():
-    name = ".".join("a" * 11 for _ in range(untrusted.MAX_NAME_PARTS))
-    assert len(name) <= untrusted.MAX_NAME
+    name = ".".join("a" * 11 for _ in range(untrusted_tensors.MAX_NAME_PARTS))
+    assert len(name) <= untrusted_tensors.MAX_NAME
     started = time.process_time()
-    for _ in range(untrusted.MAX_TENSORS):
+    for _ in range(untrusted_tensors.MAX_TENSORS):
         assert module_of(name, set()) is None
     assert time.process_time() - started < SECONDS
 
 
 def test_too_many_tensors(stranger):
     entry = {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}
-    header = json.dumps({f"t{i}": entry for i in range(untrusted.MAX_TENSORS + 1)}).encode()
+    header = json.dumps({f"t{i}": entry for i in range(untrusted_tensors.MAX_TENSORS + 1)}).encode()
     (stranger / WEIGHTS).write_bytes(struct.pack("<Q", len(header)) + header + b"0")
     with pytest.raises(AdapterError, match="holds 10001 tensors, more than 10000"):
         pull_adapter(stranger)
@@ -211,7 +212,7 @@ def test_one_parser_says_what_safetensors_says(tmp_path):
     save_file(tensors, tmp_path / "file", {"header": "{}"})
     header = read_safetensors_header(tmp_path / "file")
     assert header.metadata == {"header": "{}"} and header.bounded_shapes() == {"b": (2, 3), "a": (4,)}
-    assert header == untrusted.parse_safetensors_header((tmp_path / "file").read_bytes())
+    assert header == untrusted_tensors.parse_safetensors_header((tmp_path / "file").read_bytes())
     data = (tmp_path / "file").read_bytes()[header.size :]
     for name, entry in header.tensors.items():
         assert data[entry.begin : entry.end] == tensors[name].numpy().tobytes()

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from test_fuzz import respoil, spoil_bytes, spoil_config, spoil_header, spoil_numbers
+from helpers_fuzz import respoil, spoil_bytes, spoil_config, spoil_header, spoil_numbers
 
 from lora_recycle.errors import LoRARecycleError
 from lora_recycle.fewshot.heads import make_head

@@ -1,0 +1,47 @@
+"""A pulled meta-LoRA to networks: its base model, its adapter, its experts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from ..adapters.experts import read_domains
+from ..adapters.load import load_adapter, wear
+from ..adapters.pull import AdapterInfo
+from ..adapters.sources import named_base
+from ..backbones.backbone import Backbone
+from ..hub.download import HubOptions
+from .domains import DomainNetworks
+
+
+def load_networks(
+    info: AdapterInfo,
+    settings: dict[str, Any],
+    hub: HubOptions,
+    base_model: str | Path | None = None,
+    base_revision: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Backbone, PeftModel, DomainNetworks | None]:
+    """The backbone that wears the shared adapter, PEFT's model around it, and the experts where there are any.
+
+    Args:
+        settings: the sidecar, as [`modeling.sidecar.read_sidecar`] gives it.
+        base_model: by default the one that the adapter names, at the revision that it names.
+
+    Raises:
+        AdapterError: files are missing or damaged, or do not fit the base model.
+    """
+    if base_model is None and base_revision is None:
+        base_revision = info.base_revision
+    base = named_base(info) if base_model is None else base_model
+    entries = read_domains(settings, info.where)
+    backbone = Backbone.from_pretrained(base, revision=base_revision, device=device, dtype=dtype, **hub)
+    loaded = load_adapter(info, backbone.model)
+    # before the shared adapter: each takes a copy of the bare backbone
+    experts = None if entries is None else DomainNetworks.from_entries(info, entries, backbone, hub)
+    loaded.peft_config.base_model_name_or_path = str(base)
+    return backbone, wear(backbone, loaded), experts
