@@ -213,7 +213,7 @@ def test_bases_that_nobody_names_are_given_once_and_others_are_left_out(hub, tin
     other_base(tmp_path / "other")
     hub.put("org/other", tmp_path / "other")
     hub.put("org/other", {"README.md": "---\nbase_model:\n- org/another\n---\n"})
-    with pytest.warns(UserWarning, match="1 of 3 adapters are skipped"):
+    with pytest.warns(UserWarning, match="1 of 3 adapters"):
         pool = AdapterPool.from_pretrained(["org/food", "org/named", "org/other"], on_error="skip")
     assert pool.backbone.name == "org/base" and [i.name for i in pool.infos] == ["org/food", "org/named"]
     assert "org/named is made for org/base and org/other for org/another" in pool.skipped[0][1]
