@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # what `_LAZY` loads at run time
     from .modeling.meta_lora import MetaLoRAForFewShotClassification
     from .modeling.pipeline import FewShotImageClassificationPipeline
     from .pool.config import AdapterTrainingConfig
+    from .pool.extraction import extract
     from .pool.pool import AdapterPool
     from .pool.training import train_adapters
     from .surrogate.dataset import SurrogateDataset
@@ -49,6 +50,7 @@ _LAZY = {
     "AdapterTrainingConfig": "pool.config",
     "evaluate": "evaluation.evaluate",
     "export": "modeling.export",
+    "extract": "pool.extraction",
     "fit_head": "modeling.head_fitting",
     "pull_adapter": "adapters.pull",
     "save_meta_lora": "distillation.saving",
@@ -76,6 +78,7 @@ __all__ = [
     "__version__",
     "evaluate",
     "export",
+    "extract",
     "fit_head",
     "pull_adapter",
     "save_meta_lora",

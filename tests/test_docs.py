@@ -46,6 +46,7 @@ PREPARED = ("docs/app.md", "docs/more.md", "docs/pictures.md")
 #: Pages that have a test of their own, which runs every block and looks at what comes out.
 TESTED = {
     "docs/hub.md": ("tests/hub/test_docs.py", "tests/cli/test_hub_commands.py"),
+    "docs/teachers.md": ("tests/adapters/test_teachers_page.py",),
     "docs/methods.md": ("tests/merging/test_docs.py",),
 }
 #: The most of each setting that is used here, so that a page takes seconds.

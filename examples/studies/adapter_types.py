@@ -23,7 +23,8 @@ from lora_recycle import (
     MetaLoRATrainer,
     SurrogateDataset,
 )
-from lora_recycle.adapters.pull import find_adapters, pull_adapter
+from lora_recycle.adapters.places import find_adapters
+from lora_recycle.adapters.pull import pull_adapter
 from lora_recycle.distillation.config import PRINCIPAL_STARTS
 from lora_recycle.evaluation.results import confidence
 from lora_recycle.fewshot.episodes import sample_episodes

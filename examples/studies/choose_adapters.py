@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 
 from lora_recycle import AdapterPool, DistillationConfig, MetaLoRATrainer, SurrogateDataset
-from lora_recycle.adapters.pull import find_adapters, pull_adapter
+from lora_recycle.adapters.places import find_adapters
+from lora_recycle.adapters.pull import pull_adapter
 from lora_recycle.backbones.backbone import extract_features
 from lora_recycle.evaluation.results import confidence
 from lora_recycle.fewshot.accuracy import prototype_accuracy

@@ -23,7 +23,8 @@ class Adapter:
     """One adapter as changes of the backbone's weights, with its head.
 
     `factors` maps a module to (B, A) with delta W = B A, shapes (out, r) and (r, in). A change of full rank, from an
-    adapter that is no plain LoRA, has r = in and A = identity. `vector_deltas` maps a parameter (bias, norm) to its
+    adapter that is no plain LoRA or from a whole checkpoint, has r = min(out, in), and A or B, the smaller one, is the
+    identity. `vector_deltas` maps a parameter that no linear layer multiplies with (bias, norm, embedding) to its
     change. `peft_layers` maps a module to the PEFT layer that stands in for it, for types that compute with their
     input (Lily, Poly) and so are no change of weights; `factors` and `vector_deltas` are empty then.
     """
@@ -47,9 +48,13 @@ class Adapter:
 
     def logits(self, backbone: Backbone, hidden: torch.Tensor) -> torch.Tensor:
         """(B, T, D), the tokens that `backbone` wearing this adapter gives, to (B, C) through the adapter's head."""
+        return self.own_head().logits(backbone, hidden)
+
+    def own_head(self) -> Head:
+        """The head. Raises `AdapterError` where there is none."""
         if self.head is None:
             raise AdapterError(f"{self.info.name}: has no classification head, so it cannot say what an image shows.")
-        return self.head.logits(backbone, hidden)
+        return self.head
 
     @property
     def headless(self) -> bool:

@@ -13,6 +13,7 @@ from ..hub.repo_files import CODES_FILE, CONFIG_FILE, MAX_EXPERTS, SIDECAR_FILE,
 from ..runtime.untrusted_files import MAX_TEXT_BYTES
 from ..runtime.untrusted_tensors import MAX_FILE_BYTES
 from .files import compare_checksums
+from .places import join_name, split_name
 from .pull import AdapterInfo, describe_adapter
 
 
@@ -116,8 +117,10 @@ def pull_experts(info: AdapterInfo, domains: DomainEntries, hub: HubOptions) -> 
     """
     numbers = range(1, len(domains.experts) + 1)
     if info.revision is not None and not all((info.path / expert_folder(n) / CONFIG_FILE).is_file() for n in numbers):
-        wanted = {f"{expert_folder(n)}/{name}": most for n in numbers for name, most in EXPERT_FILES.items()}
-        fetch(info.name, wanted, info.revision, **hub)  # into the folder that the commit has already
+        repo, sub = split_name(info.name)
+        folders = [join_name(sub, expert_folder(n)) if sub else expert_folder(n) for n in numbers]
+        wanted = {f"{folder}/{name}": most for folder in folders for name, most in EXPERT_FILES.items()}
+        fetch(repo, wanted, info.revision, **hub)  # into the folder that the commit has already
     return [_pulled(info, number, entry) for number, entry in zip(numbers, domains.experts, strict=True)]
 
 

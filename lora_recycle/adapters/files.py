@@ -15,7 +15,6 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import AdapterError
 from ..hub.card_files import read_card
-from ..hub.download import fetch
 from ..hub.repo_files import (
     CARD_FILE,
     CODES_FILE,
@@ -46,12 +45,16 @@ REPO_FILES = {
     PICTURE_FILE: MAX_PICTURE_BYTES,
 }
 
+#: Pickled weights, of an adapter and of a whole model: they are never read.
+BIN_FILES = ("adapter_model.bin", "pytorch_model.bin")
+
 #: Types that steer a text decoder (its prompt, its token embeddings, its blocks), beside the prompt learning ones.
 _TEXT_ONLY = ("ADAPTION_PROMPT", "SHADOW", "TRAINABLE_TOKENS", "XLORA")
 
 # the classifier as PEFT stores it, with and without the wrapper of `modules_to_save`
 HEAD = re.compile(
-    r"base_model\.model\.(cls_classifier|classifier|head|score|fc|pooled_classifier)(\.modules_to_save(\.\w+)?)?\.(weight|bias)"
+    r"base_model\.model\.((base_model|model|module|_orig_mod)\.)*(cls_classifier|classifier|head|score|fc|pooled_classifier)"
+    r"(\.modules_to_save(\.\w+)?)?\.(weight|bias)"
 )
 #: A head on the pooled image ([`Backbone.pool_features`]), not on what the family's own classifier reads.
 POOLED_HEAD = "base_model.model.pooled_classifier.weight"
@@ -63,17 +66,6 @@ _GENERATION_4 = re.compile(
 _GENERATION_5 = re.compile(r"\.model\.((vit|deit)\.)?layers\.|\.model\.encoder\.layers\.|\.attention\.[qkvo]_proj\.")
 # image towers that transformers 4 alone kept below `vision_model.`; other classes of CLIP and SigLIP still do
 _BARE_TOWERS = ("CLIPVisionModel", "SiglipVisionModel")
-
-
-def download(
-    repo: str,
-    revision: str | None,
-    token: str | bool | None,
-    cache_dir: str | Path | None,
-    local_files_only: bool,
-) -> Path:
-    """Folder with the adapter files of one commit, whose SHA is its name. See [`fetch`]."""
-    return fetch(repo, REPO_FILES, revision, token, cache_dir, local_files_only)
 
 
 def read_config(folder: Path, where: str) -> dict[str, Any]:
@@ -191,12 +183,22 @@ def read_header(folder: Path, where: str) -> dict[str, tuple[int, ...]]:
     """
     if weights_file(folder) == CODES_FILE:
         return read_codes(folder, where)[1]
-    if not (folder / WEIGHTS_FILE).exists() and (folder / "adapter_model.bin").exists():
-        raise AdapterError(
-            f"{where}: only adapter_model.bin is there, and unpickling it could run any code. Convert it to "
-            f"{WEIGHTS_FILE} where you trust it (PeftModel.save_pretrained does)."
-        )
+    if not (folder / WEIGHTS_FILE).exists() and (folder / BIN_FILES[0]).exists():
+        raise pickled(where, BIN_FILES[0], WEIGHTS_FILE)
     return read_shapes(checked_file(folder, WEIGHTS_FILE, where), f"{where}: {WEIGHTS_FILE}")
+
+
+def pickled(where: str, file: str, converted: str) -> AdapterError:
+    """What is wrong with weights that are there as `file` alone, and the command that makes `converted` of them."""
+    command = (
+        "import torch, safetensors.torch as s; "
+        f"s.save_file({{k: v.contiguous().clone() for k, v in torch.load('{file}', weights_only=True).items()}}, "
+        f"'{converted}')"
+    )
+    return AdapterError(
+        f"{where}: only {file} is there, and unpickling it could run any code. Where you trust it, convert a copy on "
+        f'this machine or another, and name its folder: python -c "{command}"'
+    )
 
 
 def read_codes(folder: Path, where: str) -> tuple[int, dict[str, tuple[int, ...]]]:
@@ -220,6 +222,21 @@ def read_shapes(path: Path, where: str) -> dict[str, tuple[int, ...]]:
             return shapes
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterError(f"{where} is truncated or damaged, or unsafe: {error}. Fetch it again.") from error
+
+
+def without_twins(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The tensors of a file without those that PEFT keeps beside what it trained: of a module that is saved whole the
+    original, and with `bias="all"` its bias a second time, or that of a classifier which is not saved."""
+    kept = {key: shape for key, shape in shapes.items() if ".original_module." not in key}
+    if config.get("bias") != "all":
+        return kept
+    kept = {key: kept[key] for key in kept if not (key.endswith(".modules_to_save.bias") and _outer(key) in kept)}
+    lonely = {key for key in kept if HEAD.fullmatch(key) and key.removesuffix("bias") + "weight" not in kept}
+    return {key: shape for key, shape in kept.items() if key not in lonely or not key.endswith(".bias")}
+
+
+def _outer(key: str) -> str:
+    return key.replace(".modules_to_save.", ".")
 
 
 def head_classes(shapes: dict[str, tuple[int, ...]], where: str) -> int | None:
@@ -275,7 +292,7 @@ def read_labels(folder: Path, where: str, num_classes: int | None) -> tuple[str,
     if path is None:
         return None
     try:
-        labels = _label_list(read_card(path).metadata)
+        labels = label_list(read_card(path).metadata)
     except (OSError, KeyError, TypeError, ValueError):
         return None
     if not labels or len(labels) > MAX_CLASSES:
@@ -284,7 +301,12 @@ def read_labels(folder: Path, where: str, num_classes: int | None) -> tuple[str,
     return tuple(labels) if fits else None
 
 
-def _label_list(metadata: dict[str, Any]) -> list[str] | None:
+def label_list(metadata: dict[str, Any]) -> list[str] | None:
+    """The class names of `id2label` or `labels`; None where they are no list of names.
+
+    Raises:
+        KeyError, TypeError, ValueError: the indices are no numbers from 0 on.
+    """
     id2label, labels = metadata.get("id2label"), metadata.get("labels")
     if isinstance(id2label, dict):
         names = {int(index): name for index, name in id2label.items()}

@@ -17,10 +17,12 @@ class Head:
     Args:
         weight (`Tensor`): (C, D).
         bias (`Tensor`, *optional*): (C,).
+        multi_label (`bool`): whether an image may show several classes, each with a probability of its own.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
+    multi_label: bool = False
 
     @property
     def prompt(self) -> str | None:
@@ -44,6 +46,18 @@ class Head:
         """(B, T, D), tokens after the last layer, to (B, C)."""
         features = self.read(backbone, hidden)
         return F.linear(features, self.weight.to(features), None if self.bias is None else self.bias.to(features))
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """What it was trained with, of logits (B, C) and classes (B,): cross-entropy; with several labels an image the
+        binary one, of the class against all others, summed over classes."""
+        if not self.multi_label:
+            return F.cross_entropy(logits, labels)
+        targets = F.one_hot(labels, logits.shape[1]).to(logits)
+        return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1).mean()
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """(B, C): softmax, or with several labels an image each class's own."""
+        return logits.sigmoid() if self.multi_label else logits.softmax(1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,7 +101,8 @@ def head_problem(head: Head | None, backbone: Backbone) -> str | None:
     if head is None:
         return (
             "has no classification head, so it cannot be inverted. Where the base model is CLIP or SigLIP, class "
-            "names make one (class_names=..., --class-names)."
+            "names make one (class_names=..., --class-names); for any base model, labelled images do (support=..., "
+            "--support)."
         )
     if head.in_features != head.width(backbone):
         return f"its head reads {head.in_features} features, {backbone.name} gives {head.width(backbone)}."

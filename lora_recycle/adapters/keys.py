@@ -20,10 +20,9 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from ..errors import AdapterError
 from ..runtime.untrusted import check_pattern
+from .other_names import PEFT_PREFIX as PEFT_PREFIX
+from .other_names import WRAPPERS
 
-
-#: What PEFT puts before the path of a module of the base model.
-PEFT_PREFIX = "base_model.model."
 
 _PATTERNS = {"rank_pattern", "alpha_pattern"}
 # parts of a config that change the shared base model, or count its layers differently
@@ -53,20 +52,15 @@ def to_backbone_keys(keys: Iterable[str], model: PreTrainedModel) -> tuple[dict[
     Raises:
         AdapterError: a key belongs to no module of `model`, or two keys come out the same.
     """
-    leaves, renamings, prefixes = leaf_modules(model), _renamings(model), _class_prefixes(model)
+    leaves, renamings, parameters = leaf_modules(model), _renamings(model), {n for n, _ in model.named_parameters()}
     renamed, converted = {}, False
     for key in keys:
         if not key.startswith(PEFT_PREFIX):
             renamed[key] = key  # parameters that all layers share, such as `base_model.vera_A`
             continue
-        path, was_converted = _live_path(key.removeprefix(PEFT_PREFIX), leaves, renamings, prefixes)
+        path, was_converted = _live_path(key.removeprefix(PEFT_PREFIX), leaves | parameters, renamings)
         if path is None:
             reason = f"{type(model).__name__} has no such module, under today's or older names"
-            if key.startswith(f"{PEFT_PREFIX}text_model."):
-                reason = (
-                    "the adapter changes the text tower too, and adapters of a pool share one text tower and differ "
-                    "in the image tower alone"
-                )
             raise AdapterError(f"{key}: {reason}. Was the adapter made for another base model?")
         renamed[key], converted = PEFT_PREFIX + path, converted or was_converted
     double, times = max(Counter(renamed.values()).items(), key=lambda item: item[1], default=("", 0))
@@ -119,6 +113,7 @@ def rebuild_config(config: dict[str, Any], names: dict[str, str], model: nn.Modu
     dropped = (*_DROPPED, _TRAINING_ONLY[0])
     values = {key: value for key, value in config.items() if key in known and key not in dropped}
     values |= {"task_type": None, "inference_mode": True}
+    values |= {"bias": "none"} if "bias" in values else {}  # what biases became is read as weights of the base
     try:
         values["target_modules"] = sorted(sources) or _chosen_modules(config, model)
         for field in _PATTERNS & values.keys():
@@ -134,8 +129,6 @@ def rebuild_config(config: dict[str, Any], names: dict[str, str], model: nn.Modu
 
 def _check_keeps_base(config: dict[str, Any]) -> None:
     changing = [field for field in _CHANGES_BASE if config.get(field)]
-    if config.get("bias", "none") != "none":
-        changing.append("bias")
     if config.get("n_tasks", 1) != 1:
         raise AdapterError(
             f"the adapter holds {config['n_tasks']} tasks (n_tasks) and nothing says which one to take."
@@ -208,17 +201,21 @@ def _live_feedforward(names: str | list[str], sources: dict[str, str]) -> list[s
     return [path for path, source in sources.items() if any(f".{source}".endswith(f".{name}") for name in names)]
 
 
-def _live_path(
-    path: str, leaves: set[str], renamings: list[WeightRenaming], prefixes: list[str]
-) -> tuple[str | None, bool]:
-    """The first of: the path as it is, without the class prefix, under today's names; None where all fail."""
-    stripped = [path] + [path.removeprefix(prefix) for prefix in prefixes if path.startswith(prefix)]
+def _live_path(path: str, live: set[str], renamings: list[WeightRenaming]) -> tuple[str | None, bool]:
+    """The first of: the path as it is, without what wraps the model, under today's names; None where all fail.
+
+    Args:
+        live: paths of modules that an adapter can wrap, and of parameters.
+    """
+    parts = path.split(".")
+    wrappers = next((i for i, part in enumerate(parts) if part not in WRAPPERS), len(parts) - 1)
+    stripped = [".".join(parts[first:]) for first in range(wrappers + 1)]
     for candidate in stripped:
-        if module_of(candidate, leaves) is not None:
+        if candidate in live or module_of(candidate, live) is not None:
             return candidate, False
     for candidate in stripped:
         modern, _ = rename_source_key(candidate, renamings, [])
-        if module_of(modern, leaves) is not None:
+        if modern in live or module_of(modern, live) is not None:
             return modern, True
     return None, False
 

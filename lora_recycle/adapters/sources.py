@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 import warnings
 from collections import Counter
@@ -19,7 +20,9 @@ from ..errors import AdapterError, ConfigError
 from ..hub.download import HubOptions, explain, repeated
 from ..runtime.terminal import counted
 from ..runtime.untrusted_files import read_text
-from .pull import AdapterInfo, find_adapters, pull_adapter
+from .checkpoint_files import CHECKPOINT
+from .places import Place, find_adapters
+from .pull import AdapterInfo, describe_place, find_places
 
 
 COLLECTION, SEARCH, AUTHOR = "collection:", "search:", "author:"
@@ -90,17 +93,44 @@ def pull_adapters(
     infos = []
     workers = ThreadPoolExecutor(WORKERS)
     try:
-        futures = [workers.submit(pull_adapter, one.name, one.revision, **hub) for one in ids]
+        futures = [workers.submit(_pull_all, one, hub) for one in ids]
         # read in the order of the sources, so that the same error comes first every time
         remote = sum(not Path(one.name).is_dir() for one in ids)
         quiet = not progress or remote < 2  # folders and a single adapter take no time worth a bar
         bar = tqdm(zip(ids, futures, strict=True), desc="pull", total=len(ids), disable=quiet, leave=False)
         for one, future in bar:
             with bad.handled(str(one)):
-                infos.append(future.result())
+                for found in future.result():
+                    with bad.handled(found.where):
+                        infos.append(found.info())
     finally:
         workers.shutdown(cancel_futures=True)
     return infos
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pulled:
+    """An adapter, or why it is none: one of several in a repo does not spoil the others."""
+
+    where: str
+    found: AdapterInfo | AdapterError
+
+    def info(self) -> AdapterInfo:
+        if isinstance(self.found, AdapterError):
+            raise self.found
+        return self.found
+
+
+def _pull_all(one: AdapterId, hub: HubOptions) -> list[_Pulled]:
+    """All adapters and checkpoints of a folder or a repo. Raises `AdapterError` where there is none."""
+    return [_pulled(place) for place in find_places(one.name, one.revision, hub)]
+
+
+def _pulled(place: Place) -> _Pulled:
+    try:
+        return _Pulled(place.where, describe_place(place))
+    except AdapterError as error:
+        return _Pulled(place.where, error)
 
 
 def named_base(info: AdapterInfo) -> str:
@@ -110,11 +140,11 @@ def named_base(info: AdapterInfo) -> str:
         AdapterError: it names none, or an adapter of the Hub names a path.
     """
     if info.base_model is None:
-        raise AdapterError(f"{info.where}: adapter_config.json names no base model. Pass base_model=...")
+        raise unnamed_base(info)
     if info.revision and (".." in info.base_model or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", info.base_model)):
         raise AdapterError(
             f"{info.where}: adapter_config.json names the local path {info.base_model[:200]!r} as its base model, "
-            "which means nothing on this machine. Pass base_model=..."
+            "which means nothing on this machine. Pass base_model=... (--base-model)"
         )
     return info.base_model
 
@@ -133,16 +163,24 @@ def agree_on_base(
     def base(info: AdapterInfo) -> tuple[str, str | None]:
         return str(info.base_model), None if base_revision or info.base_revision == "main" else info.base_revision
 
-    counts = Counter(base(info) for info in infos if info.base_model)
+    def agrees(info: AdapterInfo) -> bool:
+        if info.peft_type != CHECKPOINT:
+            return base(info) == chosen
+        return info.base_model in (None, chosen[0])  # it names no revision; its weights are compared when it is read
+
+    named = Counter(base(info) for info in infos if info.base_model and info.peft_type != CHECKPOINT)
+    whole = Counter(info.base_model for info in infos if info.base_model and info.peft_type == CHECKPOINT)
+    counts = {one: count + whole[one[0]] for one, count in named.items()}
+    counts |= {(name, None): count for name, count in whole.items() if all(name != one for one, _ in named)}
     if not counts:
-        raise AdapterError(f"{infos[0].where}: adapter_config.json names no base model. Pass base_model=...")
-    chosen = counts.most_common(1)[0][0]
-    first = next(info for info in infos if base(info) == chosen)
+        raise unnamed_base(infos[0])
+    chosen = max(counts, key=lambda one: counts[one])  # the first of those that are named as often
+    first = next(info for info in infos if info.base_model and agrees(info))
     named_base(first)
     agreeing = []
     for info in infos:
         with bad.handled(info.where):
-            if base(info) != chosen:
+            if not agrees(info):
                 raise AdapterError(
                     f"{first.name} is made for {AdapterId(*chosen)} and {info.name} for {AdapterId(*base(info))}: a "
                     "pool has one base model. Leave one out, or pass base_model=... (and base_revision=...) if they "
@@ -152,13 +190,23 @@ def agree_on_base(
     return *chosen, agreeing
 
 
+def unnamed_base(info: AdapterInfo) -> AdapterError:
+    """What is wrong with an adapter whose base model nobody names."""
+    if info.peft_type == CHECKPOINT:
+        said = "neither its card nor its config.json names the base model that it was tuned from"
+    else:
+        said = "adapter_config.json names no base model"
+    return AdapterError(f"{info.where}: {said}. Pass base_model=... (--base-model)")
+
+
 def adapter_ids(
     sources: str | Path | Sequence[str | Path], token: str | bool | None = None, local_files_only: bool = False
 ) -> list[AdapterId]:
     """The adapters that one or several sources name, each once. A source is one of
 
-    - a folder: an adapter, or a folder of adapters
-    - `org/name` or `org/name@revision`: a repo of the Hub
+    - a folder: an adapter or a checkpoint, or a folder of them, which is searched
+    - `org/name` or `org/name@revision`: a repo of the Hub, with one or several of them
+    - `org/name/sub-folder`, with or without `@revision`: one in a sub-folder of a repo
     - `ids.txt`: a text file with one source in each line; what follows `#` is a comment
     - `collection:org/slug`: the models of a collection
     - `search:tag,tag`: the models that have all these tags, for example

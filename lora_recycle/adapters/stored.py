@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from ..backbones.backbone import Backbone
 from ..errors import AdapterError
 from .adapter import Adapter
+from .checkpoint_files import CHECKPOINT
+from .checkpoints import load_checkpoint
 from .heads import Head, head_problem
 from .load import load_adapter
 from .pull import AdapterInfo
@@ -47,7 +49,10 @@ class StoredAdapter:
                 f"{self.info.where}: cannot be read while an adapter is folded into {self.backbone.name}. Take it "
                 "from the pool before, or fold it itself."
             )
-        adapter = to_adapter(load_adapter(self.info, self.backbone.model, self.expected), self.backbone)
+        if self.info.peft_type == CHECKPOINT:
+            adapter = load_checkpoint(self.info, self.backbone)
+        else:
+            adapter = to_adapter(load_adapter(self.info, self.backbone.model, self.expected), self.backbone)
         return adapter if self._given is None else adapter.with_head(self._given)
 
     def with_head(self, head: Head) -> StoredAdapter:

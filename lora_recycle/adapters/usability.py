@@ -11,13 +11,14 @@ from ..backbones.base_models import CONFIG_FILES, BaseModel
 from ..errors import AdapterError
 from ..hub.download import HubOptions
 from ..hub.repo_files import SIDECAR_FILE
+from .adapter import Adapter
 from .experts import pull_experts, read_domains
 from .files import read_sidecar_json
 from .load import WeightsNeeded, check_numbers
 from .pull import AdapterInfo, read_tensors
 from .sources import named_base
 from .stored import StoredAdapter
-from .zero_shot_heads import check_text_tower, no_text_head
+from .zero_shot_heads import check_text_tower, head_of_base, no_text_head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,22 +47,29 @@ class _Base:
     expected: dict = dataclasses.field(default_factory=dict)
 
 
-def check_usable(infos: Sequence[AdapterInfo], **hub: Any) -> list[Usability]:
+def check_usable(
+    infos: Sequence[AdapterInfo], base_model: str | None = None, base_revision: str | None = None, **hub: Any
+) -> list[Usability]:
     """What a pool for inversion would say of each adapter: the same checks, on a base model whose weights are not
-    fetched. A meta-LoRA needs no head.
+    fetched. A meta-LoRA needs no head. How far a checkpoint is from its base only the weights would tell.
 
     Args:
+        base_model (`str`, *optional*): of all of them, with `base_revision`, in place of those that they name.
         hub: `token`, `cache_dir` and `local_files_only`.
     """
     bases: dict[tuple[str, str | None], _Base | AdapterError] = {}
-    return [_usability(info, bases, cast(HubOptions, hub)) for info in infos]
+    given = None if base_model is None else (base_model, base_revision)
+    return [_usability(info, given, bases, cast(HubOptions, hub)) for info in infos]
 
 
 def _usability(
-    info: AdapterInfo, bases: dict[tuple[str, str | None], _Base | AdapterError], hub: HubOptions
+    info: AdapterInfo,
+    given: tuple[str, str | None] | None,
+    bases: dict[tuple[str, str | None], _Base | AdapterError],
+    hub: HubOptions,
 ) -> Usability:
     try:
-        name = named_base(info), info.base_revision
+        name = given or (named_base(info), info.base_revision)
         if name not in bases:
             bases[name] = _base(*name, hub)
         base = bases[name]
@@ -79,19 +87,23 @@ def _usability(
 def _base(name: str, revision: str | None, hub: HubOptions) -> _Base | AdapterError:
     try:
         files = BaseModel.pull(name, revision, CONFIG_FILES, **hub)
-        return _Base(files, Backbone(files.empty_tower(), files.image_processor(), files.name, files.commit))
+        return _Base(
+            files, Backbone(files.empty_tower(), files.image_processor(), files.name, files.commit, files.own_head())
+        )
     except AdapterError as error:
         return error
 
 
 def _check(info: AdapterInfo, base: _Base, hub: HubOptions) -> None:
     """Raise `AdapterError` as a pool, or a model with experts, does."""
-    adapter = StoredAdapter(info, base.backbone, base.expected)
+    adapter: Adapter | StoredAdapter = StoredAdapter(info, base.backbone, base.expected)
     if (info.path / SIDECAR_FILE).is_file():
         domains = read_domains(read_sidecar_json(info.path, info.where), info.where)
         for expert in pull_experts(info, domains, hub) if domains else ():
             StoredAdapter(expert, base.backbone, base.expected)
         return
+    if own := head_of_base(adapter, base.backbone):
+        adapter = adapter.with_head(own)
     if not (adapter.headless and adapter.info.labels):
         adapter.require_head(base.backbone)
         return

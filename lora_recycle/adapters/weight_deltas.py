@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -12,9 +13,11 @@ from torch import nn
 from ..backbones.backbone import Backbone
 from ..errors import AdapterError
 from .adapter import Adapter, Factors
+from .checkpoint_files import config_labels
 from .heads import Head, PooledHead
 from .load import LoadedAdapter
 from .peft_wrap import Layers, never_called, tuner_layers, wrap
+from .pull import AdapterInfo
 
 
 #: `factors`, `vector_deltas` and `peft_layers` of an [`Adapter`].
@@ -46,12 +49,34 @@ def to_adapter(loaded: LoadedAdapter, backbone: Backbone) -> Adapter:
         raise AdapterError(
             f"{loaded.info.where}: this adapter of type {loaded.info.peft_type} cannot run on {backbone.name}: {error}"
         ) from error
+    if loaded.weights and backbone.has_weights:
+        base = dict(backbone.model.named_parameters())
+        anew = {name: tensor - base[name].detach().float().cpu() for name, tensor in loaded.weights.items()}
+        more = split_changes(anew, backbone)
+        factors, vector_deltas = factors | more[0], vector_deltas | more[1]
     bounds = [torch.linalg.norm(b) * torch.linalg.norm(a) for b, a in factors.values()]
     if not all(value.isfinite().all() for value in [*bounds, *vector_deltas.values()]):
         raise AdapterError(f"{loaded.info.where}: its weight changes are not finite.")
-    kind = PooledHead if loaded.pooled_head else Head
-    head = None if loaded.head_weight is None else kind(loaded.head_weight, loaded.head_bias)
-    return Adapter(loaded.info, factors, vector_deltas, head, layers)
+    head = _head(loaded, backbone)
+    return Adapter(_with_labels(loaded.info, head, backbone), factors, vector_deltas, head, layers)
+
+
+def _with_labels(info: AdapterInfo, head: Head | None, backbone: Backbone) -> AdapterInfo:
+    """The class names of the base model's own classifier, for a head with as many classes and no names."""
+    names = (
+        config_labels({"labels": backbone.own_head.names}, len(head.weight)) if head and backbone.own_head else None
+    )
+    return dataclasses.replace(info, labels=names) if names and not info.labels else info
+
+
+def _head(loaded: LoadedAdapter, backbone: Backbone) -> Head | None:
+    """The adapter's own head, or that of the base model with the LoRA on it."""
+    if loaded.head_weight is not None:
+        return (PooledHead if loaded.pooled_head else Head)(loaded.head_weight, loaded.head_bias)
+    own, change = backbone.own_head, loaded.head_change
+    if own is None or change is None or (len(change[0]), change[1].shape[1]) != tuple(own.weight.shape):
+        return None
+    return Head(own.weight + change[0] @ change[1], own.bias)
 
 
 class ChangeSum:
@@ -136,19 +161,26 @@ def _peft_changes(loaded: LoadedAdapter, backbone: Backbone) -> Parts:
             layer.base_layer = None
         return {}, {}, layers
     changes = ((name, p.detach().float() - base[name]) for name, p in merged.named_parameters())
-    return *split_changes({name: change for name, change in changes if change.any()}), {}
+    return *split_changes({name: change for name, change in changes if change.any()}, backbone), {}
 
 
-def split_changes(changes: dict[str, torch.Tensor]) -> tuple[Factors, dict[str, torch.Tensor]]:
-    """Dense changes by parameter: of matrices as `Adapter.factors`, of full rank, the rest as `vector_deltas`."""
+def split_changes(changes: dict[str, torch.Tensor], backbone: Backbone) -> tuple[Factors, dict[str, torch.Tensor]]:
+    """Dense changes by parameter: of linear layers as `Adapter.factors`, of full rank, the rest as `vector_deltas`."""
+    linear = {f"{name}.weight" for name, m in backbone.model.named_modules() if isinstance(m, nn.Linear)}
+    linear -= {f"{name}.weight" for name in never_called(backbone.model)}
     factors, vector_deltas = {}, {}
     for name, change in changes.items():
-        if change.ndim == 2 and name.endswith(".weight"):
-            eye = torch.eye(change.shape[1], device=change.device)
-            factors[name.removesuffix(".weight")] = (change, eye)
+        if name in linear:
+            factors[name.removesuffix(".weight")] = full_factors(change)
         else:
             vector_deltas[name] = change
     return factors, vector_deltas
+
+
+def full_factors(change: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, in) as a product B A without loss; the smaller of the two is the identity."""
+    eye = torch.eye(min(change.shape), device=change.device)
+    return (eye, change) if change.shape[0] < change.shape[1] else (change, eye)
 
 
 def _wrap(loaded: LoadedAdapter, backbone: Backbone) -> PeftModel:

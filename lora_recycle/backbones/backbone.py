@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ..errors import AdapterError, DataError
 from ..hub.download import HubOptions
 from .base_config import check_processor
-from .base_models import BaseModel
+from .base_models import BaseModel, OwnHead
 from .cls_layer import cls_layer
 from .families import FAMILIES
 from .token_selection import (
@@ -41,12 +41,20 @@ class Backbone(nn.Module):
         processor: its image processor (size, resampling, mean and standard deviation).
         name (`str`): what adapters call their base model.
         revision (`str`, *optional*): the commit it was loaded from.
+        own_head ([`OwnHead`], *optional*): the classifier that the base model was published with.
     """
 
     mean: torch.Tensor  # buffers
     std: torch.Tensor
 
-    def __init__(self, model: PreTrainedModel, processor: Any, name: str, revision: str | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        name: str,
+        revision: str | None = None,
+        own_head: OwnHead | None = None,
+    ):
         super().__init__()
         family = FAMILIES.get(model.config.model_type)
         if family is None:
@@ -61,6 +69,7 @@ class Backbone(nn.Module):
         self.family, self.processor, self.name, self.revision = family, processor, name, revision
         mean = torch.tensor(processor.image_mean, dtype=torch.float32).view(1, 3, 1, 1)
         std = torch.tensor(processor.image_std, dtype=torch.float32).view(1, 3, 1, 1)
+        self.own_head = own_head
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
 
@@ -84,7 +93,7 @@ class Backbone(nn.Module):
         hub = HubOptions(token=token, cache_dir=cache_dir, local_files_only=local_files_only)
         base = BaseModel.pull(name_or_path, revision, **hub)
         model = base.load_tower(dtype or torch.float32)
-        backbone = cls(model, base.image_processor(), base.name, base.commit)
+        backbone = cls(model, base.image_processor(), base.name, base.commit, base.own_head())
         return backbone.to(device) if device is not None else backbone
 
     @property

@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoImageProcessor, PreTrainedConfig, PreTrainedModel
 
@@ -27,18 +28,21 @@ from .base_config import MAX_PARAMETERS, num_parameters, read_base_settings, rea
 from .families import TOWERS
 
 
+#: See [`BaseModel.load`].
+Rename: TypeAlias = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+
 #: Held while transformers or PEFT builds a model: both replace functions of torch for all threads meanwhile.
 LOADING = threading.RLock()
 
 _MAX_WEIGHT_BYTES = 4 * MAX_PARAMETERS
 _MAX_TOKENIZER_BYTES = 64 * 1024**2
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _ADAPTER_CONFIG = "adapter_config.json"
 #: What is fetched of a base model's repo, and the most bytes that each file may have.
 CONFIG_FILES = dict.fromkeys(
     ("config.json", "preprocessor_config.json", "processor_config.json", _ADAPTER_CONFIG), MAX_TEXT_BYTES
 )
-WEIGHT_FILES = {_WEIGHTS: _MAX_WEIGHT_BYTES, _INDEX: MAX_TEXT_BYTES, "model-*-of-*.safetensors": _MAX_WEIGHT_BYTES}
+WEIGHT_FILES = {WEIGHTS: _MAX_WEIGHT_BYTES, _INDEX: MAX_TEXT_BYTES, "model-*-of-*.safetensors": _MAX_WEIGHT_BYTES}
 TOKENIZER_FILES = dict.fromkeys(
     (
         *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -55,6 +59,15 @@ _LAYER = re.compile(r"(^|\.)layers?\.\d+\.")
 _SHARD = re.compile(r"[\w.-]+\.safetensors")
 #: How many times more numbers a configuration may describe than the files hold, before they are compared by name.
 _MOST_DESCRIBED = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnHead:
+    """The classifier of a base model: `weight` (C, D), `bias` (C,) or None, and the classes' `names`, if any."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    names: list[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,10 +130,16 @@ class BaseModel:
         """See [`base_config.whole_config`]."""
         return whole_config(self.settings, self.name, **options)
 
-    def load_tower(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-        """The headless image encoder. Raises `AdapterError` as [`load`]."""
-        config = self.tower_config()
-        return self.load(TOWERS[config.model_type], config, dtype, **_pooler(config))
+    def load_tower(
+        self,
+        dtype: torch.dtype = torch.float32,
+        *,
+        config: PreTrainedConfig | None = None,
+        rename: Rename | None = None,
+    ) -> PreTrainedModel:
+        """The headless image encoder, by default of its own `config.json`. Raises `AdapterError` as [`load`]."""
+        config = self.tower_config() if config is None else config
+        return self.load(TOWERS[config.model_type], config, dtype, rename=rename, **_pooler(config))
 
     def empty_tower(self) -> PreTrainedModel:
         """The headless image encoder without numbers, on the meta device: names and shapes of its weights."""
@@ -134,6 +153,7 @@ class BaseModel:
         config: PreTrainedConfig,
         dtype: torch.dtype = torch.float32,
         new: tuple[str, ...] = (),
+        rename: Rename | None = None,
         **options: Any,
     ) -> PreTrainedModel:
         """A model with all of its weights from the files.
@@ -141,6 +161,7 @@ class BaseModel:
         Args:
             config: from [`tower_config`] or [`whole_config`].
             new: prefixes of weights that may be missing, since the caller trains them.
+            rename: the tensors of the files, by their names there, to those under names that transformers knows.
 
         Raises:
             AdapterError: a file is damaged, or a weight is missing, of another shape, or of a layer beyond `config`'s.
@@ -149,6 +170,7 @@ class BaseModel:
         self._check_size(config, files)
         try:
             tensors = {key: tensor for file in files for key, tensor in load_file(file).items()}
+            tensors = tensors if rename is None else rename(tensors)
             with LOADING:
                 loaded: Any = model_class.from_pretrained(
                     None,
@@ -159,12 +181,39 @@ class BaseModel:
                     output_loading_info=True,
                     **options,
                 )
+        except AdapterError:
+            raise
         except Exception as error:  # noqa: BLE001 - torch and transformers raise anything for tensors of a stranger
             raise self._refusal(error) from error
         model, loading = loaded
         self._check_whole(model, loading, files, new)
         model.name_or_path = model.config.name_or_path = self.name
         return model.eval()
+
+    def own_head(self) -> OwnHead | None:
+        """The classifier that the base model was published with; None where there is none.
+
+        Without its weights here (`inspect` fetches none) it is as large as `config.json` says, on the meta device.
+        """
+        labels = self.settings.get("id2label")
+        names = [str(name) for name in labels.values()] if isinstance(labels, dict) else []
+        classes = self.settings.get("architectures")
+        if not (isinstance(classes, list) and any(str(c).endswith("ForImageClassification") for c in classes)):
+            return None
+        width, weight_key, bias_key = self.tower_config().hidden_size, "classifier.weight", "classifier.bias"
+        if not (self.folder / WEIGHTS).is_file():
+            return OwnHead(torch.empty(len(names), width, device="meta"), None, names) if names else None
+        try:
+            shapes = read_safetensors_header(self.folder / WEIGHTS).bounded_shapes(_MAX_WEIGHT_BYTES)
+            shape = shapes.get(weight_key, ())
+            if len(shape) != 2 or shape[1] not in (width, 2 * width):
+                return None
+            with safe_open(self.folder / WEIGHTS, framework="pt") as file:
+                weight = file.get_tensor(weight_key).float()
+                bias = file.get_tensor(bias_key).float() if shapes.get(bias_key) == shape[:1] else None
+        except (OSError, ValueError, SafetensorError):  # whoever loads the tower says it
+            return None
+        return OwnHead(weight, bias, names if len(names) == len(weight) else []) if weight.isfinite().all() else None
 
     def image_processor(self) -> Any:
         """The image processor. Raises `AdapterError` where there is none that transformers knows."""
@@ -182,11 +231,11 @@ class BaseModel:
             raise self._refusal(error) from error
 
     def _weight_files(self) -> list[Path]:
-        if (self.folder / _WEIGHTS).is_file():
-            return [self.folder / _WEIGHTS]
+        if (self.folder / WEIGHTS).is_file():
+            return [self.folder / WEIGHTS]
         if not (self.folder / _INDEX).is_file():
             raise AdapterError(
-                f"{self.name}: the backbone cannot be loaded ({_WEIGHTS} is missing; weights of other formats could "
+                f"{self.name}: the backbone cannot be loaded ({WEIGHTS} is missing; weights of other formats could "
                 "run code and are not read)."
             )
         try:

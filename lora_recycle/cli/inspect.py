@@ -16,6 +16,7 @@ from .common import (
     META_LORA_HELP,
     POOL_HELP,
     Subparsers,
+    add_base_model_argument,
     add_class_names_argument,
     add_json_argument,
     add_on_error_argument,
@@ -66,6 +67,7 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
     parser.add_argument("what", nargs="+", metavar="WHAT", help=f"surrogate folders, and {POOL_HELP}")
     add_on_error_argument(parser)
     add_class_names_argument(parser)
+    add_base_model_argument(parser)
     output = parser.add_mutually_exclusive_group()
     add_json_argument(output, "all details")
     output.add_argument("--short", action="store_true", help="print only names, pinned to commits, for ids.txt")
@@ -97,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
     bad = BadAdapters(args.on_error)
     infos = pull_adapters([name for name in named if name not in folders], bad, progress=not args.quiet)
     infos = name_classes(infos, args.class_names, [name for name, _ in bad.skipped])
-    checked = [] if args.short else check_usable(infos)
+    checked = [] if args.short else check_usable(infos, args.base_model, args.base_revision)
     if args.short:
         for info in infos:
             echo(single_line(info.where if info.revision else str(info.path)))

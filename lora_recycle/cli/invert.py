@@ -39,6 +39,7 @@ examples:
   lora-recycle invert ids.txt collection:someone/vit-loras --on-error skip --output surrogate
   lora-recycle invert pool --output surrogate --starts images=1 --start-images my_photos
   lora-recycle invert someone/clip-lora --class-names cat,dog,fox --output surrogate
+  lora-recycle invert someone/vit-lora --support photos --output surrogate      a head from photos/<class>/*.jpg
   accelerate launch --num_processes 4 -m lora_recycle invert pool --output surrogate
 
 Run the same command again to resume: finished shards are kept, damaged ones are rebuilt.
@@ -51,6 +52,11 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
     add_pool_arguments(parser)
     add_class_names_argument(parser)
     parser.add_argument("--prompt", metavar="TEXT", help="prompt for class names (default: 'a photo of a {}.')")
+    parser.add_argument(
+        "--support",
+        metavar="PATH",
+        help="labelled images, in class folders, that adapters without a head get one from",
+    )
     parser.add_argument(
         "--output",
         required=True,
@@ -81,6 +87,7 @@ def run(args: argparse.Namespace) -> None:
         class_names=args.class_names,
         prompt=PROMPT if args.prompt is None else args.prompt,
         require_heads=True,
+        support=args.support,
         dtype=getattr(torch, args.dtype) if args.dtype else None,
     )
     check_same(verb=args.verb, settings=config.to_dict(), adapters=[info.sha256 for info in pool.infos])

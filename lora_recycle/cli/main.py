@@ -26,6 +26,7 @@ from . import (
     distill,
     evaluate,
     export,
+    extract,
     import_file,
     inspect,
     invert,
@@ -43,6 +44,7 @@ from .completion import PrintCompletion
 VERBS = (
     train_adapters,
     import_file,
+    extract,
     inspect,
     invert,
     distill,

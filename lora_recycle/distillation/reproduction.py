@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from ..adapters.pull import AdapterInfo, pull_adapter
-from ..adapters.sources import adapter_ids, named_base, one_id
+from ..adapters.sources import BadAdapters, named_base, one_id, pull_adapters
 from ..adapters.zero_shot_heads import PROMPT
 from ..errors import AdapterError, DataError
 from ..hub.embedded import BACKBONE_NAME, pool_path, resolve_meta_lora
@@ -126,7 +126,7 @@ def _pool(info: AdapterInfo, settings: dict, given: Sequence, dtype: torch.dtype
     known = list(given) or ([pool_path()] if info.base_model == BACKBONE_NAME else [])
     local: dict[str, Path] = {}
     if any(not source.get("revision") for source in sources):
-        infos = [pull_adapter(one.name, one.revision) for one in adapter_ids(known)] if known else []
+        infos = pull_adapters(known, BadAdapters("raise")) if known else []
         local = {one.sha256: one.path for one in infos}
     names = []
     for source in sources:

@@ -198,6 +198,41 @@ def adapter_card(
     return str(card)
 
 
+def extracted_card(
+    name: str,
+    base_model: str,
+    checkpoint: str,
+    labels: Sequence[str],
+    *,
+    rank: int,
+    energy: float,
+    license: str | None,
+) -> str:
+    """The README.md of an adapter that was extracted from a whole checkpoint.
+
+    Args:
+        energy: share of the squared change of the layers' weights that the adapter holds.
+        license: what the checkpoint's card states.
+    """
+    header = ModelCardData(
+        library_name="peft",
+        base_model=base_model,
+        pipeline_tag="image-classification",
+        tags=["lora", "image-classification"],
+        id2label=dict(enumerate(labels)) or None,
+        **inherited_license([license])[0],
+    )
+    values: dict[str, Any] = {
+        "name": name,
+        "base": base_model,
+        "checkpoint": checkpoint,
+        "rank": rank,
+        "energy": 100 * energy,
+    }
+    template = str(TEMPLATES / "extracted.md")
+    return str(ModelCard.from_template(header, template, **values, code=code, text=text))
+
+
 def _origin(
     distillation: dict[str, Any], inversion: dict[str, Any] | None, kept: int | None, blend: list[float]
 ) -> str:

@@ -118,6 +118,25 @@ def fetch(
     return folder
 
 
+def list_files(
+    repo: str,
+    commit: str,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> list[str]:
+    """Paths of all files of a commit that was fetched before; what of it is cached where the Hub may not be asked.
+
+    Raises:
+        AdapterError: the Hub does not answer.
+    """
+    options: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    try:
+        return sorted(repeated(lambda: _listing(repo, commit, repo_type="model", **options)))
+    except (HTTPError, OSError, ValueError) as error:
+        raise AdapterError(f"{repo}@{commit}: {explain(error, local_files_only)}") from error
+
+
 def resolve_commit(
     repo: str,
     revision: str | None = None,

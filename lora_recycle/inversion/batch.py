@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 
 from ..adapters.adapter import Adapter
@@ -45,7 +44,7 @@ class Objective:
             hidden, _ = self.backbone(pixel_values, prune=prune)
         hidden = hidden.to(self.backbone.dtype)  # float32 again after autocast
         logits = self.adapter.logits(self.backbone, hidden).float()
-        loss = F.cross_entropy(logits, labels) + self.prior(images, hidden.float())
+        loss = self.adapter.own_head().loss(logits, labels) + self.prior(images, hidden.float())
         return loss, logits
 
 
@@ -90,7 +89,9 @@ class InversionBatch:
         if self.config.stop_at == 1 or self.iteration % STOP_EVERY:
             return torch.zeros(len(self.labels), dtype=torch.bool)
         assert self._logits is not None  # the iteration is above 0
-        confidence = self._logits.softmax(1).gather(1, self.labels[:, None])[:, 0]
+        confidence = (
+            self.objective.adapter.own_head().probabilities(self._logits).gather(1, self.labels[:, None])[:, 0]
+        )
         return (confidence >= self.config.stop_at).cpu()
 
     def keep(self, rows: torch.Tensor) -> None:

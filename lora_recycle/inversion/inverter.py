@@ -231,6 +231,8 @@ class LoRAInverter:
         parts: list[Any] = [self.config.to_dict(), info.sha256, self.backbone.name, self.backbone.revision]
         if info.prompt:  # the head is made of these, not of the adapter's bytes
             parts.append([info.prompt, info.labels])
+        if info.support:
+            parts.append(info.support)
         if self.accelerator.mixed_precision != "no":
             parts.append(self.accelerator.mixed_precision)
         if self.backbone.dtype != torch.float32:
@@ -265,6 +267,7 @@ def _source(adapter: Adapter) -> dict:
         "labels": list(info.labels) if info.labels else None,
         "num_classes": adapter.num_classes,
         **({"prompt": info.prompt} if info.prompt else {}),
+        **({"support_sha256": info.support} if info.support else {}),
     }
 
 

@@ -129,8 +129,8 @@ class Merge(MergingMethod):
         blank: dict[str, Any] = dict.fromkeys(("revision", "rank", "alpha", "num_classes", "labels"))
         name = f"{type(self).__name__} of {len(pool)} adapters"
         info = dataclasses.replace(pool[0].info, name=name, path=Path(), sha256="", config={}, **blank)
-        changes = self.changes(pool)
-        return Adapter(info, *split_changes({name: change * self.scale for name, change in changes.items()}))
+        scaled = {name: change * self.scale for name, change in self.changes(pool).items()}
+        return Adapter(info, *split_changes(scaled, pool.backbone))
 
     def networks(self, pool: AdapterPool) -> Iterator[AbstractContextManager[Backbone]]:
         yield pool.folded([self.merge(pool)])

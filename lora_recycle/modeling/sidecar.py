@@ -10,6 +10,7 @@ from PIL import Image
 
 from ..adapters.experts import read_domains
 from ..adapters.files import check_task, read_sidecar_json
+from ..adapters.places import join_name, split_name
 from ..adapters.pull import AdapterInfo
 from ..errors import AdapterError, ConfigError
 from ..fewshot.heads import make_head
@@ -122,7 +123,9 @@ def task_file(info: AdapterInfo, settings: dict[str, Any], hub: HubOptions) -> P
     """
     folder = info.path
     if info.revision is not None and settings.get("num_classes") and not (folder / TASK_FILE).is_file():
-        folder = fetch(info.name, {TASK_FILE: MAX_TENSOR_BYTES}, info.revision, **hub)
+        repo, sub = split_name(info.name)
+        folder = fetch(repo, {join_name(sub, TASK_FILE) if sub else TASK_FILE: MAX_TENSOR_BYTES}, info.revision, **hub)
+        folder /= sub
         if not (folder / TASK_FILE).is_file():
             raise AdapterError(f"{info.where}: the repo has not the fitted task that it announces, {TASK_FILE}.")
     return check_task(folder, info.where, settings)

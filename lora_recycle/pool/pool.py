@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -24,7 +23,10 @@ from ..adapters.zero_shot_heads import PROMPT, give_heads
 from ..backbones.backbone import Backbone
 from ..errors import AdapterError
 from ..hub.download import HubOptions
+from ..images.labelled import LabelledImages, load_labelled_images
 from .clustering import average_linkage_groups, similarity_of_changes
+from .fitted_heads import with_fitted_head
+from .randomized import RandomizedAdapter, randomize
 
 
 class AdapterPool:
@@ -63,6 +65,7 @@ class AdapterPool:
         class_names: ClassNames | None = None,
         prompt: str = PROMPT,
         require_heads: bool = False,
+        support: str | Path | LabelledImages | None = None,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
@@ -70,9 +73,13 @@ class AdapterPool:
         dtype: torch.dtype | None = None,
         progress: bool = False,
     ) -> AdapterPool:
-        """Read adapters from folders of PEFT folders, repo ids (`org/a`, `org/b@rev`), text files of such names, Hub
-        collections (`collection:org/slug`), searches (`search:tag,tag`) and authors (`author:org`), one source or a
-        list of them.
+        """Read adapters from folders of PEFT folders, repo ids (`org/a`, `org/b@rev`, `org/c/sub-folder`), text files
+        of such names, Hub collections (`collection:org/slug`), searches (`search:tag,tag`) and authors
+        (`author:org`), one source or a list of them.
+
+        A whole checkpoint of the base model's architecture (`ViTForImageClassification`, ...) is a member like an
+        adapter: its change is its weights minus the base model's, exact to rounding, and its head and class names are
+        its own.
 
         The base model is taken from the adapters, which must agree, unless `base_model` (with `base_revision`) or
         `backbone` is given. Every adapter is read and checked now, and read again when it is used; its file must stay
@@ -81,7 +88,9 @@ class AdapterPool:
 
         Adapters of CLIP and SigLIP without a head get one from `class_names` put into `prompt` (see
         [`adapters.class_names.name_classes`]). With `require_heads`, as inversion needs it, the class names of a card
-        serve too, and an adapter that has no head then, or one that does not fit, cannot be used.
+        serve too, and an adapter that has no head then, or one that does not fit, cannot be used. With `support`, a
+        few labelled images (a folder of class folders, or what else `load_labelled_images` reads), every adapter
+        without a head gets one for their classes: the nearest prototype of what it sees of them.
 
         Raises:
             AdapterError: an adapter is missing, damaged, or made for another base model; or all are skipped.
@@ -91,21 +100,48 @@ class AdapterPool:
         bad = BadAdapters(on_error)
         infos = pull_adapters(sources, bad, progress=progress, **hub)
         infos = name_classes(infos, class_names, [name for name, _ in bad.skipped])
+        named = False  # by the adapters, not by the user
         if infos and backbone is None:
             if base_model is None:
                 base_model, agreed, infos = agree_on_base(infos, bad, base_revision)
                 base_revision = base_revision or agreed
-            backbone = Backbone.from_pretrained(base_model, revision=base_revision, device=device, dtype=dtype, **hub)
+                named = True
+            try:
+                options: dict[str, Any] = {"revision": base_revision, "device": device, "dtype": dtype, **hub}
+                backbone = Backbone.from_pretrained(base_model, **options)
+            except AdapterError as error:
+                if not named:
+                    raise
+                raise AdapterError(f"{error} Where it lies elsewhere, pass base_model=... (--base-model)") from error
         adapters: list[Adapter | StoredAdapter] = []
         expected: dict[str, dict[str, torch.Tensor]] = {}
         backbone = cast(Backbone, backbone)  # None only where `infos` is empty, which is refused below
         for info in tqdm(infos, desc="adapters", disable=not progress):
             with bad.handled(info.where):
                 adapters.append(StoredAdapter(info, backbone, expected))
-        if require_heads or class_names is not None:
-            adapters = give_heads(adapters, backbone, bad, prompt=prompt, required=require_heads, **hub)
+        if class_names is not None or (require_heads and support is None):
+            required = require_heads and support is None
+            adapters = give_heads(adapters, backbone, bad, prompt=prompt, required=required, **hub)
+        if support is not None:
+            adapters = cls._fitted(backbone, adapters, support)
         bad.warn(used=len(adapters))
         return cls(backbone, adapters, bad.skipped)
+
+    @classmethod
+    def _fitted(
+        cls, backbone: Backbone, adapters: Sequence[Adapter | StoredAdapter], support: str | Path | LabelledImages
+    ) -> list[Adapter | StoredAdapter]:
+        """Those without a head get one for the classes of `support`. Raises `AdapterError` as `require_heads`."""
+        if not isinstance(support, LabelledImages):
+            support = load_labelled_images(support, backbone.image_size, int(backbone.processor.resample))
+        headed = []
+        for adapter in adapters:
+            if adapter.headless:
+                with cls(backbone, [adapter]).folded(0) as worn:
+                    adapter = with_fitted_head(adapter, worn, support)
+            adapter.require_head(backbone)
+            headed.append(adapter)
+        return headed
 
     #: The same: adapters of the Hub and of folders are named, and mixed, in one way.
     from_hub = from_pretrained
@@ -226,43 +262,8 @@ class AdapterPool:
         generator, members = torch.Generator().manual_seed(seed), []
         for i, member in enumerate(self._members):
             members.append(RandomizedAdapter(member, generator.get_state()))
-            _randomize(self[i], generator)  # goes on to the state of the next one
+            randomize(self[i], generator)  # goes on to the state of the next one
         return AdapterPool(self.backbone, members)
-
-
-@dataclasses.dataclass
-class RandomizedAdapter:
-    """A random adapter of the norms of `source`, drawn again from the generator's `state` whenever it is asked for."""
-
-    source: Adapter | StoredAdapter | RandomizedAdapter
-    state: torch.Tensor
-
-    @property
-    def info(self) -> AdapterInfo:
-        return self.source.info
-
-    @property
-    def headless(self) -> bool:
-        return self.source.headless
-
-    def require_head(self, backbone: Backbone) -> None:
-        self.source.require_head(backbone)
-
-    def load(self) -> Adapter:
-        generator = torch.Generator()
-        generator.set_state(self.state)
-        return _randomize(self.source.load(), generator)
-
-
-def _randomize(adapter: Adapter, generator: torch.Generator) -> Adapter:
-    factors = {}
-    for module, (b, a) in adapter.factors.items():
-        rank = min(b.shape[1], 16)
-        new_b = torch.randn(b.shape[0], rank, generator=generator)
-        new_a = torch.randn(rank, a.shape[1], generator=generator)
-        scale = torch.linalg.norm(b @ a) / torch.linalg.norm(new_b @ new_a)
-        factors[module] = (new_b * scale, new_a)
-    return dataclasses.replace(adapter, factors=factors, vector_deltas={}, peft_layers={})
 
 
 def _only_changes(adapter: Adapter) -> tuple[ChangeSum, dict[str, nn.Module]]:

@@ -31,6 +31,7 @@ from ..runtime.launch import claim_indices, mixed_precision, process_state
 from ..runtime.outputs import OutputKind, check_output
 from ..runtime.terminal import counted
 from .config import AdapterTrainingConfig
+from .fitted_heads import prototype_layer
 
 
 def _holds_adapters(folder: Path) -> bool:
@@ -107,12 +108,10 @@ def start_head(view: Backbone, head: torch.nn.Linear, train: Task, held: Task) -
     """
     (images, labels), (held_images, held_labels) = train, held
     features, read = _features_and_head_inputs(view, images)
-    prototypes = class_prototypes(read, labels, head.out_features)
-    logits = -0.5 * torch.cdist(read, prototypes).square()
-    scale = 2.0 / logits.std(1).mean()  # soft enough to learn from
+    weight, bias = prototype_layer(read, labels, head.out_features)
     with torch.no_grad():
-        head.weight.copy_(scale * (prototypes - prototypes.mean(0)))
-        head.bias.copy_(scale * 0.5 * (prototypes.mean(0).square().sum() - prototypes.square().sum(1)))
+        head.weight.copy_(weight)
+        head.bias.copy_(bias)
     scores = prototype_logits(
         extract_features(view, held_images), class_prototypes(features, labels, head.out_features)
     )
@@ -264,7 +263,8 @@ def train_adapters(
     if len(available) < config.classes:
         found = counted(len(available), "class", "classes")
         raise DataError(f"{data.name} has {found}, fewer than the {config.classes} of a task.")
-    base_name = backbone_name(base_model)
+    # another program, in another folder, is to find it too
+    base_name = backbone_name(Path(base_model).resolve() if Path(base_model).is_dir() else base_model)
     targets = [output_dir / f"{data.name.replace('/', '-')}-{task:03d}" for task in range(config.tasks)]
     for target in targets:  # before any is tuned
         if not (target / "adapter_config.json").exists():

@@ -96,10 +96,11 @@ def check_settings(config: dict[str, Any]) -> None:
     if not isinstance(mapping, dict):
         raise ValueError(f"auto_mapping must be a JSON object, got a {type(mapping).__name__}")
     library = mapping.get("parent_library") or "transformers"
-    if not re.fullmatch(r"transformers(\.models(\.\w+)*)?", str(library)):
+    # the last is a script's own model; none of them is ever imported here
+    if not re.fullmatch(r"transformers(\.models(\.\w+)*)?|(timm|open_clip)(\.\w+)*|__main__", str(library)):
         raise ValueError(
-            f"auto_mapping names the module {library!r}, which is not transformers'; where you trust the adapter, "
-            "take auto_mapping out"
+            f"auto_mapping names the module {library!r}, which is none of transformers, timm and OpenCLIP; where you "
+            "trust the adapter, take auto_mapping out"
         )
     for key in ("base_model_name_or_path", "revision"):
         if not isinstance(config.get(key), (str, type(None))):

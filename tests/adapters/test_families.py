@@ -178,10 +178,10 @@ def test_an_adapter_of_another_family_than_vit_is_inverted_with_pruning(tmp_path
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_an_adapter_that_changes_the_text_tower_too_says_so(tmp_path):
+def test_an_adapter_of_the_text_tower_alone_says_so(tmp_path):
     model = base_of("clip_whole")[0]
-    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
-    with pytest.raises(AdapterError, match=r"text_model\.encoder\.layers\.0.* changes the text tower too"):
+    get_peft_model(model, LoraConfig(r=2, target_modules="text_model.*q_proj")).save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match="it changes the text tower alone"):
         AdapterPool.from_pretrained(tmp_path, backbone=Backbone(base_of("clip")[1], tiny_processor(), "clip"))
 
 

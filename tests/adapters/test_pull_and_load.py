@@ -20,7 +20,8 @@ from torch.nn.functional import linear
 from transformers import ViTConfig, ViTModel
 
 from lora_recycle.adapters.load import load_adapter
-from lora_recycle.adapters.pull import find_adapters, pull_adapter
+from lora_recycle.adapters.places import find_adapters
+from lora_recycle.adapters.pull import pull_adapter
 from lora_recycle.errors import AdapterError
 
 
@@ -226,7 +227,7 @@ LIVE_Q = Q.replace("vit.", "")
         ({Q: torch.ones(4, 32, dtype=torch.int32)}, f"{LIVE_Q} must be floating point, got torch.int32"),
         ({Q: None}, f"lacks 1 tensor.*{LIVE_Q}"),
         ({Q.replace("lora_A", "lora_C"): torch.ones(4, 32)}, "unexpected 1 tensor.*q_proj.lora_C.weight"),
-        ({"base_model.model.vit.layernorm.weight": torch.ones(32)}, "layernorm.weight retrains a weight of the base"),
+        ({"base_model.model.vit.layernorm.weight": torch.ones(31)}, r"layernorm.weight must be \(32,\), got \(31,\)"),
         ({"base_model.model.vit.layers.9.mlp.fc1.lora_A.weight": torch.ones(4, 32)}, "vit.layers.9.mlp.fc1.lora_A"),
         ({Q: torch.ones(2, 32)}, rf"{LIVE_Q} must be \(4, 32\), got \(2, 32\)"),
         ({HEAD + "weight": torch.ones(3, 48)}, f"{HEAD}weight reads 48 features, but the model has 32 .*base model"),

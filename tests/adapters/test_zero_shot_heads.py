@@ -1,6 +1,5 @@
 """Adapters without a head get one from class names: the logits of zero-shot CLIP and SigLIP with the adapter worn."""
 
-import json
 import shutil
 import warnings
 import weakref
@@ -9,7 +8,7 @@ import pytest
 import torch
 from helpers_adapters import edit_config
 from helpers_clip import save_tiny_pair, tiny_tokenizer, wear_lora
-from helpers_hub import CONFIG, publish
+from helpers_hub import publish
 from helpers_tiny import random_pixels
 from peft import LoraConfig, get_peft_model
 from transformers import CLIPModel, CLIPVisionModel, ViTModel
@@ -214,9 +213,23 @@ def test_a_prompt_without_a_place_for_the_name_is_refused(pool_path):
         AdapterPool.from_pretrained(pool_path, class_names=NAMES, prompt="a photo")
 
 
-def test_an_adapter_of_the_text_tower_is_refused_with_class_names_too(pool_path, tmp_path):
-    wearing = get_peft_model(CLIPModel.from_pretrained(tmp_path / "clip"), LoraConfig(target_modules=["q_proj"]))
-    wearing.save_pretrained(tmp_path / "both")
-    assert json.loads((tmp_path / "both" / CONFIG).read_text())["base_model_name_or_path"] == str(tmp_path / "clip")
-    with pytest.raises(AdapterError, match="changes the text tower too, .* share one text tower"):
-        AdapterPool.from_pretrained(tmp_path / "both", class_names=NAMES)
+@torch.no_grad()
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "text_projection"]])
+def test_an_adapter_of_both_towers_reads_its_class_names_too(pool_path, tmp_path, targets):
+    wearing = get_peft_model(CLIPModel.from_pretrained(tmp_path / "clip"), LoraConfig(r=2, target_modules=targets))
+    for name, parameter in wearing.named_parameters():
+        if "lora_B" in name:
+            parameter.normal_(std=0.3)
+    wearing.eval().save_pretrained(tmp_path / "both")
+    if "text_projection" in targets:
+        with pytest.raises(AdapterError, match="text_projection.*of what makes a text's embedding only its tower"):
+            AdapterPool.from_pretrained(tmp_path / "both", class_names=NAMES)
+        return
+    pool, images = AdapterPool.from_pretrained([tmp_path / "both", pool_path], class_names=NAMES), random_pixels(3)
+    pixel_values = pool.backbone.normalize(images)
+    expected = zero_shot(wearing, [f"a photo of a {name}." for name in NAMES], pixel_values, padding=True)
+    torch.testing.assert_close(worn_logits(pool, 0, images), expected, rtol=1e-5, atol=1e-5)
+    other = pool[1]
+    with pool.folded(0) as backbone:  # the texts' half is not nothing
+        without = other.logits(backbone, backbone(pixel_values)[0])
+    assert (expected - without).abs().max() > 1e-2

@@ -15,7 +15,8 @@ from lora_recycle import (
     MetaLoRAForFewShotClassification,
     MetaLoRATrainer,
 )
-from lora_recycle.adapters.pull import find_adapters, pull_adapter
+from lora_recycle.adapters.places import find_adapters
+from lora_recycle.adapters.pull import pull_adapter
 from lora_recycle.demo import backbone_path, meta_lora_path, pool_path
 from lora_recycle.demo.run import load_digits_images
 from lora_recycle.evaluation.config import EvaluationConfig

@@ -5,7 +5,8 @@ import os
 import pytest
 from helpers_tiny import random_pixels
 
-from lora_recycle.adapters.pull import find_adapters, pull_adapter
+from lora_recycle.adapters.places import find_adapters
+from lora_recycle.adapters.pull import pull_adapter
 from lora_recycle.cli.main import main
 from lora_recycle.errors import AdapterError, DataError
 from lora_recycle.hub.licenses import read_license

@@ -13,7 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import Dinov2Config, Dinov2Model, ViTForImageClassification
 
-from lora_recycle.adapters.pull import find_adapters, pull_adapter
+from lora_recycle.adapters.places import find_adapters
+from lora_recycle.adapters.pull import pull_adapter
 from lora_recycle.errors import ConfigError, DataError, StorageError
 from lora_recycle.images.labelled import LabelledImages
 from lora_recycle.pool import training
@@ -144,9 +145,12 @@ def image_folder(toy_data, tmp_path):
     return folder
 
 
-def test_a_pool_resumes_where_it_stopped(image_folder, tiny_backbone_path, tmp_path):
+def test_a_pool_resumes_where_it_stopped(image_folder, tiny_backbone_path, tmp_path, monkeypatch):
     config = AdapterTrainingConfig(tasks=3, classes=2, epochs=1, rank=2, targets="q_proj", batch_size=8)
-    results = train_adapters(image_folder, tmp_path / "pool", config, str(tiny_backbone_path), progress=False)
+    monkeypatch.chdir(tiny_backbone_path.parent)
+    results = train_adapters(image_folder, tmp_path / "pool", config, tiny_backbone_path.name, progress=False)
+    monkeypatch.chdir(tmp_path)  # where the relative path leads nowhere
+    assert len(AdapterPool.from_pretrained(tmp_path / "pool")) == 3
     folders = find_adapters(tmp_path / "pool")
     assert [f.name for f in folders] == ["images-000", "images-001", "images-002"] and len(results) == 3
     assert set(results[0]) == {"adapter", "accuracy", "frozen_prototypes"}
