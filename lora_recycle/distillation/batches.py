@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..runtime.array_files import RowFile
+from ..runtime.array_files import Rows
 from .config import DistillationConfig
 from .episodes import EpisodeSampler, SurrogateEpisode
 from .parallel import own_rows
@@ -70,7 +70,7 @@ class BatchMaker:
         groups: list[TeacherGroup],
         sampler: EpisodeSampler | None,
         patch_size: int,
-        tokens: RowFile | None = None,
+        tokens: Rows | None = None,
         process: int = 0,
         num_processes: int = 1,
     ):
