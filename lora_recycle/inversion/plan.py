@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -101,7 +102,8 @@ class _Cost:
 
 def _measure(inverter: LoRAInverter, todo: list[int]) -> _Cost:
     config, device = inverter.config, inverter.backbone.device
-    reading, drawing, describing, steps, alive, seen = [], [], [], {}, torch.zeros(config.iterations), 0
+    reading, drawing, describing, steps = [], [], 0.0, {}
+    alive, seen = torch.zeros(config.iterations), 0
     for number, at in enumerate(evenly_spread(len(todo), TRIED).tolist()):
         index = todo[at]
         size = min(config.batch_size, _num_images(inverter, index))
@@ -113,19 +115,18 @@ def _measure(inverter: LoRAInverter, todo: list[int]) -> _Cost:
         begun = plans.clock()
         with inverter.pool.folded(index):
             folded = plans.clock()
-            pixels = (starts[few] * 255).to(torch.uint8)
-            describe = functools.partial(inverter.describe, inverter.pool[index], pixels)
-            describing.append(seconds_of(describe, device) / len(pixels))
             if number == 0:
+                pixels = (starts[few] * 255).to(torch.uint8)
+                describe = functools.partial(inverter.describe, inverter.pool[index], pixels)
+                describing = seconds_of(describe, device) / len(pixels)
                 steps = {start: _step_cost(inverter, index, starts, labels, start) for start in _phases(config)}
             if _may_stop(config):
                 alive += _alive(inverter, index, starts[few], labels[few])
-                seen += len(pixels)
+                seen += len(starts[few])
             unfolded = plans.clock()
         reading.append(plans.clock() - unfolded + folded - begun)
     shares = (alive / seen).tolist() if seen else [1.0] * config.iterations
-    means = (sum(values) / len(values) for values in (reading, drawing, describing))
-    return _Cost(*means, steps, shares, seen)
+    return _Cost(fmean(reading), fmean(drawing), describing, steps, shares, seen)
 
 
 def _step_cost(
