@@ -42,6 +42,8 @@ RATIOS = {
     "predict_64_vs_bare": ("predict_64", "predict_64_bare"),
     "predict_64_vs_baseline": ("predict_64", "predict_64_baseline"),
     "preprocess_vs_baseline": ("preprocess", "preprocess_baseline"),
+    "files_vs_features": ("files", "files_features"),
+    "files_vs_decoded": ("files", "files_decoded"),
     "fit_vs_baseline": ("fit", "fit_baseline"),
     "evaluate_vs_baseline": ("evaluate", "evaluate_baseline"),
 }
@@ -95,6 +97,8 @@ def main(argv: list[str] | None = None) -> dict:
         print(text_table(result["rows"]), "\n")
         print("\n".join(f"{ratio['name']:<36} {ratio['ratio']:6.2f}" for ratio in result["ratios"]))
         for row in result["rows"]:
+            if "host_share" in row:
+                print(f"{row['name']}: {row['host_share']:.1%} of the time the model waits for data")
             if "operations" in row:
                 print(f"{row['name']}: " + ", ".join(f"{k} {v:.0%}" for k, v in row["operations"].items()))
     return result

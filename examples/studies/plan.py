@@ -4,8 +4,8 @@
 
 The time that `plan_inversion` and `plan_distillation` tell, by the time that the runs take: the shipped pool with the
 default recipe but fewer images and steps, and two random adapters of ViT-B/16 on very few images. By default both are
-processor time, so that what else the machine does weighs on neither; `--clock wall` is for a machine of one's own. Beside
-them the ETA of the bar after a tenth, a quarter and half of the training's steps, by what was then left.
+processor time, so that what else the machine does weighs on neither; `--clock wall` is for a machine of one's own.
+Beside them the ETA of the bar after a tenth, a quarter and half of the training's steps, by what was then left.
 """
 
 from __future__ import annotations
