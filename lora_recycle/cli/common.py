@@ -92,6 +92,15 @@ def add_resume_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_features_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--features",
+        metavar="DIR",
+        help="keep the images' features by each network in this folder, and take from it what is there: another table "
+        "of the same images then costs no forward. Delete the folder to free its space (default: keep none)",
+    )
+
+
 def add_dry_run_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",

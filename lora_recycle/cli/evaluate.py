@@ -18,6 +18,7 @@ from .common import (
     Subparsers,
     add_base_model_argument,
     add_device_argument,
+    add_features_argument,
     add_on_error_argument,
     checked_device,
     echo,
@@ -72,6 +73,7 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
     pools.add_argument("--pool", nargs="+", metavar="POOL", help=f"compare with these {POOL_HELP}")
     pools.add_argument("--no-pool", action="store_true", help="skip the methods that need a pool")
     parser.add_argument("--json", metavar="FILE", help="also write the rows to this file")
+    add_features_argument(parser)
     add_on_error_argument(parser)
     add_base_model_argument(parser)
     add_device_argument(parser)
@@ -84,13 +86,16 @@ def run(args: argparse.Namespace) -> None:
     from ..adapters.sources import one_id
     from ..evaluation.evaluate import evaluate
     from ..evaluation.results import format_table
+    from ..evaluation.stored_features import OUTPUT
     from ..images.labelled import load_labelled_images
     from ..modeling.meta_lora import MetaLoRAForFewShotClassification
     from ..runtime.files import atomic_write
-    from ..runtime.outputs import check_file, holds_json
+    from ..runtime.outputs import check_file, claim_output, holds_json
 
     if args.json:
         check_file(args.json, lambda path: holds_json(path, "rows"), "results of evaluate")
+    if args.features:
+        claim_output(args.features, OUTPUT)
     device = checked_device(args.device)
     name, revision = one_id(args.model)
     model = MetaLoRAForFewShotClassification.from_pretrained(
@@ -98,7 +103,9 @@ def run(args: argparse.Namespace) -> None:
     )
     size, resample = model.backbone.image_size, int(model.backbone.processor.resample)
     data = load_labelled_images(args.data, size, resample, config.max_per_class, args.split, config.seed)
-    result = evaluate(data, model, config, pool=_load_pool(args, model), progress=not args.quiet)
+    result = evaluate(
+        data, model, config, pool=_load_pool(args, model), features_dir=args.features, progress=not args.quiet
+    )
     echo(format_table(result.rows))
     for remark in result.notes:
         note(remark)

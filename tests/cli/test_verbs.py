@@ -195,6 +195,15 @@ def test_predict_by_another_head(work, run, fails):
     assert "There are prototypes, " in fails(*command, "--head", "svm")
 
 
+def test_evaluate_keeps_features_and_gives_the_same_table(evaluate_arguments, work, tmp_path, run, fails):
+    options = ["--no-pool", "--max-per-class", 4, "--features", tmp_path / "features"]
+    tables = [run(*evaluate_arguments, *options)[1] for _ in range(2)]
+    stored = list((tmp_path / "features").glob("features-*.safetensors"))
+    assert tables[0] == tables[1] and len(stored) >= 2
+    options[-1] = work / "photos"
+    assert "no stored features" in fails(*evaluate_arguments, *options)
+
+
 def test_evaluate_judges_the_methods_asked_for(evaluate_arguments, work, run, fails):
     code, out, _ = run(*evaluate_arguments, "--methods", "ties", "frozen-euclidean", "--pool", work / "pool")
     methods = [line.split()[0] for line in out.splitlines()[1:]]
