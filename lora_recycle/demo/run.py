@@ -66,8 +66,8 @@ def run_demo(
 ) -> DemoResult:
     """Recycle a pool into a meta-LoRA and judge it on handwritten digits and on `data`.
 
-    Writes `surrogate/`, `meta_lora/`, `features/`, `results.json` and `report.html` into `output`. Run again with the same settings
-    it keeps what is finished.
+    Writes `surrogate/`, `meta_lora/`, `features/`, `results.json` and `report.html` into `output`. Run again with the
+    same settings it keeps what is finished.
 
     Args:
         data: more real images, anything that [`load_labelled_images`] reads.

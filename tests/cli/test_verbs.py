@@ -201,7 +201,7 @@ def test_evaluate_keeps_features_and_gives_the_same_table(evaluate_arguments, wo
     stored = list((tmp_path / "features").glob("features-*.safetensors"))
     assert tables[0] == tables[1] and len(stored) >= 2
     options[-1] = work / "photos"
-    assert "no stored features" in fails(*evaluate_arguments, *options)
+    assert "or one that holds stored features" in fails(*evaluate_arguments, *options)
 
 
 def test_evaluate_judges_the_methods_asked_for(evaluate_arguments, work, run, fails):

@@ -153,3 +153,27 @@ def test_the_markdown_holds_rows_and_ratios(speed, done):
         assert f"\n| {row['name']} | {row['steps_per_second']:.3g} | {row['images_per_second']:.3g} | " in text
     assert all(f"\n| {ratio['name']} | {ratio['ratio']:.2f} |" in text for ratio in result["ratios"])
     assert result["machine"]["torch"] in text
+
+
+def test_the_whole_way(speed, tiny_pool, monkeypatch, tmp_path):
+    """Every stage of a small pool in its order, what it adds up to, and plans of the other ways."""
+    from speed import end_to_end
+
+    monkeypatch.setattr(end_to_end, "pool_path", lambda: [info.path for info in tiny_pool.infos])
+    found = end_to_end.end_to_end(
+        tmp_path,
+        adapters=4,
+        inversion={"images_per_class": 3, "iterations": 2},
+        distillation={"steps": 2, "rank": 4, "relational_batch": 8, "ways": 3},
+        episodes=10,
+    )
+    names = [row["name"] for row in found["stages"]]
+    assert names[:3] == ["pull and check", "groups", "inversion"] and names[-2:] == ["saving", "evaluation"]
+    way = found["stages"][:-1]
+    assert found["total"]["seconds"] == sum(row["seconds"] for row in way) and found["setting"]["adapters"] == 4
+    assert {row["method"] for row in found["accuracy"]} >= {"frozen", "average", "meta-lora"}
+    for other in ("published", "plain"):
+        assert found[other]["seconds"] == found[other]["inversion"] + found[other]["distillation"] > 0
+    printed = end_to_end.text(found)
+    assert "total but evaluation" in printed and "published, extrapolated from three steps" in printed
+    json.dumps(found)
