@@ -6,10 +6,8 @@ machine, times their number. So is the plain loop of `baselines.py` with the rec
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from lora_recycle import (
     save_meta_lora,
 )
 from lora_recycle.demo.run import load_digits_images
+from lora_recycle.distillation.callbacks import TrainerCallback
 from lora_recycle.hub.embedded import pool_path
 from lora_recycle.images.labelled import load_labelled_images
 from lora_recycle.runtime.plans import peak_memory, seconds_of
@@ -67,18 +66,27 @@ class Clock:
 
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        begun, processor = time.perf_counter(), time.process_time()
-        yield
-        self.rows.append(
-            {
-                "name": name,
-                "seconds": time.perf_counter() - begun,
-                "processor_seconds": time.process_time() - processor,
-                "peak_mb": peak_memory(torch.device("cpu")) / 1e6,
-            }
-        )
+    _since: tuple[float, float] = (0.0, 0.0)
+
+    def start(self) -> None:
+        self._since = time.perf_counter(), time.process_time()
+
+    def ends(self, name: str) -> None:
+        """The stage that ran since the last call."""
+        seconds, processor = time.perf_counter() - self._since[0], time.process_time() - self._since[1]
+        peak = peak_memory(torch.device("cpu")) / 1e6
+        self.rows.append({"name": name, "seconds": seconds, "processor_seconds": processor, "peak_mb": peak})
+        self.start()
+
+
+class _TeachersEnd(TrainerCallback):
+    """Ends the stage before the first step."""
+
+    def __init__(self, clock: Clock):
+        self.clock = clock
+
+    def on_train_begin(self, trainer, step) -> None:
+        self.clock.ends("teachers")
 
 
 def end_to_end(
@@ -98,29 +106,26 @@ def end_to_end(
         data: labelled images to evaluate on; scikit-learn's handwritten digits by default.
     """
     clock, first, second = Clock(), InversionConfig(**inversion or {}), DistillationConfig(**distillation or {})
-    with clock.stage("pull and check"):
-        pool = AdapterPool.from_pretrained(pool_path())
-        if adapters is not None:
-            pool = pool.subset(torch.linspace(0, len(pool) - 1, adapters).round().long().tolist())
-    with clock.stage("groups"):
-        pool.groups()
-    with clock.stage("inversion"):
-        surrogate = LoRAInverter(pool, first).run(folder / "surrogate", progress=False)
-    with clock.stage("start"):
-        trainer = MetaLoRATrainer(pool, surrogate, second)
-    with clock.stage("teachers"):
-        trainer.prepare(folder / "work", progress=False)
-        trainer.close()
-    with clock.stage("distillation and validation"):
-        trainer.train(folder / "work", progress=False)
-    with clock.stage("saving"):
-        model = trainer.to_model()
-        save_meta_lora(model, folder / "meta_lora")
+    clock.start()
+    pool = AdapterPool.from_pretrained(pool_path())
+    if adapters is not None:
+        pool = pool.subset(torch.linspace(0, len(pool) - 1, adapters).round().long().tolist())
+    clock.ends("pull and check")
+    pool.groups()
+    clock.ends("groups")
+    surrogate = LoRAInverter(pool, first).run(folder / "surrogate", progress=False)
+    clock.ends("inversion")
+    trainer = MetaLoRATrainer(pool, surrogate, second, [_TeachersEnd(clock)])
+    clock.ends("start")
+    trainer.train(folder / "work", progress=False)
+    clock.ends("distillation and validation")
+    model = trainer.to_model()
+    save_meta_lora(model, folder / "meta_lora")
+    clock.ends("saving")
     size, resample = pool.backbone.image_size, int(pool.backbone.processor.resample)
     images = load_digits_images(size, resample) if data is None else load_labelled_images(data, size, resample)
-    with clock.stage("evaluation"):  # of the product: not part of the way
-        config = EvaluationConfig(episodes=episodes, methods=("average",))
-        rows = evaluate(images, model, config, pool=pool).rows
+    rows = evaluate(images, model, EvaluationConfig(episodes=episodes, methods=("average",)), pool=pool).rows
+    clock.ends("evaluation")  # of the product: not part of the way
     way = [row for row in clock.rows if row["name"] != "evaluation"]
     total = {key: sum(row[key] for row in way) for key in ("seconds", "processor_seconds")}
     return {
