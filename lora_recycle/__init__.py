@@ -10,6 +10,7 @@ if TYPE_CHECKING:  # what `_LAZY` loads at run time
     from .adapters.pull import pull_adapter
     from .backbones.backbone import Backbone
     from .distillation.config import DistillationConfig
+    from .distillation.plan import plan_distillation
     from .distillation.saving import save_meta_lora
     from .distillation.trainer import MetaLoRATrainer
     from .errors import AdapterError, ConfigError, DataError, LoRARecycleError, PushError
@@ -18,6 +19,7 @@ if TYPE_CHECKING:  # what `_LAZY` loads at run time
     from .finetuning.config import TaskTuningConfig
     from .inversion.config import InversionConfig
     from .inversion.inverter import LoRAInverter
+    from .inversion.plan import plan_inversion
     from .modeling.export import export
     from .modeling.head_fitting import fit_head
     from .modeling.meta_lora import MetaLoRAForFewShotClassification
@@ -52,6 +54,8 @@ _LAZY = {
     "export": "modeling.export",
     "extract": "pool.extraction",
     "fit_head": "modeling.head_fitting",
+    "plan_distillation": "distillation.plan",
+    "plan_inversion": "inversion.plan",
     "pull_adapter": "adapters.pull",
     "save_meta_lora": "distillation.saving",
     "train_adapters": "pool.training",
@@ -80,6 +84,8 @@ __all__ = [
     "export",
     "extract",
     "fit_head",
+    "plan_distillation",
+    "plan_inversion",
     "pull_adapter",
     "save_meta_lora",
     "train_adapters",

@@ -8,6 +8,10 @@ so that what is paid once is not counted. `MB` is the peak resident memory of th
 (torch, library and backbone loaded, `warm_mb` in the JSON). Seconds are those of the clock and of the processor, per
 adapter; the second are what to compare on a busy machine. `distill` is 5 steps with all that comes before them, and
 needs the images of `invert`.
+
+    python examples/studies/scale.py --adapters 1000 2000 4000 --stages groups --domains 4
+
+Groups of more than a thousand adapters are those of a sample, which the others join.
 """
 
 import argparse
@@ -42,6 +46,9 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, nargs="+", default=[10, 100, 1000])
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES[:-1])
     parser.add_argument("--hidden", type=int, default=32, help="width of the ViT")
+    parser.add_argument(
+        "--domains", type=int, default=1, help="so many groups of similar adapters (default: 1, random)"
+    )
     parser.add_argument("--layers", type=int, default=2, help="layers of the ViT")
     parser.add_argument("--iterations", type=int, default=10, help="of the inversion")
     parser.add_argument("--repeats", type=int, default=1, help="runs of each cell, of which the fastest counts")
@@ -53,7 +60,7 @@ def main() -> None:
         print(json.dumps(measure(Path(work), stage, int(count), args.iterations)))
         return
     with tempfile.TemporaryDirectory() as work:
-        write_adapters(Path(work), max(args.adapters), args.hidden, args.layers)
+        write_adapters(Path(work), max(args.adapters), args.hidden, args.layers, args.domains)
         rows = []
         for stage in args.stages:
             for count in args.adapters:
@@ -65,8 +72,9 @@ def main() -> None:
         args.json.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1), encoding="utf-8")
 
 
-def write_adapters(folder: Path, count: int, hidden: int, layers: int) -> None:
-    """`backbone/` and `pool/00000` ..., the files as PEFT writes them, each with random numbers of its own."""
+def write_adapters(folder: Path, count: int, hidden: int, layers: int, domains: int = 1) -> None:
+    """`backbone/` and `pool/00000` ..., the files as PEFT writes them, each with random numbers of its own, and with
+    those of its domain where there are several."""
     config = ViTConfig(
         hidden_size=hidden,
         num_hidden_layers=layers,
@@ -89,6 +97,9 @@ def write_adapters(folder: Path, count: int, hidden: int, layers: int) -> None:
     for i in range(count):
         generator = torch.Generator().manual_seed(i)
         tensors = {key: 0.2 * torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+        if domains > 1:
+            common = torch.Generator().manual_seed(10**6 + i % domains)
+            tensors = {key: 0.3 * own + 0.2 * torch.randn(own.shape, generator=common) for key, own in tensors.items()}
         path = folder / "pool" / f"{i:05d}"
         lora.save_pretrained(path)
         save_file(tensors, path / "adapter_model.safetensors")

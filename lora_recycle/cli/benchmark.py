@@ -13,6 +13,7 @@ from ..runtime.terminal import counted, utf8
 from .common import (
     Subparsers,
     add_device_argument,
+    add_features_argument,
     add_json_argument,
     check_json,
     checked_device,
@@ -61,6 +62,7 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
         help="compute only every N-th cell, starting at I (0 to N - 1)",
     )
     add_json_argument(parser, "what results.json holds")
+    add_features_argument(parser)
     add_device_argument(parser)
     return parser
 
@@ -74,6 +76,7 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(f"--data-root {args.data_root}: no such folder.")
     from ..evaluation.benchmark import Benchmark
     from ..evaluation.recipe import BenchmarkRecipe
+    from ..evaluation.stored_features import OUTPUT
     from ..runtime.config import read_yaml
     from ..runtime.outputs import OutputKind, claim_output
 
@@ -83,7 +86,9 @@ def run(args: argparse.Namespace) -> None:
     work = Path(args.work) if args.work else output / "cells"
     claim_output(output, OutputKind("results of a benchmark", _has_results))
     claim_output(work, OutputKind("cells of a benchmark", _has_cells))
-    benchmark = Benchmark(recipe, work, args.data_root, checked_device(args.device))
+    if args.features:
+        claim_output(args.features, OUTPUT)
+    benchmark = Benchmark(recipe, work, args.data_root, checked_device(args.device), args.features)
     cells = benchmark.run((part, total), progress=not args.quiet)
     for remark in benchmark.notes:
         note(remark)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from ..images.tables import Columns
     from ..pool.pool import AdapterPool
+    from ..runtime.plans import Plan
 
 #: What `add_subparsers` returns, for which argparse has no public name.
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -162,6 +163,33 @@ def add_resume_argument(parser: argparse.ArgumentParser) -> None:
         help="continue an interrupted run with the same settings in the output folder; --no-resume deletes what is "
         "there and starts over (default: resume)",
     )
+
+
+def add_features_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--features",
+        metavar="DIR",
+        help="keep the images' features by each network in this folder, and take from it what is there: another table "
+        "of the same images then costs no forward. Delete the folder to free its space (default: keep none)",
+    )
+
+
+def add_dry_run_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="write nothing: print what would be done, GFLOPs, memory, disk, and the time of each stage from three "
+        "steps that are measured now",
+    )
+
+
+def echo_plan(plan: Plan) -> None:
+    """The stages of a plan as a table on stdout, its notes on stderr."""
+    if is_main_process():
+        echo(table(("stage", "work", "GFLOPs", "time"), plan.rows()))
+        echo(plan.summary())
+        for text in plan.notes:
+            note(f"{text[0].upper()}{text[1:]}.")
 
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:

@@ -13,10 +13,12 @@ from ..errors import ConfigError
 from .arguments import add_config_arguments, build_config
 from .common import (
     Subparsers,
+    add_dry_run_argument,
     add_json_argument,
     add_pool_arguments,
     add_resume_argument,
     check_json,
+    echo_plan,
     hint,
     is_main_process,
     load_pool,
@@ -43,6 +45,7 @@ examples:
   lora-recycle distill pool --surrogate surrogate --output meta_lora --steps 1000 --rank 8
   lora-recycle distill pool --surrogate surrogate --output meta_lora --init zero --kl-weight 1 --interpolation-weight 1
   lora-recycle distill pool --surrogate surrogate --output meta_lora --report-to tensorboard
+  lora-recycle distill pool --surrogate surrogate --output meta_lora --dry-run      what it would do and cost
   accelerate launch --num_processes 4 -m lora_recycle distill pool --surrogate surrogate --output meta_lora
   lora-recycle distill pool --output average --init average --steps 0      the exact average, without training
   lora-recycle distill pool --output merged --steps 0          the same, the largest domain at full strength
@@ -75,6 +78,7 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
     )
     add_json_argument(parser, "the losses")
     add_resume_argument(parser)
+    add_dry_run_argument(parser)
     add_config_arguments(parser, DistillationConfig)
     return parser
 
@@ -85,6 +89,7 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError("distill needs --surrogate DIR, the output of invert, unless --steps is 0.")
     from ..adapters.sources import one_id
     from ..distillation.callbacks import Trackers
+    from ..distillation.plan import plan_distillation
     from ..distillation.saving import save_meta_lora
     from ..distillation.trainer import MetaLoRATrainer
     from ..modeling.serialization import OUTPUT
@@ -105,6 +110,9 @@ def run(args: argparse.Namespace) -> None:
     adapters = [info.sha256 for info in pool.infos]
     shards = [entry["sha256"] for entry in surrogate.manifest["shards"]] if surrogate else []
     check_same(verb=args.verb, settings=config.to_dict(), adapters=adapters, surrogate=shards)
+    if args.dry_run:
+        echo_plan(plan_distillation(pool, surrogate, config))
+        return
     folder = Path(args.output) / "work"
     callbacks = [Trackers(args.report_to, folder / "trackers")] if args.report_to else []
     trainer = MetaLoRATrainer(pool, surrogate, config, callbacks)

@@ -18,6 +18,7 @@ from .common import (
     add_base_model_argument,
     add_data_arguments,
     add_device_argument,
+    add_features_argument,
     add_json_argument,
     add_on_error_argument,
     check_json,
@@ -77,6 +78,7 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
     pools.add_argument("--pool", nargs="+", metavar="POOL", help=f"compare with these {POOL_HELP}")
     pools.add_argument("--no-pool", action="store_true", help="skip the methods that need a pool")
     add_json_argument(parser, "the rows")
+    add_features_argument(parser)
     add_data_arguments(parser)
     add_on_error_argument(parser)
     add_base_model_argument(parser)
@@ -90,10 +92,14 @@ def run(args: argparse.Namespace) -> None:
     from ..adapters.sources import one_id
     from ..evaluation.evaluate import evaluate
     from ..evaluation.results import format_table
+    from ..evaluation.stored_features import OUTPUT
     from ..images.labelled import load_labelled_images
     from ..modeling.meta_lora import MetaLoRAForFewShotClassification
+    from ..runtime.outputs import claim_output
 
     check_json(args, "rows")
+    if args.features:
+        claim_output(args.features, OUTPUT)
     device = checked_device(args.device)
     name, revision = one_id(args.model)
     model = MetaLoRAForFewShotClassification.from_pretrained(
@@ -104,7 +110,8 @@ def run(args: argparse.Namespace) -> None:
     reading: Any = {"columns": columns(args), "failures": failures}
     data = load_labelled_images(args.data, size, resample, config.max_per_class, args.split, config.seed, **reading)
     notify_failures(failures)
-    found = evaluate(data, model, config, pool=_load_pool(args, model), progress=not args.quiet)
+    pool = _load_pool(args, model)
+    found = evaluate(data, model, config, pool=pool, features_dir=args.features, progress=not args.quiet)
     result(args, {"rows": found.rows}, format_table(found.rows, terminal_width(sys.stdout)))
     for remark in found.notes:
         note(remark)

@@ -13,10 +13,12 @@ from .arguments import add_config_arguments, build_config
 from .common import (
     Subparsers,
     add_class_names_argument,
+    add_dry_run_argument,
     add_json_argument,
     add_pool_arguments,
     add_resume_argument,
     check_json,
+    echo_plan,
     hint,
     is_main_process,
     load_pool,
@@ -40,6 +42,7 @@ examples:
   lora-recycle invert pool --output surrogate --starts images=1 --start-images my_photos
   lora-recycle invert someone/clip-lora --class-names cat,dog,fox --output surrogate
   lora-recycle invert someone/vit-lora --support photos --output surrogate      a head from photos/<class>/*.jpg
+  lora-recycle invert pool --output surrogate --dry-run             what it would do, and how long it would take
   accelerate launch --num_processes 4 -m lora_recycle invert pool --output surrogate
 
 Run the same command again to resume: finished shards are kept, damaged ones are rebuilt.
@@ -66,6 +69,7 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the backbone (default: float32)")
     add_json_argument(parser, "the table")
     add_resume_argument(parser)
+    add_dry_run_argument(parser)
     add_config_arguments(parser, InversionConfig)
     return parser
 
@@ -76,6 +80,7 @@ def run(args: argparse.Namespace) -> None:
 
     from ..adapters.zero_shot_heads import PROMPT
     from ..inversion.inverter import LoRAInverter
+    from ..inversion.plan import plan_inversion
     from ..runtime.launch_checks import check_same
     from ..runtime.outputs import check_output
     from ..surrogate.dataset import OUTPUT
@@ -92,6 +97,9 @@ def run(args: argparse.Namespace) -> None:
     )
     check_same(verb=args.verb, settings=config.to_dict(), adapters=[info.sha256 for info in pool.infos])
     inverter = LoRAInverter(pool, config)
+    if args.dry_run:
+        echo_plan(plan_inversion(inverter, args.output if args.resume else None))
+        return
     surrogate = inverter.run(args.output, progress=not args.quiet, resume=args.resume)
     if not is_main_process():
         return

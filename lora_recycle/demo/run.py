@@ -66,8 +66,8 @@ def run_demo(
 ) -> DemoResult:
     """Recycle a pool into a meta-LoRA and judge it on handwritten digits and on `data`.
 
-    Writes `surrogate/`, `meta_lora/`, `results.json` and `report.html` into `output`. Run again with the same settings
-    it keeps what is finished.
+    Writes `surrogate/`, `meta_lora/`, `features/`, `results.json` and `report.html` into `output`. Run again with the
+    same settings it keeps what is finished.
 
     Args:
         data: more real images, anything that [`load_labelled_images`] reads.
@@ -94,7 +94,8 @@ def run_demo(
     model = trainer.to_model()
     save_meta_lora(model, meta_lora)
     config = EvaluationConfig(episodes=episodes, batch_size=_BATCH)
-    results = [evaluate(images, model, config, pool=adapters, progress=progress) for images in sets]
+    stored = output / "features"  # a second run forwards nothing
+    results = [evaluate(i, model, config, pool=adapters, features_dir=stored, progress=progress) for i in sets]
     rows, notes = [row for r in results for row in r.rows], [text for r in results for text in r.notes]
     model.settings["results"] = rows
     save_meta_lora(model, meta_lora)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 
-from ..runtime.array_files import RowFile
+from ..runtime.array_files import Rows
 from .augmentation import augment, draw_changes
 from .config import DistillationConfig
 from .episodes import EpisodeSampler, SurrogateEpisode
@@ -71,9 +71,9 @@ class BatchMaker:
         images: SurrogateImages,
         groups: list[TeacherGroup],
         sampler: EpisodeSampler | None,
-        logits: list[RowFile],
+        logits: Sequence[Rows],
         patch_size: int,
-        tokens: RowFile | None = None,
+        tokens: Rows | None = None,
         process: int = 0,
         num_processes: int = 1,
     ):

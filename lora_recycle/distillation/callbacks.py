@@ -61,8 +61,9 @@ class ProgressBar(TrainerCallback):
     """A bar on stderr, in the main process."""
 
     def on_train_begin(self, trainer: TrainingState, step: int) -> None:
-        disable = not trainer.accelerator.is_main_process
-        self._bar = tqdm(desc="distill", unit="step", initial=step, total=trainer.config.steps, disable=disable)
+        # the rate of all steps so far: that of the last ones jumps at each validation, and so would the time left
+        bar = {"unit": "step", "initial": step, "total": trainer.config.steps, "smoothing": 0}
+        self._bar = tqdm(desc="distill", disable=not trainer.accelerator.is_main_process, **bar)
         self._evaluated: dict[str, str] = {}
 
     def on_step_end(self, trainer: TrainingState, step: int) -> None:

@@ -20,7 +20,6 @@ from ..hub.embedded import backbone_name
 from ..hub.repo_files import MAX_EXPERTS
 from ..inversion.starts import PROCEDURES
 from ..modeling.domains import DomainNetworks, ExpertNetwork, bare_copy
-from ..pool.clustering import split_group
 from ..pool.pool import AdapterPool
 
 
@@ -43,7 +42,7 @@ def pool_domains(pool: AdapterPool) -> list[tuple[Expert, list[int]]]:
     if len(groups[0]) == len(groups[1]):
         found = [("group", group) for group in groups]
     else:
-        halves = split_group(pool.similarity(), groups[0]) or []
+        halves = pool.halves(groups[0]) or []
         found = [*zip(("part", "compared"), halves, strict=False), *(("group", group) for group in groups[1:])]
     names = domain_names([[pool.infos[i].name for i in group] for _, group in found])
     return [

@@ -75,11 +75,16 @@ class HeldOutEpisodes:
             self._images.append(make_batch.images.of_shard(adapter)[chosen])
             self._episodes.append(drawn)
 
+    @property
+    def images(self) -> torch.Tensor:
+        """Numbers of all images that are forwarded: int64 (N,)."""
+        return torch.cat(self._images)
+
     @torch.no_grad()
     def __call__(self, embed: Embed) -> torch.Tensor:
         """Per cent of queries that go to the wrong prototype, by episode: float32 (E,)."""
         features = []
-        for index in torch.cat(self._images).split(_BATCH):
+        for index in self.images.split(_BATCH):
             beat("evaluation")
             features.append(embed(*self._make_batch.own_inputs(index), len(index)).float().cpu())
         parts = torch.cat(features).split([len(images) for images in self._images])

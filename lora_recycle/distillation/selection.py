@@ -194,7 +194,7 @@ class StudentCandidates:
 
     def evaluate(self, step: int) -> None:
         """The student after `step` steps as it would be kept; before the first one the pool's average as well."""
-        if step == 0 and self._has_average:
+        if step == 0 and self.has_average:
             with self.pool.folded() as average:
                 errors = self.held_out(functools.partial(self.parallel.embed, other=average))
             self._record(step, AVERAGE, errors)
@@ -204,7 +204,7 @@ class StudentCandidates:
         self._record(step, candidate, errors)
 
     @property
-    def _has_average(self) -> bool:
+    def has_average(self) -> bool:
         """Whether the pool's average is not itself the start; tokens of `first_layer` are of the start alone."""
         scaled = self.config.init in AVERAGES and self.config.init != "average"
         return scaled and self.config.first_layer == 0 and len(self.pool.groups()) > 1

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..fewshot.relations import principal_directions
 from ..pool.pool import AdapterPool
-from ..runtime.array_files import RowFile, open_rows, write_rows
+from ..runtime.array_files import RowFile, Rows, open_rows, write_rows
 from ..runtime.files import atomic_write
 from ..runtime.heartbeat import Heartbeat, beat
 from ..runtime.launch import claim_indices
@@ -29,7 +29,7 @@ from .surrogate_images import SurrogateImages
 #: Images among which similarities say something, at least.
 FEWEST = 4
 #: Images from which the directions of a compression are learnt, and images that are in memory at a time.
-_SAMPLE, _CHUNK = 4096, 256
+SAMPLE, _CHUNK = 4096, 256
 
 
 @dataclasses.dataclass
@@ -43,7 +43,7 @@ class TeacherGroup:
 
     teachers: list[int]
     images: torch.Tensor
-    features: RowFile
+    features: Rows
     votes: dict[tuple[int, int, int], int]
 
 
@@ -53,6 +53,12 @@ def choose_teachers(members: list[int], most: int) -> list[int]:
     The same for all images of the group: the means of different teachers could not be compared.
     """
     return [members[i] for i in evenly_spread(len(members), most).tolist()]
+
+
+def are_asked(images: SurrogateImages, config: DistillationConfig) -> bool:
+    """Whether a recipe needs what teachers say: for the relational loss, or to match classes without names."""
+    nameless = any(not shard.adapter.get("labels") for shard in images.shards)
+    return config.relational_weight > 0 or (config.interpolation_weight > 0 and nameless)
 
 
 def teach(
@@ -91,8 +97,7 @@ def teach_all(
 ) -> list[TeacherGroup]:
     """What `groups` of adapters say, each of its own images; nothing where the recipe does not need it. Processes that
     share the folder (`shared`) share the groups."""
-    nameless = any(not shard.adapter.get("labels") for shard in images.shards)
-    if not (config.relational_weight or (config.interpolation_weight and nameless)):
+    if not are_asked(images, config):
         return []
     chosen = [(members, choose_teachers(members, config.max_teachers)) for members in groups]
     if shared:
@@ -154,7 +159,7 @@ def _views(
 def _join(blocks: list[RowFile], path: Path) -> None:
     """Concatenate the teachers' features, (N, D) each, to (N, T x D), compressed where that is much."""
     count, width = len(blocks[0]), sum(block.shape[1] for block in blocks)
-    sample = evenly_spread(count, _SAMPLE)
+    sample = evenly_spread(count, SAMPLE)
     directions = principal_directions(torch.cat([block.read(sample) for block in blocks], 1))
     chunks = (
         torch.cat([block.read_range(start, start + _CHUNK) for block in blocks], 1)

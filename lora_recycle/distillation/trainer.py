@@ -27,7 +27,7 @@ from .config import DistillationConfig
 from .experts import expert_networks
 from .losses import weighted_losses
 from .parallel import ParallelStudent, on_any
-from .preparation import Store, prepare
+from .preparation import DiskStore, Store, prepare
 from .saving import sidecar_settings
 from .schedule import learning_rate
 from .selection import CheckpointSelection, StudentCandidates, keep_best
@@ -219,13 +219,17 @@ class MetaLoRATrainer:
 
         Returns the step to resume at. The teachers' outputs are stored in `output_dir`, or in a temporary folder.
         """
-        state, shown = self.accelerator, progress and self.accelerator.is_main_process
+        shown = progress and self.accelerator.is_main_process
         if output_dir is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="lora-recycle-")
             folder = Path(self._temporary.name)
         else:
             folder = Path(output_dir) / "stored"
-        store = Store(folder, shared=output_dir is not None, progress=shown)
+        return self.prepare_from(DiskStore(folder, shared=output_dir is not None, progress=shown), output_dir)
+
+    def prepare_from(self, store: Store, output_dir: str | Path | None = None) -> int:
+        """`prepare` with what teachers said from a store of the caller's."""
+        state = self.accelerator
         prepared = prepare(self.student, self.pool, self.surrogate, self.config, state, store)
         self.make_batch, held_out, self.selection = prepared
         # dropout of the backbone's own would only add noise, and make a resumed run another one
@@ -288,6 +292,12 @@ class MetaLoRATrainer:
             self._parallel.step(skip)
         self._unread.append((step, rate, {**losses, "grad_norm": norm, "skip": skip}))
         return losses
+
+    @property
+    def candidates(self) -> StudentCandidates:
+        """Evaluates the student on held-out adapters; only where there are some."""
+        assert self._candidates is not None, "no adapter is held out"
+        return self._candidates
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:

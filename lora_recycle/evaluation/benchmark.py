@@ -25,6 +25,7 @@ from ..runtime.terminal import single_line
 from .cells import Cell, data_checksum, identity
 from .engine import POOLLESS, EvaluationEngine, draw_episodes
 from .recipe import STATIC, TUNED, BenchmarkRecipe, DataSpec, PoolSpec
+from .stored_features import StoredFeatures
 
 
 @dataclasses.dataclass
@@ -46,6 +47,7 @@ class Benchmark:
         folder: where the cells lie, one file each. Cells of other recipes there are left alone.
         data_root (*optional*): where relative paths of data sets begin.
         device (*optional*): where to compute.
+        features_dir (*optional*): as [`evaluate`] takes it.
     """
 
     def __init__(
@@ -54,7 +56,9 @@ class Benchmark:
         folder: str | Path,
         data_root: str | Path | None = None,
         device: torch.device | str | None = None,
+        features_dir: str | Path | None = None,
     ):
+        self.features_dir = features_dir
         self.recipe, self.folder, self.device = recipe, Path(folder), device
         self.data_root = None if data_root is None else Path(data_root)
         self.notes: list[str] = []
@@ -118,6 +122,7 @@ class Benchmark:
                 tuning=self.recipe.tuning,
                 tuning_episodes=numbers.tuning_episodes,
                 seed=numbers.seed,
+                stored=None if self.features_dir is None else StoredFeatures(self.features_dir, data),
             )
             for method in self._methods(self.recipe.pools[name]):
                 base = method.partition(" + ")[0]

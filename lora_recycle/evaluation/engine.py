@@ -29,6 +29,7 @@ from .config import FROZEN_METHODS, EpisodeConfig
 from .memory import peak_bytes
 from .recipe import STATIC, TUNED
 from .selection import selected_accuracy
+from .stored_features import NetworkFeatures, StoredFeatures
 from .tuned import MetaLoRATuning, tuned_accuracy
 
 
@@ -47,16 +48,6 @@ class MethodResult:
     accuracies: torch.Tensor
     seconds_per_task: float
     peak_memory_mb: float
-
-
-@dataclasses.dataclass
-class NetworkFeatures:
-    """Features (N, D) of a data set by one network, seconds for each image, and, of the first of a method's networks,
-    the bytes that the images of one task hold at most, by shots."""
-
-    features: torch.Tensor
-    seconds: float
-    bytes: dict[int, int]
 
 
 def _score(method: str, model: MetaLoRAForFewShotClassification | None) -> Score:
@@ -98,6 +89,7 @@ class EvaluationEngine:
         seed: of the methods that draw at random.
         batch_size: images of one forward.
         bar (*optional*): counts passes over the data set.
+        stored (*optional*): takes and gives features, so that no network sees an image twice.
     """
 
     def __init__(
@@ -113,10 +105,11 @@ class EvaluationEngine:
         seed: int = 0,
         batch_size: int = 128,
         bar: tqdm | None = None,
+        stored: StoredFeatures | None = None,
     ):
         self.data, self.episodes, self.backbone, self.pool, self.models = data, episodes, backbone, pool, models
         self.tuning, self.tuning_episodes, self.batch_size, self.bar = tuning or {}, tuning_episodes, batch_size, bar
-        self.seed, self._baselines = seed, tuning_free_methods(seed)
+        self.seed, self._baselines, self.stored = seed, tuning_free_methods(seed), stored
         self._features: dict[str, NetworkFeatures] = {}
         #: of models with experts, by method and shots: how many episodes chose each domain
         self.chosen: dict[tuple[str, int], Counter[str]] = {}
@@ -274,16 +267,23 @@ class EvaluationEngine:
 
     def _forward(self, network: AbstractContextManager[Backbone], measure_memory: bool) -> NetworkFeatures:
         with network as backbone:
-            started = time.perf_counter()
-            features = extract_features(backbone, self.data.pixels, self.batch_size)
-            seconds = (time.perf_counter() - started) / len(self.data)
-            held = {}
-            for shots in self.episodes if measure_memory else ():
+            path = None if self.stored is None else self.stored.path(backbone)
+            known = None if self.stored is None else self.stored.load(path)
+            found = known or self._extract(backbone)
+            unmeasured = [shots for shots in self.episodes if measure_memory and shots not in found.bytes]
+            for shots in unmeasured:
                 pixels = self.data.pixels[self._images_of_a_task(shots)]
-                held[shots] = peak_bytes(partial(extract_features, backbone, pixels), backbone.device)
+                found.bytes[shots] = peak_bytes(partial(extract_features, backbone, pixels), backbone.device)
+        if self.stored is not None and path is not None and (known is None or unmeasured):
+            self.stored.save(path, found)
         if self.bar is not None:
             self.bar.update()
-        return NetworkFeatures(features, seconds, held)
+        return found
+
+    def _extract(self, backbone: Backbone) -> NetworkFeatures:
+        started = time.perf_counter()
+        features = extract_features(backbone, self.data.pixels, self.batch_size)
+        return NetworkFeatures(features, (time.perf_counter() - started) / len(self.data), {})
 
     def _expect(self, passes: int) -> None:
         if self.bar is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -19,6 +20,7 @@ from .config import EvaluationConfig
 from .engine import EvaluationEngine, draw_episodes
 from .recipe import STATIC
 from .results import summarise
+from .stored_features import StoredFeatures
 
 
 META_LORA = "meta-lora"
@@ -42,6 +44,7 @@ def evaluate(
     *,
     backbone: Backbone | None = None,
     pool: AdapterPool | None = None,
+    features_dir: str | Path | None = None,
     progress: bool = False,
 ) -> Evaluation:
     """Compare the frozen backbone, the meta-LoRA and, with a pool, ways to use it without tuning.
@@ -59,6 +62,8 @@ def evaluate(
             of an episode as one set and so knows more than the other methods: compare it with its own kind.
         backbone: the bare backbone; the pool's by default, else the model's base is loaded again.
         pool: adapters for the methods of `merging.tuning_free_methods`.
+        features_dir: keeps the features of these images by each network, by checksums of both: other episodes, shots
+            and heads then cost no forward. Nothing there is ever deleted but by you.
 
     Raises:
         ConfigError: an unknown method or head, a method that needs a pool where there is none, or nothing to evaluate.
@@ -80,6 +85,7 @@ def evaluate(
             seed=config.seed,
             batch_size=config.batch_size,
             bar=bar,
+            stored=None if features_dir is None else StoredFeatures(features_dir, data),
         )
         accuracies: dict[tuple[int, str], torch.Tensor] = {}
         for method in methods:

@@ -6,6 +6,10 @@ import torch
 import torch.nn.functional as F
 
 
+#: Columns that teachers' features are compressed to.
+MOST_DIRECTIONS = 1024
+
+
 def relational_divergence(student: torch.Tensor, teacher: torch.Tensor, scale: float = 15.0) -> torch.Tensor:
     """KL of the student's similarities between the images of a batch to the teacher's, mean over images.
 
@@ -35,7 +39,7 @@ def cosine_similarity(features: torch.Tensor) -> torch.Tensor:
     return unit @ unit.T
 
 
-def principal_directions(features: torch.Tensor, dim: int = 1024, seed: int = 0) -> torch.Tensor | None:
+def principal_directions(features: torch.Tensor, dim: int = MOST_DIRECTIONS, seed: int = 0) -> torch.Tensor | None:
     """Directions on which `features` keep nearly the same inner products with fewer columns (truncated SVD).
 
     Args:

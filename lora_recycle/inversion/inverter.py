@@ -97,6 +97,12 @@ class LoRAInverter:
         named = dict(zip(_shard_names(self.pool), identities, strict=True))
         refuse_other_recipe(Path(output_dir), named, self.config.to_dict())
 
+    def unfinished(self, output_dir: str | Path) -> list[int]:
+        """The adapters whose shards `run` would make: missing ones and damaged ones."""
+        names, infos = _shard_names(self.pool), self.pool.infos
+        folder = Path(output_dir) / "shards"
+        return [i for i, name in enumerate(names) if not is_finished(folder / name, self._identity(infos[i]))]
+
     def _run(self, output_dir: Path, progress: bool, on_shard: Callable[[str, Shard], None] | None) -> None:
         state, names = process_state(), _shard_names(self.pool)
         lost: list[tuple[int, dict[str, str]]] = []
@@ -148,7 +154,7 @@ class LoRAInverter:
         starts = draw_starts(self.config.starts, len(labels), self.backbone.image_size, generator, self.stock)
         with self.pool.folded(index):
             pixels = self._optimise(index, starts, labels, generator)
-            logits, features, kept = self._describe(adapter, pixels)
+            logits, features, kept = self.describe(adapter, pixels)
         if not (logits.isfinite().all() and features.isfinite().all()):
             self._diverged(index, "its logits or features (in float16) of the finished images are not finite")
         if self.config.iterations == 0:
@@ -210,7 +216,7 @@ class LoRAInverter:
         return InversionBatch(Objective(*parts), starts, labels, generator)
 
     @torch.inference_mode()
-    def _describe(
+    def describe(
         self, adapter: Adapter, pixels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Teacher logits, teacher features and kept tokens on the stored pixels, all tokens forwarded."""

@@ -116,7 +116,7 @@ class AdaptedNetworks(nn.Module):
     ) -> torch.Tensor:
         """Images in any form that `fit` takes to embeddings (N, D) on the model's device.
 
-        Files are decoded by threads, two batches at a time, so that their number does not matter to memory.
+        Files are decoded by threads, at most two batches ahead, so that their number does not matter to memory.
 
         Args:
             failures: takes the number and the error of each image that cannot be read, which is left out.

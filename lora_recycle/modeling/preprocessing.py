@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ from ..errors import ConfigError, DataError
 from ..images.decode import decoded, is_file, local_path, to_uint8
 from ..images.sources import TABLES, dataset_source, open_source
 from ..images.tables import NO_COLUMNS, Columns, ImageSource, frame_source, is_dataset, is_frame
+
+
+Item = TypeVar("Item")
 
 
 class FirstOfPairs(Sequence):
@@ -87,8 +91,8 @@ def pixel_batches(
 ) -> Iterator[torch.Tensor]:
     """Normalised images (B, 3, S, S) in batches of at most `batch_size`, on the backbone's device.
 
-    Files are decoded by threads while the caller works on the batch before, and no more than two batches are in
-    memory. Tensors and arrays are pixels, never normalised values: see [`images.decode.to_uint8`].
+    Files are decoded by threads while the caller works on a batch, whose successor waits ready; no more than three
+    batches are in memory. Tensors and arrays are pixels, never normalised values: see [`images.decode.to_uint8`].
 
     Args:
         images: what [`as_batch`] gives.
@@ -105,6 +109,23 @@ def pixel_batches(
         for part in [pixels] if len(pixels) <= batch_size else pixels.split(batch_size):
             yield _normalised(part, backbone)
         return
+    batches = _batches(images, backbone, batch_size, failures, progress)
+    yield from batches if len(images) <= batch_size else one_ahead(batches)
+
+
+def one_ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items, each made by a thread while the caller works on the one before."""
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as executor:
+        following = executor.submit(next, items, None)
+        while (item := following.result()) is not None:
+            following = executor.submit(next, items, None)
+            yield item
+
+
+def _batches(
+    images: Any, backbone: Backbone, batch_size: int, failures: dict[int, str] | None, progress: bool
+) -> Iterator[torch.Tensor]:
+    """As `pixel_batches`, of images that must be looked at one by one."""
     rows: list[np.ndarray] = []
     bar = tqdm(_pixels(images, backbone), "images", len(images), unit="image", disable=not progress)
     for number, row in enumerate(bar):

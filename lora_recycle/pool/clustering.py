@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
 
 from ..adapters.adapter import Adapter
+from ..surrogate.dataset import evenly_spread
 
 
 #: Numbers of one block of factors (or of changes), about: 16 MB. Blocks are what is in memory at a time.
 BLOCK_NUMBERS = 2**22
 #: Where the similarity of two merges falls by more than this factor, the tree is cut.
 CUT = 1.5
+#: Adapters whose similarities are all computed; of more a sample of so many is grouped.
+LARGEST_EXACT = 1000
+#: Members of each group of the sample that other adapters are compared with, at most, and how many of those at a time.
+REFERENCES, _TOGETHER = 64, 1024
 #: Rows of one block of factors; the products of two blocks are (ROWS, ROWS).
 BLOCK_ROWS = 512
 
@@ -25,7 +31,7 @@ def similarity_of_changes(adapters: Iterable[Adapter], count: int) -> torch.Tens
 
     Each adapter is taken once, and its factors, scaled to norm 1, are laid aside in a temporary folder, which takes
     as much disk as the adapters do (a change of full rank twice the weights that it changes). The products of all
-    pairs are exact and quadratic in T, a small part of what anything else does with T adapters.
+    pairs are exact and quadratic in T.
     """
     total = torch.zeros(count, count)
     modules: dict[str, _Factors] = {}
@@ -132,6 +138,49 @@ def average_linkage_groups(similarity: torch.Tensor, max_groups: int = 8) -> lis
     label = fcluster(tree, count, criterion="maxclust")
     groups = [[i for i, v in enumerate(label) if v == g] for g in sorted(set(label))]
     return sorted(groups, key=lambda group: (-len(group), group))
+
+
+#: Indices of K adapters to their similarity (K, K).
+SimilarityOf: TypeAlias = Callable[[list[int]], torch.Tensor]
+
+
+def groups_by_sample(similarity_of: SimilarityOf, count: int, max_groups: int = 8) -> list[list[int]]:
+    """Groups of `count` adapters, more than `LARGEST_EXACT`, in time that grows with their number alone.
+
+    [`average_linkage_groups`] of a sample that is spread evenly over them; every other adapter joins the group to
+    whose members (`REFERENCES` of each at most) it is most similar on average, as average linkage has it. A group too
+    small to be in the sample does not come out as one.
+    """
+    everyone = list(range(count))
+    sample = evenly_spread(count, LARGEST_EXACT).tolist()
+    groups = [[sample[i] for i in group] for group in average_linkage_groups(similarity_of(sample), max_groups)]
+    whole = _with_the_rest(groups, everyone, similarity_of)
+    return sorted(whole, key=lambda group: (-len(group), group))
+
+
+def split_by_sample(similarity_of: SimilarityOf, group: list[int]) -> list[list[int]] | None:
+    """[`split_group`] of a group of more than `LARGEST_EXACT` adapters, as [`groups_by_sample`] groups."""
+    sample = [group[i] for i in evenly_spread(len(group), LARGEST_EXACT).tolist()]
+    halves = split_group(similarity_of(sample), list(range(len(sample))))
+    return halves and _with_the_rest([[sample[i] for i in half] for half in halves], group, similarity_of)
+
+
+def _with_the_rest(groups: list[list[int]], everyone: list[int], similarity_of: SimilarityOf) -> list[list[int]]:
+    """The groups of a sample with all others in them, each in the group that it is most similar to; sorted inside."""
+    if len(groups) == 1:
+        return [sorted(everyone)]
+    grouped = {i for group in groups for i in group}
+    rest, whole = [i for i in everyone if i not in grouped], [list(group) for group in groups]
+    references = [[group[i] for i in evenly_spread(len(group), REFERENCES).tolist()] for group in groups]
+    known = [i for members in references for i in members]
+    for start in range(0, len(rest), _TOGETHER):
+        block = rest[start : start + _TOGETHER]
+        similarity = similarity_of([*known, *block])[len(known) :, : len(known)]
+        parts = similarity.split([len(members) for members in references], dim=1)
+        nearest = torch.stack([part.mean(1) for part in parts], 1).argmax(1)
+        for adapter, group in zip(block, nearest.tolist(), strict=True):
+            whole[group].append(adapter)
+    return [sorted(group) for group in whole]
 
 
 def split_group(similarity: torch.Tensor, group: list[int]) -> list[list[int]] | None:

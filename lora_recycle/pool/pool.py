@@ -24,7 +24,14 @@ from ..backbones.backbone import Backbone
 from ..errors import AdapterError
 from ..hub.download import HubOptions
 from ..images.labelled import LabelledImages, load_labelled_images
-from .clustering import average_linkage_groups, similarity_of_changes
+from .clustering import (
+    LARGEST_EXACT,
+    average_linkage_groups,
+    groups_by_sample,
+    similarity_of_changes,
+    split_by_sample,
+    split_group,
+)
 from .fitted_heads import with_fitted_head
 from .randomized import RandomizedAdapter, randomize
 
@@ -52,6 +59,8 @@ class AdapterPool:
         self.backbone, self.skipped, self._members = backbone, list(skipped), list(adapters)
         self._last: tuple[object, Adapter] | None = None
         self._similarity: torch.Tensor | None = None
+        #: by `max_groups`
+        self._groups: dict[int, list[list[int]]] = {}
 
     @classmethod
     def from_pretrained(
@@ -254,8 +263,26 @@ class AdapterPool:
         return self._similarity
 
     def groups(self, max_groups: int = 8) -> list[list[int]]:
-        """Adapters that belong together by the similarity of their weight changes, see [`average_linkage_groups`]."""
-        return average_linkage_groups(self.similarity(), max_groups)
+        """Adapters that belong together by the similarity of their weight changes, see [`average_linkage_groups`]; of
+        more than a thousand see [`groups_by_sample`]. Computed once."""
+        if max_groups not in self._groups:
+            if len(self) > LARGEST_EXACT:
+                self._groups[max_groups] = groups_by_sample(self._similarity_of, len(self), max_groups)
+            else:
+                self._groups[max_groups] = average_linkage_groups(self.similarity(), max_groups)
+        return [list(group) for group in self._groups[max_groups]]
+
+    def halves(self, group: list[int]) -> list[list[int]] | None:
+        """The two halves that a group falls into, None where it is uniform, see [`split_group`]."""
+        if len(group) > LARGEST_EXACT:
+            return split_by_sample(self._similarity_of, group)
+        if len(self) > LARGEST_EXACT:
+            halves = split_group(self._similarity_of(group), list(range(len(group))))
+            return halves and [[group[i] for i in half] for half in halves]
+        return split_group(self.similarity(), group)
+
+    def _similarity_of(self, indices: list[int]) -> torch.Tensor:
+        return similarity_of_changes(self.subset(indices), len(indices))
 
     def randomized(self, seed: int = 0) -> AdapterPool:
         """A control: every weight change replaced by a random one of the same rank and Frobenius norm."""

@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,6 +18,13 @@ from .untrusted_tensors import SafetensorsHeader
 
 
 _NUMPY_TYPES = {"U8": np.uint8, "I16": np.int16, "I64": np.int64, "F16": np.float16, "F32": np.float32}
+
+
+class Rows(Protocol):
+    """Rows of which some are read at a time."""
+
+    def read(self, rows: torch.Tensor) -> torch.Tensor:
+        """int64 (B,) row numbers to (B, ...), in this order."""
 
 
 @dataclasses.dataclass(frozen=True)

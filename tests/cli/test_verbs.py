@@ -103,6 +103,23 @@ def test_invert_again_keeps_finished_shards(work, run):
     assert [path.stat().st_mtime_ns for path in shards] == before
 
 
+def test_a_dry_run_prints_a_plan_and_writes_nothing(work, tmp_path, run):
+    options = ["--images-per-class", 2, "--iterations", 2]
+    code, out, err = run("invert", work / "pool", "--output", tmp_path / "surrogate", *options, "--dry-run")
+    lines = out.splitlines()
+    assert code == 0 and lines[0].split() == ["stage", "work", "GFLOPs", "time"]
+    assert [line.split()[0] for line in lines[1:]] == ["read", "starts", "optimise", "describe", "total", "memory"]
+    assert "24 images, 2 iterations each" in lines[3] and "disk" in lines[-1] and "Next:" not in err
+    code, out, err = run(
+        "invert", work / "pool", "--output", work / "surrogate", *options, "--keep-ratio", 0.5, "--dry-run"
+    )
+    assert code == 0 and "3 finished shards are kept." in err and len(out.splitlines()) == 3
+    options = ["--steps", 3, "--rank", 2, "--relational-batch", 12, "--output", tmp_path / "meta", "--dry-run"]
+    code, out, err = run("distill", work / "pool", "--surrogate", work / "surrogate", *options)
+    assert code == 0 and "3 steps of 12 images" in out and "teachers" in out and "Next:" not in err
+    assert not list(tmp_path.iterdir())
+
+
 def test_distill_writes_a_plain_adapter_with_sources_recipe_and_card(work):
     sidecar = json.loads((work / "meta" / "meta_lora_config.json").read_text())
     assert [source["peft_type"] for source in sidecar["sources"]] == ["LORA", "LORA", "LOHA"]
@@ -176,6 +193,15 @@ def test_predict_by_another_head(work, run, fails):
     found = [json.loads(run(*command, *head)[1]) for head in ([], ["--head", "lda"])]
     assert found[0][0]["probabilities"] != found[1][0]["probabilities"]
     assert "There are prototypes, " in fails(*command, "--head", "svm")
+
+
+def test_evaluate_keeps_features_and_gives_the_same_table(evaluate_arguments, work, tmp_path, run, fails):
+    options = ["--no-pool", "--max-per-class", 4, "--features", tmp_path / "features"]
+    tables = [run(*evaluate_arguments, *options)[1] for _ in range(2)]
+    stored = list((tmp_path / "features").glob("features-*.safetensors"))
+    assert tables[0] == tables[1] and len(stored) >= 2
+    options[-1] = work / "photos"
+    assert "or one that holds stored features" in fails(*evaluate_arguments, *options)
 
 
 def test_evaluate_judges_the_methods_asked_for(evaluate_arguments, work, run, fails):

@@ -269,7 +269,7 @@ def test_many_teacher_features_are_compressed(tiny_pool, tiny_surrogate, tmp_pat
     images, rows, teachers = match_shards(tiny_pool, tiny_surrogate), torch.arange(96), [0, 0, 1, 1]
     plain = teach(tiny_pool, images, [0, 1, 2, 3], teachers, tmp_path / "plain", progress=False)
     monkeypatch.setattr(teachers_module, "principal_directions", lambda f: principal_directions(f, dim=64))
-    monkeypatch.setattr(teachers_module, "_SAMPLE", 80)
+    monkeypatch.setattr(teachers_module, "SAMPLE", 80)
     small = teach(tiny_pool, images, [0, 1, 2, 3], teachers, tmp_path / "small", progress=False)
     assert plain.features.shape == (96, 128) and small.features.shape == (96, 64)
     one, other = (group.features.read(rows).float() for group in (plain, small))

@@ -59,12 +59,12 @@ def test_every_row_says_what_was_measured(done):
     assert result["machine"]["torch"] == str(torch.__version__) and result["machine"]["device"]
     assert result["achievable_gflops"] > 0
     names = [row["name"] for row in result["rows"]]
-    assert len(set(names)) == len(names) == 22
+    assert len(set(names)) == len(names) == 25
     for row in result["rows"]:
         assert len(row["seconds"]) == ROUNDS and min(row["seconds"]) > 0
         assert row["steps_per_second"] == 1 / statistics.median(row["seconds"])
         assert row["images_per_second"] == pytest.approx(row["images"] * row["steps_per_second"])
-        if row["stage"] != "predict" or "preprocess" not in row["name"]:
+        if row["name"] not in ("preprocess", "preprocess_baseline", "files_decoded"):
             assert row["gflops_per_image"] > 0 and row["peak_memory_mb"] > 0 and row["share_of_achievable"] > 0
 
 
@@ -153,3 +153,27 @@ def test_the_markdown_holds_rows_and_ratios(speed, done):
         assert f"\n| {row['name']} | {row['steps_per_second']:.3g} | {row['images_per_second']:.3g} | " in text
     assert all(f"\n| {ratio['name']} | {ratio['ratio']:.2f} |" in text for ratio in result["ratios"])
     assert result["machine"]["torch"] in text
+
+
+def test_the_whole_way(speed, tiny_pool, monkeypatch, tmp_path):
+    """Every stage of a small pool in its order, what it adds up to, and plans of the other ways."""
+    from speed import end_to_end
+
+    monkeypatch.setattr(end_to_end, "pool_path", lambda: [info.path for info in tiny_pool.infos])
+    found = end_to_end.end_to_end(
+        tmp_path,
+        adapters=4,
+        inversion={"images_per_class": 3, "iterations": 2},
+        distillation={"steps": 2, "rank": 4, "relational_batch": 8, "ways": 3},
+        episodes=10,
+    )
+    names = [row["name"] for row in found["stages"]]
+    assert names[:3] == ["pull and check", "groups", "inversion"] and names[-2:] == ["saving", "evaluation"]
+    way = found["stages"][:-1]
+    assert found["total"]["seconds"] == sum(row["seconds"] for row in way) and found["setting"]["adapters"] == 4
+    assert {row["method"] for row in found["accuracy"]} >= {"frozen", "average", "meta-lora"}
+    for other in ("published", "plain"):
+        assert found[other]["seconds"] == found[other]["inversion"] + found[other]["distillation"] > 0
+    printed = end_to_end.text(found)
+    assert "total but evaluation" in printed and "published, extrapolated from three steps" in printed
+    json.dumps(found)

@@ -1,5 +1,7 @@
 """Preprocessing a batch at a time gives what the image processor gives image by image."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from transformers import CLIPImageProcessorPil, ViTImageProcessorPil
 
 from lora_recycle.backbones.backbone import Backbone
 from lora_recycle.errors import DataError
-from lora_recycle.modeling.preprocessing import pixel_batches, to_pixel_values
+from lora_recycle.modeling.preprocessing import one_ahead, pixel_batches, to_pixel_values
 
 
 STATISTICS = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.25, 0.3]}
@@ -85,3 +87,47 @@ def test_half_a_grey_level_of_rounding_is_no_other_scale():
     assert torch.equal(to_pixel_values(white * 1.001, backbone), to_pixel_values(white, backbone))
     with pytest.raises(DataError, match="got 1.01 to 1.01"):
         to_pixel_values(white * 1.01, backbone)
+
+
+def test_the_next_batch_is_made_while_the_caller_is_at_one():
+    """The caller holds a batch until the next one is there: without a thread of its own that never comes."""
+    made = [threading.Event() for _ in range(4)]
+
+    def items():
+        for number, event in enumerate(made):
+            event.set()
+            yield number
+
+    found = []
+    for number in one_ahead(items()):
+        assert number + 1 == len(made) or made[number + 1].wait(10)
+        assert not any(event.is_set() for event in made[number + 2 :])  # and none further ahead
+        found.append(number)
+    assert found == [0, 1, 2, 3]
+
+
+def test_errors_come_where_they_are_and_an_early_end_leaves_no_thread():
+    def items():
+        yield "first"
+        raise DataError("second")
+
+    batches, before = one_ahead(items()), threading.active_count()
+    assert next(batches) == "first"
+    with pytest.raises(DataError, match="second"):
+        next(batches)
+    endless = one_ahead(iter(lambda: 1, 2))
+    assert next(endless) == 1
+    endless.close()
+    assert threading.active_count() == before
+
+
+def test_many_files_in_small_batches_are_those_of_one_batch(tmp_path):
+    backbone, paths = Backbone(tiny_vit(), PROCESSORS["square"], "square"), []
+    for number, picture in enumerate(pictures() * 3):
+        paths.append(tmp_path / f"{number}.png")
+        picture.save(paths[-1])
+    paths[5].write_bytes(b"cut")
+    failures: dict[int, str] = {}
+    parts = list(pixel_batches(paths, backbone, 4, failures))
+    assert [len(part) for part in parts] == [4, 4, 3] and list(failures) == [5]
+    assert torch.equal(torch.cat(parts), to_pixel_values(paths[:5] + paths[6:], backbone))

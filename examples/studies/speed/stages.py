@@ -6,8 +6,10 @@ import contextlib
 import copy
 import dataclasses
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ from lora_recycle.distillation.student import Student
 from lora_recycle.fewshot.accuracy import prototype_accuracy
 from lora_recycle.fewshot.episodes import sample_episodes
 from lora_recycle.modeling.meta_lora import MetaLoRAForFewShotClassification
-from lora_recycle.modeling.preprocessing import to_pixel_values
+from lora_recycle.modeling.preprocessing import pixel_batches, to_pixel_values
 from lora_recycle.surrogate.dataset import Shard, SurrogateDataset, save_shard, write_manifest
 
 from . import baselines
@@ -33,7 +35,7 @@ SHAPES = {
     "vit-s16": (224, 16, 384, 12, 6),
     "vit-b16": (224, 16, 768, 12, 12),
 }
-CLASSES, WAYS, MASKED = 10, 5, (0, 25, 50, 75)
+CLASSES, WAYS, BATCH, MASKED = 10, 5, 64, (0, 25, 50, 75)
 
 
 @dataclasses.dataclass
@@ -236,6 +238,58 @@ def predict(world: World) -> Iterator[list[Case]]:
 
 
 @contextlib.contextmanager
+def files(world: World) -> Iterator[list[Case]]:
+    """JPEG files of twice the model's side, decoded and classified; the same pixels without files; decoding alone.
+
+    `host_share` of the first is the share of its time in which the forward waits for pixels.
+    """
+    count = 3 * BATCH if world.device.type != "cpu" or world.backbone.image_size < 200 else 16
+    size, side = (BATCH if count > BATCH else 4), 2 * world.backbone.image_size
+    rng, folder = np.random.default_rng(0), world.folder / "files"
+    folder.mkdir()
+    paths = [folder / f"{i}.jpg" for i in range(count)]
+    for path in paths:  # smooth, as photos are: noise would take much longer to decode
+        small = Image.fromarray(rng.integers(0, 256, (side // 16, side // 16, 3), dtype=np.uint8))
+        small.resize((side, side), Image.Resampling.BICUBIC).save(path, quality=90)
+    seconds = {"waiting": 0.0, "all": 0.0}
+
+    def waited(*arguments: object) -> Iterator[torch.Tensor]:
+        batches = pixel_batches(*arguments)
+        while True:
+            begun = time.perf_counter()
+            batch = next(batches, None)
+            seconds["waiting"] += time.perf_counter() - begun
+            if batch is None:
+                return
+            yield batch
+
+    with use(world) as (model, _):
+        pixels = torch.cat([batch.cpu() for batch in pixel_batches(paths, world.backbone, size)])
+
+        def classify() -> None:
+            begun = time.perf_counter()
+            with mock.patch("lora_recycle.modeling.meta_lora.pixel_batches", waited):
+                model.embed(paths, size)
+            seconds["all"] += time.perf_counter() - begun
+
+        def forward() -> None:
+            with torch.inference_mode():
+                for part in pixels.split(size):
+                    model.features(part)
+
+        def decode() -> None:
+            for _ in pixel_batches(paths, world.backbone, size):
+                pass
+
+        share = lambda: seconds["waiting"] / seconds["all"]  # noqa: E731
+        yield [
+            Case("files", classify, count, 1.0, share),
+            Case("files_features", forward, count, 1.0),
+            Case("files_decoded", decode, count),
+        ]
+
+
+@contextlib.contextmanager
 def fit(world: World) -> Iterator[list[Case]]:
     """A 5-way 5-shot support set of images of the model's size."""
     with use(world) as (model, worn):
@@ -273,6 +327,7 @@ STAGES = {
     "inversion": inversion,
     "distillation": distillation,
     "predict": predict,
+    "files": files,
     "fit": fit,
     "evaluate": evaluate,
 }
