@@ -10,7 +10,7 @@ import torch
 
 from ..errors import DataError
 from ..images.decode import local_path
-from ..images.sources import ImageSource, dataset_source, is_dataset, open_source
+from ..images.sources import SPLITS, ImageSource, dataset_source, is_dataset, open_source
 from .preprocessing import as_batch
 
 
@@ -28,8 +28,15 @@ def support_set(images: Any, labels: Sequence[Any] | None) -> tuple[Any, list[An
     Raises:
         DataError: another number of labels, labels that are no names or numbers, or none and none to be found.
     """
+    return labelled_images(images, labels, LEARNING_FIRST)
+
+
+def labelled_images(
+    images: Any, labels: Sequence[Any] | None, order: Sequence[str] = SPLITS
+) -> tuple[Any, list[Any]]:
+    """As `support_set`, of images that are there to be judged: of several splits, the first of `order`."""
     if labels is None:
-        source = _labelled_source(images)
+        source = _labelled_source(images, order)
         numbers, label_names = source.classes()
         return source, [label_names[number] for number in numbers.tolist()]
     batch, names = as_batch(images), as_labels(labels)
@@ -57,14 +64,14 @@ def class_numbers(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return labels.long()
 
 
-def _labelled_source(images: Any) -> ImageSource:
+def _labelled_source(images: Any, order: Sequence[str]) -> ImageSource:
     if is_dataset(images):
-        return dataset_source(images, labelled=True, order=LEARNING_FIRST)
+        return dataset_source(images, labelled=True, order=order)
     if not isinstance(images, (str, Path)):
         raise DataError(
             "Labels are missing: pass one for each image, or a folder with one folder of images for each class."
         )
-    return open_source(local_path(images) if "://" in str(images) else images, order=LEARNING_FIRST)
+    return open_source(local_path(images) if "://" in str(images) else images, order=order)
 
 
 def as_labels(labels: Sequence[Any]) -> list[Any]:
@@ -91,6 +98,20 @@ def check_labels(labels: Iterable[Any]) -> None:
             if known != (kind, label):
                 one, other = sorted((repr(known[1]), repr(label)))
                 raise DataError(f"The labels {one} and {other} would pass for one class. Give all labels one type.")
+
+
+def check_known_labels(labels: Sequence[Any], known: Sequence[Any]) -> None:
+    """Raise `DataError` where there are no labels, or one that is none of the `known`."""
+    if not labels:
+        raise DataError("There are no images to judge.")
+    kinds = {(type(label), label) for label in known}
+    strange = dict.fromkeys(repr(label) for label in labels if (type(label), label) not in kinds)
+    if strange:
+        shown, few = ", ".join(list(strange)[:5]), ", ".join(map(repr, known[:9]))
+        raise DataError(
+            f"The task does not know the label {shown}: it was fitted to {few}{', ...' if len(known) > 9 else ''}. Give "
+            "the same names to both, or fit the class too."
+        )
 
 
 def without_failures(labels: list[Any], failures: dict[int, str]) -> list[Any]:
