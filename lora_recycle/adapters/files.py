@@ -71,9 +71,10 @@ def download(
     token: str | bool | None,
     cache_dir: str | Path | None,
     local_files_only: bool,
+    force_download: bool = False,
 ) -> Path:
     """Folder with the adapter files of one commit, whose SHA is its name. See [`fetch`]."""
-    return fetch(repo, REPO_FILES, revision, token, cache_dir, local_files_only)
+    return fetch(repo, REPO_FILES, revision, token, cache_dir, local_files_only, force_download)
 
 
 def read_config(folder: Path, where: str) -> dict[str, Any]:

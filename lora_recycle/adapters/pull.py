@@ -137,6 +137,7 @@ def pull_adapter(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    force_download: bool = False,
 ) -> AdapterInfo:
     """Fetch one adapter at one commit, check its files without loading tensors, and describe it.
 
@@ -146,6 +147,7 @@ def pull_adapter(
         token (`str` or `bool`, *optional*): for private and gated repos, as in `huggingface_hub`.
         cache_dir (`str` or `Path`, *optional*): defaults to the Hugging Face cache.
         local_files_only (`bool`, *optional*, defaults to `False`): look in the cache only.
+        force_download (`bool`, *optional*, defaults to `False`): fetch again what the cache holds.
 
     Raises:
         AdapterError: nothing there, files missing, damaged, unsafe or of an unknown adapter type.
@@ -160,7 +162,7 @@ def pull_adapter(
         except ValueError as error:
             raise AdapterError(f"{folder}: {error}.") from error
         return describe_adapter(folder, folder.name, None)
-    folder = download(str(repo_or_path), revision, token, cache_dir, local_files_only)
+    folder = download(str(repo_or_path), revision, token, cache_dir, local_files_only, force_download)
     return describe_adapter(folder, str(repo_or_path), folder.name)
 
 

@@ -19,11 +19,12 @@ from .common import (
     add_base_model_argument,
     add_device_argument,
     add_on_error_argument,
-    checked_device,
     echo,
     hint,
+    load_model,
     load_pool,
     note,
+    table,
 )
 
 
@@ -37,6 +38,8 @@ examples:
   lora-recycle evaluate demo --data photos                    folders photos/cat, photos/dog, ...
   lora-recycle evaluate meta_lora --data test.parquet --pool pool --json results.json
   lora-recycle evaluate someone/meta-lora --data cifar10 --split test --ways 10 --shots 1 5 20
+  lora-recycle evaluate demo --support photos --data test     your own classes: accuracy, confusion matrix, mistakes
+  lora-recycle evaluate demo --support photos --data test --json results.json --report report.html
   lora-recycle evaluate demo --data photos --no-pool          faster: only frozen and meta-lora
   lora-recycle evaluate demo --data photos --methods average ties nearest-group
   lora-recycle evaluate demo --data photos --heads lda transductive_em     more few-shot heads
@@ -64,6 +67,12 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
         help="labelled images: a parquet file, a data set folder, a folder of class folders or a Hub id",
     )
     parser.add_argument(
+        "--support",
+        metavar="FOLDER",
+        help="instead of random episodes, fit to these examples, as predict does, and judge on the images of --data",
+    )
+    parser.add_argument("--report", metavar="FILE", help="with --support: also write a page with a confusion matrix")
+    parser.add_argument(
         "--split",
         metavar="S",
         help="split of the data set (default: test, else validation, else train)",
@@ -81,21 +90,19 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
 
 def run(args: argparse.Namespace) -> None:
     config = build_config(args, EvaluationConfig)
-    from ..adapters.sources import one_id
+    if args.support:
+        return _run_split(args)
+    if args.report:
+        raise ConfigError("--report shows one classifier: pass its examples with --support.")
     from ..evaluation.evaluate import evaluate
     from ..evaluation.results import format_table
     from ..images.labelled import load_labelled_images
-    from ..modeling.meta_lora import MetaLoRAForFewShotClassification
     from ..runtime.files import atomic_write
     from ..runtime.outputs import check_file, holds_json
 
     if args.json:
         check_file(args.json, lambda path: holds_json(path, "rows"), "results of evaluate")
-    device = checked_device(args.device)
-    name, revision = one_id(args.model)
-    model = MetaLoRAForFewShotClassification.from_pretrained(
-        name, revision=revision, base_model=args.base_model, base_revision=args.base_revision, device=device
-    )
+    model = load_model(args, args.model)
     size, resample = model.backbone.image_size, int(model.backbone.processor.resample)
     data = load_labelled_images(args.data, size, resample, config.max_per_class, args.split, config.seed)
     result = evaluate(data, model, config, pool=_load_pool(args, model), progress=not args.quiet)
@@ -107,6 +114,50 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         atomic_write(Path(args.json), json.dumps({"rows": result.rows}, indent=1, allow_nan=False).encode())
     hint(f"lora-recycle predict {shlex.quote(args.model)} --support FOLDER_OF_CLASS_FOLDERS IMAGES...")
+
+
+def _run_split(args: argparse.Namespace) -> None:
+    """A model fitted to the examples, on a fixed set of test images."""
+    from ..evaluation.fixed_split import evaluate_split
+    from ..images.sources import open_source
+    from ..modeling.support import support_set
+    from ..reports.html_page import is_page
+    from ..reports.split_page import write_split_page
+    from ..runtime.files import atomic_write
+    from ..runtime.outputs import check_file, holds_json
+
+    if args.pool:
+        raise ConfigError("--pool is for random episodes; leave it out with --support.")
+    if args.json:
+        check_file(args.json, lambda path: holds_json(path, "confusion"), "results of evaluate --support")
+    if args.report:
+        check_file(args.report, is_page, "a report")
+    support, source = support_set(args.support, None), open_source(args.data, args.split)
+    numbers, label_names = source.classes()
+    model = load_model(args, args.model).fit(*support)
+    labels = [label_names[number] for number in numbers.tolist()]
+    result = evaluate_split(model, source, labels, progress=not args.quiet)
+    low, high = result.interval
+    echo(
+        f"accuracy {result.accuracy:.1f}%, 95% interval {low:.1f} to {high:.1f} (exact binomial), {len(labels)} images"
+    )
+    rows = [
+        (row["class"], row["images"], *map(_percent, (row["recall"], row["precision"]))) for row in result.per_class()
+    ]
+    echo(table(("class", "images", "recall", "precision"), rows))
+    mistakes = [(row["file"], row["label"], row["predicted"], round(row["probability"], 3)) for row in result.worst(5)]
+    if mistakes:
+        note("Wrong answers, the surest first:")
+        note(table(("file", "label", "answer", "probability"), mistakes))
+    if args.json:
+        atomic_write(Path(args.json), json.dumps(result.to_dict(), indent=1, allow_nan=False).encode())
+    if args.report:
+        write_split_page(args.report, result, f"{args.model} on {source.name}")
+    hint(f"lora-recycle predict {shlex.quote(args.model)} --support {shlex.quote(args.support)} IMAGES...")
+
+
+def _percent(value: float | None) -> float | None:
+    return None if value is None else round(value, 1)
 
 
 def _load_pool(args: argparse.Namespace, model: MetaLoRAForFewShotClassification) -> AdapterPool | None:

@@ -18,9 +18,9 @@ from .common import (
     Subparsers,
     add_base_model_argument,
     add_device_argument,
-    checked_device,
     echo,
     hint,
+    load_model,
     note,
     table,
 )
@@ -68,22 +68,12 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..adapters.sources import one_id
-    from ..modeling.meta_lora import MetaLoRAForFewShotClassification
     from ..modeling.support import support_set
 
     named, images = _model_and_images(args)
     paths = _expand(images)
     support = support_set(args.support, None) if args.support else None  # errors come before the loading
-    name, revision = one_id(named)
-    model = MetaLoRAForFewShotClassification.from_pretrained(
-        name,
-        revision=revision,
-        head=args.head,
-        base_model=args.base_model,
-        base_revision=args.base_revision,
-        device=checked_device(args.device),
-    )
+    model = load_model(args, named, args.head)
     failures: dict[int, str] | None = {} if args.skip_errors else None
     if support:
         model.fit(*support, failures=failures, domain=args.domain)
@@ -108,7 +98,9 @@ def _model_and_images(args: argparse.Namespace) -> tuple[str, list[str]]:
     from ..hub.repo_files import CONFIG_FILE
 
     first = Path(args.model)
-    if first.is_file() or (first.is_dir() and not (first / CONFIG_FILE).exists()):
+    if first.is_file() or (
+        first.is_dir() and not any((first / name).exists() for name in (CONFIG_FILE, "config.json"))
+    ):
         if args.support is None:
             raise DataError(
                 f"{first} is not a meta-LoRA (it has no {CONFIG_FILE}). Put one, or demo, before the images."

@@ -116,6 +116,8 @@ def _bare(model: MetaLoRAForFewShotClassification | None, pool: AdapterPool | No
         return pool.backbone
     if model is None:
         raise ConfigError("there is nothing to evaluate: pass a model, a pool or a backbone.")
+    if model.peft_model is None:
+        return model.backbone
     config = model.peft_model.peft_config["default"]
     base = cast(str, config.base_model_name_or_path)
     return Backbone.from_pretrained(base, revision=config.revision, device=model.device)

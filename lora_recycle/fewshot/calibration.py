@@ -43,9 +43,7 @@ def support_factor(head: FewShotHead, features: torch.Tensor, labels: torch.Tens
     return best_factor(leave_one_out(head, features.float(), labels, num_classes), labels[_left_out(labels)])
 
 
-def leave_one_out(
-    head: PrototypeHead, features: torch.Tensor, labels: torch.Tensor, num_classes: int
-) -> torch.Tensor:
+def leave_one_out(head: PrototypeHead, features: torch.Tensor, labels: torch.Tensor, num_classes: int) -> torch.Tensor:
     """Scores of support images (M, C), each by prototypes made without it: M of (N, D), at most `MOST_LEFT_OUT`."""
     rows = _left_out(labels)
     own, shown = labels[rows], features[rows]

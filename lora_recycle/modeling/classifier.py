@@ -267,7 +267,7 @@ class FewShotClassifier:
         """Embeddings of the images that can be read, by the network of a domain."""
         if failures is not None:
             failures.clear()  # of an earlier call
-        return self.embed(images, batch_size, failures=failures, progress=progress, domain=domain)
+        return self.embed(images, batch_size=batch_size, failures=failures, progress=progress, domain=domain)
 
     def _fitted(self) -> FewShotTask:
         if self._task is None:

@@ -31,9 +31,7 @@ def support_set(images: Any, labels: Sequence[Any] | None) -> tuple[Any, list[An
     return labelled_images(images, labels, LEARNING_FIRST)
 
 
-def labelled_images(
-    images: Any, labels: Sequence[Any] | None, order: Sequence[str] = SPLITS
-) -> tuple[Any, list[Any]]:
+def labelled_images(images: Any, labels: Sequence[Any] | None, order: Sequence[str] = SPLITS) -> tuple[Any, list[Any]]:
     """As `support_set`, of images that are there to be judged: of several splits, the first of `order`."""
     if labels is None:
         source = _labelled_source(images, order)
@@ -109,8 +107,8 @@ def check_known_labels(labels: Sequence[Any], known: Sequence[Any]) -> None:
     if strange:
         shown, few = ", ".join(list(strange)[:5]), ", ".join(map(repr, known[:9]))
         raise DataError(
-            f"The task does not know the label {shown}: it was fitted to {few}{', ...' if len(known) > 9 else ''}. Give "
-            "the same names to both, or fit the class too."
+            f"The task does not know the label {shown}: it was fitted to {few}{', ...' if len(known) > 9 else ''}. "
+            "Give the same names to both, or fit the class too."
         )
 
 

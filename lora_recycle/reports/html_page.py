@@ -49,9 +49,9 @@ def page(title: str, sections: Sequence[tuple[str, str]], style: str = "", patte
     return str(render("page.html", sections=sections, **frame))
 
 
-def write_page(path: str | Path, title: str, sections: Sequence[tuple[str, str]]) -> Path:
+def write_page(path: str | Path, title: str, sections: Sequence[tuple[str, str]], style: str = "") -> Path:
     """Write a page whose charts may hatch, atomically, and return its path."""
-    atomic_write(Path(path), utf8(page(title, sections, patterns=True)))
+    atomic_write(Path(path), utf8(page(title, sections, Markup(style), patterns=True)))
     return Path(path)
 
 
