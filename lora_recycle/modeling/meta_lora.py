@@ -158,9 +158,7 @@ class MetaLoRAForFewShotClassification(AdaptedNetworks, TaskServer):
             backbone = Backbone.from_pretrained(folder, dtype=dtype, **options)
         elif tuner_layers(backbone.model):
             raise ConfigError(f"{backbone.name} wears an adapter. Load the backbone once more for a frozen one.")
-        model = cls(backbone, None, {"head": head})
-        model.name = backbone.name
-        return model
+        return cls(backbone, None, {"head": head})
 
     @property
     def frozen(self) -> bool:
