@@ -38,7 +38,7 @@ class Evaluation:
 def evaluate(
     data: LabelledImages,
     model: MetaLoRAForFewShotClassification | None = None,
-    config: EvaluationConfig | None = None,
+    config: EvaluationConfig | dict[str, Any] | None = None,
     *,
     backbone: Backbone | None = None,
     pool: AdapterPool | None = None,
@@ -64,7 +64,7 @@ def evaluate(
         ConfigError: an unknown method or head, a method that needs a pool where there is none, or nothing to evaluate.
         DataError: too few classes or images for an episode, or too few queries for a head.
     """
-    config = config or EvaluationConfig()
+    config = EvaluationConfig.of(config)
     methods = _methods(config, model, pool is not None)
     for head in config.heads:
         make_head(head, model.settings if model else {})  # an unknown name is an error before any forward

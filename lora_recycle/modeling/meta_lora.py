@@ -241,7 +241,7 @@ class MetaLoRAForFewShotClassification(AdaptedNetworks, TaskServer):
         self,
         images: Any,
         labels: Sequence[Any] | None = None,
-        config: TaskTuningConfig | None = None,
+        config: TaskTuningConfig | dict[str, Any] | None = None,
         *,
         domain: str | None = None,
     ) -> MetaLoRAForFewShotClassification:
@@ -263,11 +263,11 @@ class MetaLoRAForFewShotClassification(AdaptedNetworks, TaskServer):
             ConfigError: the model is merged, its head does not score by prototypes, or it has no such domain.
             DataError: as `fit`.
         """
-        from .tuning import default_config, tuned_task
+        from .tuning import chosen_config, tuned_task
 
         images, names = support_set(images, labels)
         require_two_classes(names)
-        config = config or default_config(self.head)
+        config = chosen_config(config, self.head)
         network = self.tuning_network(config)  # which takes back what was tuned before, so that the choice sees none
         choice = None
         if self.domains:

@@ -12,8 +12,8 @@ from sklearn.model_selection import cross_val_score
 from lora_recycle import MetaLoRAForFewShotClassification
 from lora_recycle.backbones.base_models import BaseModel
 from lora_recycle.errors import AdapterError, ConfigError, DataError
-from lora_recycle.runtime.files import atomic_save_tensors
 from lora_recycle.pool.training import load_classifier
+from lora_recycle.runtime.files import atomic_save_tensors
 
 
 @pytest.fixture(scope="module")
