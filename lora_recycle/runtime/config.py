@@ -74,7 +74,7 @@ class RecipeConfig:
         if given is None or isinstance(given, Mapping):
             return cls.from_dict(dict(given or {}), cls.__name__)
         if not isinstance(given, cls):
-            raise ConfigError(f"config must be a {cls.__name__} or a dictionary, got a {type(given).__name__}.")
+            raise ConfigError(f"config must be {cls.__name__} or a dictionary, got a {type(given).__name__}.")
         return given
 
     @classmethod

@@ -1,8 +1,10 @@
 """Who looks on while a meta-LoRA is trained."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from lora_recycle.distillation.callbacks import Trackers, TrainerCallback
+from lora_recycle.distillation.callbacks import ProgressBar, Trackers, TrainerCallback
 from lora_recycle.distillation.config import DistillationConfig
 from lora_recycle.distillation.trainer import MetaLoRATrainer
 from lora_recycle.errors import ConfigError
@@ -84,3 +86,9 @@ def test_trackers_that_are_not_there(tmp_path, monkeypatch, name, told):
     monkeypatch.setattr("accelerate.tracking._available_trackers", [])
     with pytest.raises(ConfigError, match=told):
         Trackers([name], tmp_path)
+
+
+def test_the_bar_calls_an_error_an_error():
+    bar = ProgressBar()
+    bar.on_evaluate(SimpleNamespace(selection=SimpleNamespace(best_step=20)), 20, 66.94)
+    assert bar._evaluated == {"held_out_error": "66.9%", "best_step": "20"}
