@@ -13,10 +13,10 @@ from .heads.prototypes import PrototypeHead
 FACTORS = tuple(2.0 ** (step / 4) for step in range(-12, 13))
 #: Of a task that has a class with one image, which leaves nothing to leave out. Chosen on validation episodes, as the
 #: other two are (examples/studies/calibration.py).
-ONE_SHOT_FACTOR = 1.0
+ONE_SHOT_FACTOR = 2.0**0.5
 #: The factor that a support set is expected to give, and how far its logarithm lies from that (one standard
 #: deviation). Images that all agree would otherwise ask for a temperature of zero.
-EXPECTED_FACTOR, SPREAD = 1.0, 0.5
+EXPECTED_FACTOR, SPREAD = 1.0, 0.25
 #: Most support images that are left out in turn; of more, evenly spread ones.
 MOST_LEFT_OUT = 1000
 

@@ -74,8 +74,8 @@ def test_tensorboard_gets_the_numbers_of_every_step(tiny_pool, tiny_surrogate, t
     trainer.train(progress=False)
     events = loader.EventAccumulator(str(tmp_path / "lora_recycle"))
     events.Reload()
-    assert set(events.Tags()["scalars"]) >= {"relational", "loss", "grad_norm", "lr", "skipped", "judged"}
-    assert [event.step for event in events.Scalars("judged")] == [0, 12]
+    assert set(events.Tags()["scalars"]) >= {"relational", "loss", "grad_norm", "lr", "skipped", "held_out_error"}
+    assert [event.step for event in events.Scalars("held_out_error")] == [0, 12]
     found = events.Scalars("relational")
     assert [event.step for event in found] == list(range(12))
     assert [event.value for event in found] == pytest.approx(trainer.history["relational"])
