@@ -129,6 +129,7 @@ def pull_adapter(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    force_download: bool = False,
     *,
     subfolder: str | None = None,
 ) -> AdapterInfo:
@@ -144,6 +145,7 @@ def pull_adapter(
         token (`str` or `bool`, *optional*): for private and gated repos, as in `huggingface_hub`.
         cache_dir (`str` or `Path`, *optional*): defaults to the Hugging Face cache.
         local_files_only (`bool`, *optional*, defaults to `False`): look in the cache only.
+        force_download (`bool`, *optional*, defaults to `False`): fetch again what the cache holds.
         subfolder (`str`, *optional*): where in the folder or repo the adapter lies.
 
     Raises:
@@ -153,7 +155,9 @@ def pull_adapter(
     name = join_name(str(repo_or_path), subfolder)
     if subfolder is not None:
         split_name(f"{Path(repo_or_path).name}/_/{subfolder}")  # refuses one that leaves the folder
-    hub = HubOptions(token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    hub = HubOptions(
+        token=token, cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download
+    )
     place = only_place(find_places(name, revision, hub), name)
     if place.is_checkpoint:
         raise AdapterError(

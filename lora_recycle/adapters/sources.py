@@ -82,13 +82,16 @@ def pull_adapters(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    force_download: bool = False,
 ) -> list[AdapterInfo]:
     """Pull the adapters that `sources` name (see [`adapter_ids`]) side by side, in the order of their names there.
 
     Raises:
         AdapterError: a source cannot be read, or an adapter is bad and `bad` does not skip it.
     """
-    hub = HubOptions(token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    hub = HubOptions(
+        token=token, cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download
+    )
     ids = adapter_ids(sources, token, local_files_only)
     infos = []
     workers = ThreadPoolExecutor(WORKERS)

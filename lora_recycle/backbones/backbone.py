@@ -82,6 +82,7 @@ class Backbone(nn.Module):
         token: str | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
+        force_download: bool = False,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> Backbone:
@@ -90,11 +91,16 @@ class Backbone(nn.Module):
         Raises:
             AdapterError: it is not available, damaged, not whole, or of an unknown type.
         """
-        hub = HubOptions(token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+        hub = HubOptions(
+            token=token, cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download
+        )
         base = BaseModel.pull(name_or_path, revision, **hub)
         model = base.load_tower(dtype or torch.float32)
         backbone = cls(model, base.image_processor(), base.name, base.commit, base.own_head())
         return backbone.to(device) if device is not None else backbone
+
+    def __repr__(self) -> str:
+        return f"Backbone({self.name!r}, {self.model.config.model_type}, {self.image_size}x{self.image_size} pixels)"
 
     @property
     def layers(self) -> nn.ModuleList:

@@ -6,10 +6,11 @@ quantiser or a kernel that the files name, and fill weights that are missing wit
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoImageProcessor, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from ..errors import AdapterError
 from ..hub.download import fetch
@@ -98,7 +100,7 @@ class BaseModel:
 
         Args:
             files: as [`hub.download.fetch`] takes them.
-            hub: `token`, `cache_dir` and `local_files_only`.
+            hub: [`hub.download.HubOptions`].
 
         Raises:
             AdapterError: it is not available, holds an adapter too, or its `config.json` is refused.
@@ -171,7 +173,7 @@ class BaseModel:
         try:
             tensors = {key: tensor for file in files for key, tensor in load_file(file).items()}
             tensors = tensors if rename is None else rename(tensors)
-            with LOADING:
+            with LOADING, _quiet():
                 loaded: Any = model_class.from_pretrained(
                     None,
                     config=config,
@@ -283,6 +285,20 @@ class BaseModel:
     def _refusal(self, error: Exception) -> AdapterError:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return AdapterError(f"{self.name}: the backbone cannot be loaded ({reason}).")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers shows no bar and no report: what is missing is an error of ours, or new as the caller wants it."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _pooler(config: PreTrainedConfig) -> dict[str, Any]:

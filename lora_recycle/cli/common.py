@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeAlias
 
+from ..errors import AdapterError
 from ..hub.embedded import pool_path
 from ..runtime.terminal import counted, fit_widths, printable, shorten, single_line
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..images.tables import Columns
+    from ..modeling.meta_lora import MetaLoRAForFewShotClassification
     from ..pool.pool import AdapterPool
     from ..runtime.plans import Plan
 
@@ -249,6 +251,42 @@ def load_pool(args: argparse.Namespace, **options: Any) -> AdapterPool:
     if is_main_process():
         notify_skipped(pool.skipped, len(pool))
     return pool
+
+
+def load_model(args: argparse.Namespace, named: str, head: str | None = None) -> MetaLoRAForFewShotClassification:
+    """The model that MODEL names: a meta-LoRA, or a base model alone, which is then used as it is, with a note."""
+    from ..adapters.sources import one_id
+    from ..modeling.meta_lora import MetaLoRAForFewShotClassification
+
+    device = checked_device(args.device)
+    name, revision = one_id(named)
+    try:
+        return MetaLoRAForFewShotClassification.from_pretrained(
+            name,
+            revision=revision,
+            head=head,
+            base_model=args.base_model,
+            base_revision=args.base_revision,
+            device=device,
+        )
+    except AdapterError:
+        if args.base_model is not None or not _is_base_model(name, revision):
+            raise
+    note(f"{named}: a base model without a meta-LoRA, used frozen.")
+    return MetaLoRAForFewShotClassification.from_backbone(
+        name, head=head or "prototypes", revision=revision, device=device
+    )
+
+
+def _is_base_model(name: str, revision: str | None) -> bool:
+    """Whether a folder or repo holds a base model and no adapter."""
+    from ..backbones.base_models import CONFIG_FILES, BaseModel
+
+    try:
+        BaseModel.pull(name, revision, CONFIG_FILES)
+    except AdapterError:
+        return False
+    return name != "demo"
 
 
 def notify_skipped(skipped: Sequence[tuple[str, str]], used: int) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigError
 from ..evaluation.config import EvaluationConfig
 from ..hub.embedded import backbone_name
+from ..runtime.terminal import counted
 from .arguments import add_config_arguments, build_config
 from .common import (
     META_LORA_HELP,
@@ -22,18 +23,20 @@ from .common import (
     add_json_argument,
     add_on_error_argument,
     check_json,
-    checked_device,
     columns,
     hint,
+    load_model,
     load_pool,
     note,
     notify_failures,
     result,
+    table,
     terminal_width,
 )
 
 
 if TYPE_CHECKING:
+    from ..evaluation.fixed_split import SplitResult
     from ..modeling.meta_lora import MetaLoRAForFewShotClassification
     from ..pool.pool import AdapterPool
 
@@ -43,6 +46,8 @@ examples:
   lora-recycle evaluate demo --data photos                    folders photos/cat, photos/dog, ...
   lora-recycle evaluate meta_lora --data test.parquet --pool pool --json results.json
   lora-recycle evaluate someone/meta-lora --data cifar10 --split test --ways 10 --shots 1 5 20
+  lora-recycle evaluate demo --support photos --data test     your own classes: accuracy, confusion matrix, mistakes
+  lora-recycle evaluate demo --support photos --data test --json results.json --report report.html
   lora-recycle evaluate demo --data photos --no-pool          faster: only frozen and meta-lora
   lora-recycle evaluate demo --data photos --methods average ties nearest-group
   lora-recycle evaluate demo --data photos --heads lda transductive_em     more few-shot heads
@@ -70,6 +75,12 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
         help="labelled images: a parquet or CSV file, a data set folder, a folder of class folders or a Hub id",
     )
     parser.add_argument(
+        "--support",
+        metavar="FOLDER",
+        help="instead of random episodes, fit to these examples, as predict does, and judge on the images of --data",
+    )
+    parser.add_argument("--report", metavar="FILE", help="with --support: also write a page with a confusion matrix")
+    parser.add_argument(
         "--split",
         metavar="S",
         help="split of the data set (default: test, else validation, else train)",
@@ -89,22 +100,20 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
 
 def run(args: argparse.Namespace) -> None:
     config = build_config(args, EvaluationConfig)
-    from ..adapters.sources import one_id
+    if args.support:
+        return _run_split(args)
+    if args.report:
+        raise ConfigError("--report shows one classifier: pass its examples with --support.")
     from ..evaluation.evaluate import evaluate
     from ..evaluation.results import format_table
     from ..evaluation.stored_features import OUTPUT
     from ..images.labelled import load_labelled_images
-    from ..modeling.meta_lora import MetaLoRAForFewShotClassification
     from ..runtime.outputs import claim_output
 
     check_json(args, "rows")
     if args.features:
         claim_output(args.features, OUTPUT)
-    device = checked_device(args.device)
-    name, revision = one_id(args.model)
-    model = MetaLoRAForFewShotClassification.from_pretrained(
-        name, revision=revision, base_model=args.base_model, base_revision=args.base_revision, device=device
-    )
+    model = load_model(args, args.model)
     size, resample = model.backbone.image_size, int(model.backbone.processor.resample)
     failures: dict[int, str] | None = {} if args.skip_errors else None
     reading: Any = {"columns": columns(args), "failures": failures}
@@ -118,6 +127,51 @@ def run(args: argparse.Namespace) -> None:
     for line in () if args.quiet else found.domains:
         note(line)
     hint(f"lora-recycle predict {shlex.quote(args.model)} --support FOLDER_OF_CLASS_FOLDERS IMAGES...")
+
+
+def _run_split(args: argparse.Namespace) -> None:
+    """A model fitted to the examples, on a fixed set of test images."""
+    from ..evaluation.fixed_split import evaluate_split
+    from ..images.sources import open_source
+    from ..modeling.support import support_set
+    from ..reports.html_page import is_page
+    from ..reports.split_page import write_split_page
+    from ..runtime.outputs import check_file
+
+    if args.pool:
+        raise ConfigError("--pool is for random episodes; leave it out with --support.")
+    check_json(args, "confusion")
+    if args.report:
+        check_file(args.report, is_page, "a report")
+    support = support_set(args.support, None, columns(args))
+    source = open_source(args.data, args.split, columns=columns(args))
+    numbers, label_names = source.classes()
+    model = load_model(args, args.model).fit(*support)
+    found = evaluate_split(model, source, [label_names[i] for i in numbers.tolist()], progress=not args.quiet)
+    result(args, found.to_dict(), _described(found))
+    mistakes = [(row["file"], row["label"], row["predicted"], round(row["probability"], 3)) for row in found.worst(5)]
+    if mistakes:
+        note("Wrong answers, the surest first:")
+        note(table(("file", "label", "answer", "probability"), mistakes))
+    if args.report:
+        write_split_page(args.report, found, f"{args.model} on {source.name}")
+    hint(f"lora-recycle predict {shlex.quote(args.model)} --support {shlex.quote(args.support)} IMAGES...")
+
+
+def _described(found: SplitResult) -> str:
+    """The accuracy, and a table of the classes."""
+    low, high = found.interval
+    rows = [
+        (row["class"], row["images"], *map(_percent, (row["recall"], row["precision"]))) for row in found.per_class()
+    ]
+    return (
+        f"accuracy {found.accuracy:.1f}%, 95% interval {low:.1f} to {high:.1f} (exact binomial), "
+        f"{counted(len(found.labels), 'image')}\n{table(('class', 'images', 'recall', 'precision'), rows)}"
+    )
+
+
+def _percent(value: float | None) -> float | None:
+    return None if value is None else round(value, 1)
 
 
 def _load_pool(args: argparse.Namespace, model: MetaLoRAForFewShotClassification) -> AdapterPool | None:

@@ -21,10 +21,10 @@ from .common import (
     add_device_argument,
     add_json_argument,
     check_json,
-    checked_device,
     columns,
     echo,
     hint,
+    load_model,
     note,
     notify_failures,
     result,
@@ -74,23 +74,13 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..adapters.sources import one_id
-    from ..modeling.meta_lora import MetaLoRAForFewShotClassification
     from ..modeling.support import support_set
 
     check_json(args, "file", "label", "probabilities")
     _check_model(args.model)
     paths = _expand(args.images)
     support = support_set(args.support, None, columns(args)) if args.support else None  # errors before the loading
-    name, revision = one_id(args.model)
-    model = MetaLoRAForFewShotClassification.from_pretrained(
-        name,
-        revision=revision,
-        head=args.head,
-        base_model=args.base_model,
-        base_revision=args.base_revision,
-        device=checked_device(args.device),
-    )
+    model = load_model(args, args.model, args.head)
     failures: dict[int, str] | None = {} if args.skip_errors else None
     if support:
         model.fit(*support, failures=failures, domain=args.domain)
@@ -115,7 +105,8 @@ def _check_model(name: str) -> None:
     from ..hub.repo_files import CONFIG_FILE
 
     first = Path(name)
-    if first.is_file() or (first.is_dir() and not (first / CONFIG_FILE).exists()):
+    known = (CONFIG_FILE, "config.json")  # of an adapter, or of a base model alone
+    if first.is_file() or (first.is_dir() and not any((first / file).exists() for file in known)):
         raise DataError(f"{first} is not a meta-LoRA (it has no {CONFIG_FILE}). Put one, or demo, before the images.")
 
 

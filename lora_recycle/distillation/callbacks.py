@@ -77,7 +77,7 @@ class ProgressBar(TrainerCallback):
         self._bar.set_postfix(shown, host=f"{trainer.host_share:.1%}", refresh=False)
 
     def on_evaluate(self, trainer: TrainingState, step: int, figure: float) -> None:
-        self._evaluated = {"error": f"{figure:.1f}%", "best_step": str(trainer.selection.best_step)}
+        self._evaluated = {"held_out_error": f"{figure:.1f}%", "best_step": str(trainer.selection.best_step)}
 
     def on_train_end(self, trainer: TrainingState) -> None:
         self._bar.close()

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -72,15 +72,18 @@ class MetaLoRATrainer:
         DataError: no adapter's images reach `config.min_confidence`.
     """
 
+    def __repr__(self) -> str:
+        return f"MetaLoRATrainer({self.pool!r}, {self.surrogate!r}, steps={self.config.steps})"
+
     def __init__(
         self,
         pool: AdapterPool,
         surrogate: SurrogateDataset | None = None,
-        config: DistillationConfig | None = None,
+        config: DistillationConfig | dict[str, Any] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ):
         self.surrogate: SurrogateDataset = surrogate  # type: ignore[assignment]  # None only where no step needs it
-        self.config, self.callbacks = config or DistillationConfig(), list(callbacks)
+        self.config, self.callbacks = DistillationConfig.of(config), list(callbacks)
         if surrogate is None and (self.config.steps > 0 or self.config.init == "corda"):
             raise ConfigError("Distillation needs surrogate data; only `steps: 0` goes without, and not with corda.")
         #: adapters that are left out, and why

@@ -40,7 +40,7 @@ class Evaluation:
 def evaluate(
     data: LabelledImages,
     model: MetaLoRAForFewShotClassification | None = None,
-    config: EvaluationConfig | None = None,
+    config: EvaluationConfig | dict[str, Any] | None = None,
     *,
     backbone: Backbone | None = None,
     pool: AdapterPool | None = None,
@@ -69,7 +69,7 @@ def evaluate(
         ConfigError: an unknown method or head, a method that needs a pool where there is none, or nothing to evaluate.
         DataError: too few classes or images for an episode, or too few queries for a head.
     """
-    config = config or EvaluationConfig()
+    config = EvaluationConfig.of(config)
     methods = _methods(config, model, pool is not None)
     for head in config.heads:
         make_head(head, model.settings if model else {})  # an unknown name is an error before any forward
@@ -122,6 +122,8 @@ def _bare(model: MetaLoRAForFewShotClassification | None, pool: AdapterPool | No
         return pool.backbone
     if model is None:
         raise ConfigError("there is nothing to evaluate: pass a model, a pool or a backbone.")
+    if model.peft_model is None:
+        return model.backbone
     config = model.peft_model.peft_config["default"]
     base = cast(str, config.base_model_name_or_path)
     return Backbone.from_pretrained(base, revision=config.revision, device=model.device)

@@ -90,7 +90,10 @@ def _way_out(members: dict[int, torch.Tensor], usable: int, ways: int) -> str:
     sizes = sorted((len(own) for own in members.values()), reverse=True)
     shots = sizes[ways - 1] - 1 if len(sizes) >= ways else 0
     possible = [f"{usable} ways"] * (usable > 1) + [f"{shots} shot" + "s" * (shots > 1)] * (shots > 0)
-    return f"Ask for at most {' or '.join(possible)}." if possible else "Add classes, or images of each."
+    if not possible:
+        return "Add classes, or images of each."
+    command = f"--ways {usable}" if usable > 1 else f"--shots {shots}"
+    return f"Ask for at most {' or '.join(possible)}. On the command line: {command}."
 
 
 def _check_numbers(ways: int, shots: int, queries: int, episodes: int) -> None:

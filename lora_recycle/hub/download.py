@@ -60,6 +60,7 @@ class HubOptions(TypedDict, total=False):
     token: Any  # a string, True for the stored one, False for none
     cache_dir: str | Path | None
     local_files_only: bool
+    force_download: bool
 
 
 def fetch(
@@ -69,6 +70,7 @@ def fetch(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    force_download: bool = False,
     *,
     repo_type: str = "model",
     progress: bool = False,
@@ -81,6 +83,7 @@ def fetch(
 
     Args:
         files (`Mapping[str, int]`): file name or pattern (`shards/*.safetensors`) to the most bytes of such a file.
+        force_download (`bool`, *optional*, defaults to `False`): fetch again what the cache holds.
         repo_type (`str`, *optional*, defaults to `"model"`): or `"dataset"`.
         progress (`bool`, *optional*, defaults to `False`): whether the client shows its bars.
 
@@ -97,6 +100,7 @@ def fetch(
     }
     commit = resolve_commit(repo, revision, **options)
     options |= {} if progress else {"tqdm_class": _NoBar}
+    options |= {"force_download": True} if force_download else {}
     try:
         folder = repeated(lambda: _download(repo, commit, files, options))
         present = [p.relative_to(folder).as_posix() for pattern in files for p in folder.glob(pattern) if p.is_file()]
@@ -124,8 +128,11 @@ def list_files(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    force_download: bool = False,
 ) -> list[str]:
     """Paths of all files of a commit that was fetched before; what of it is cached where the Hub may not be asked.
+
+    `force_download` changes nothing: what lies in a commit never changes.
 
     Raises:
         AdapterError: the Hub does not answer.

@@ -32,6 +32,9 @@ class LabelledImages:
     label_names: list[str]
     name: str
 
+    def __repr__(self) -> str:
+        return f"LabelledImages({self.name!r}, {len(self)} images of {len(self.label_names)} classes)"
+
     def __len__(self) -> int:
         return len(self.labels)
 

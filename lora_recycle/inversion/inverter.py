@@ -45,8 +45,8 @@ class LoRAInverter:
         AdapterError: an adapter has no head, or one that does not fit; raised before any inversion starts.
     """
 
-    def __init__(self, pool: AdapterPool, config: InversionConfig | None = None):
-        self.pool, self.config = pool, config or InversionConfig()
+    def __init__(self, pool: AdapterPool, config: InversionConfig | dict[str, Any] | None = None):
+        self.pool, self.config = pool, InversionConfig.of(config)
         self.backbone = pool.backbone
         pool.require_heads()
         self.mask_layer = _mask_layer(self.config, self.backbone)

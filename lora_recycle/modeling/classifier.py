@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
-from ..errors import AdapterError, DataError
+from ..errors import AdapterError, ConfigError, DataError
 from ..fewshot.domains import SHARED, DomainChoice
 from ..fewshot.heads import FewShotHead
 from ..fewshot.prototypes import prototype_logits
 from ..images.tables import Columns
 from ..runtime.outputs import check_file
-from .support import require_two_classes, support_set, without_failures
+from .support import check_known_labels, labelled_images, require_two_classes, support_set, without_failures
 from .task import FewShotTask, holds_task, save_task
 
 
@@ -70,6 +71,17 @@ class FewShotClassifier:
     def label_names(self) -> list[Any]:
         """The classes of the fitted task, in the order of the columns of `predict_proba`; empty before `fit`."""
         return [] if self._task is None else list(self._task.label_names)
+
+    @property
+    def classes_(self) -> np.ndarray:
+        """`label_names` as scikit-learn has them.
+
+        Raises:
+            AttributeError: before `fit`, as scikit-learn expects.
+        """
+        if self._task is None:
+            raise AttributeError("This model has no task yet, so it has no classes_. Call fit(images, labels) first.")
+        return np.array(self.label_names)
 
     @property
     def prototypes(self) -> torch.Tensor:
@@ -133,7 +145,12 @@ class FewShotClassifier:
 
     @torch.inference_mode()
     def predict_proba(
-        self, images: Any, *, failures: dict[int, str] | None = None, progress: bool = False
+        self,
+        images: Any,
+        *,
+        failures: dict[int, str] | None = None,
+        progress: bool = False,
+        batch_size: int = 64,
     ) -> torch.Tensor:
         """Class probabilities, columns in the order of `label_names`: (N, classes), float32 on the CPU.
 
@@ -142,9 +159,11 @@ class FewShotClassifier:
 
         Args:
             failures: takes the images that cannot be read; their rows are NaN.
+            batch_size: images of one forward pass.
         """
         task = self._fitted()
-        return self._probabilities(task, self._seen(images, failures, task.network, progress), failures)
+        features = self._seen(images, failures, task.network, progress, batch_size)
+        return self._probabilities(task, features, failures)
 
     @torch.inference_mode()
     def probabilities(self, features: torch.Tensor) -> torch.Tensor:
@@ -158,7 +177,12 @@ class FewShotClassifier:
 
     @torch.inference_mode()
     def predict(
-        self, images: Any, *, failures: dict[int, str] | None = None, reject_below: float | None = None
+        self,
+        images: Any,
+        *,
+        failures: dict[int, str] | None = None,
+        reject_below: float | None = None,
+        batch_size: int = 64,
     ) -> list[Any]:
         """The label of each image, as it was given to `fit`: the largest of `predict_proba`, the first one of equals.
 
@@ -166,14 +190,60 @@ class FewShotClassifier:
             failures: takes the images that cannot be read; their labels are None.
             reject_below (`float`, *optional*): an image less similar than that to the nearest prototype (see
                 `similarity`) gets None: it may belong to none of the classes.
+            batch_size: images of one forward pass.
         """
         task = self._fitted()
-        features = self._seen(images, failures, task.network)
+        features = self._seen(images, failures, task.network, batch_size=batch_size)
         labels = best_labels(task, self._probabilities(task, features, failures), failures)
         if reject_below is None:
             return labels
         near = _with_failures(self._similarity(task, features), failures).tolist()
         return [label if value >= reject_below else None for label, value in zip(labels, near, strict=True)]
+
+    def score(self, images: Any, labels: Sequence[Any] | None = None, *, batch_size: int = 64) -> float:
+        """Share of the images whose label is the right one, 0 to 1. [`evaluate_split`] gives the interval, the classes
+        and the mistakes.
+
+        Args:
+            images: with `labels`, images in any form; without, what has labels, as for `fit`. Of a data set in splits
+                it is the test split.
+            labels: names or numbers, one for each image, as they were given to `fit`.
+
+        Raises:
+            DataError: no images, another number of labels, or a label that `fit` has not seen.
+        """
+        task = self._fitted()
+        images, names = labelled_images(images, labels)
+        check_known_labels(names, task.label_names)
+        found = self.predict(images, batch_size=batch_size)
+        return sum(label == name for label, name in zip(found, names, strict=True)) / len(names)
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """What scikit-learn may vary: nothing. There is nothing to tune, and weights are no setting."""
+        return {}
+
+    def set_params(self: Self, **params: Any) -> Self:
+        """Raise `ConfigError` for whatever is set."""
+        if params:
+            raise ConfigError(f"There is no parameter {next(iter(params))!r} to set; pass it to from_pretrained.")
+        return self
+
+    def new_task(self) -> SharedTask:
+        """A new, unfitted task on this model's backbone, for serving many users or many problems at once."""
+        return SharedTask(self)
+
+    def __sklearn_clone__(self) -> SharedTask:
+        """What `sklearn.clone` gives: an unfitted task on the same weights, of which there is one copy in memory."""
+        return self.new_task()
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return self._task is not None
+
+    def __sklearn_tags__(self) -> Any:
+        from sklearn.utils import ClassifierTags, InputTags, Tags, TargetTags  # only scikit-learn asks
+
+        targets, inputs = TargetTags(required=True), InputTags(two_d_array=False, three_d_array=True)
+        return Tags("classifier", targets, classifier_tags=ClassifierTags(), input_tags=inputs)
 
     @torch.inference_mode()
     def similarity(self, images: Any, *, failures: dict[int, str] | None = None) -> torch.Tensor:
@@ -199,16 +269,32 @@ class FewShotClassifier:
             return torch.full((len(failures or ()), len(task.label_names)), torch.nan)
         return _with_failures(finite(probabilities_of(task, features, self.head)), failures)
 
-    def _seen(self, images: Any, failures: dict[int, str] | None, domain: str, progress: bool = False) -> torch.Tensor:
+    def _seen(
+        self,
+        images: Any,
+        failures: dict[int, str] | None,
+        domain: str,
+        progress: bool = False,
+        batch_size: int = 64,
+    ) -> torch.Tensor:
         """Embeddings of the images that can be read, by the network of a domain."""
         if failures is not None:
             failures.clear()  # of an earlier call
-        return self.embed(images, failures=failures, progress=progress, domain=domain)
+        return self.embed(images, batch_size=batch_size, failures=failures, progress=progress, domain=domain)
 
     def _fitted(self) -> FewShotTask:
         if self._task is None:
             raise DataError("This model has no task yet. Call fit(images, labels) first.")
         return self._task
+
+
+def described_task(task: FewShotTask | None) -> str:
+    """Classes and domain of a task in a few words, for the `repr` of what holds it."""
+    if task is None:
+        return "not fitted"
+    names, more = [repr(name) for name in task.label_names[:5]], len(task.label_names) - 5
+    shown = f"classes=[{', '.join(names)}{f', and {more} more' if more > 0 else ''}]"
+    return shown if task.domain is None else f"{shown}, domain={task.domain.name!r}"
 
 
 def _with_failures(values: torch.Tensor, failures: dict[int, str] | None) -> torch.Tensor:
@@ -252,6 +338,13 @@ class SharedTask(FewShotClassifier):
 
     def __init__(self, model: FewShotClassifier):
         self.model = model
+
+    def __repr__(self) -> str:
+        return f"SharedTask({described_task(self._task)})"
+
+    def new_task(self) -> SharedTask:
+        """Another task on the same model."""
+        return SharedTask(self.model)
 
     @property
     def head(self) -> FewShotHead:  # type: ignore[override]  # the model's, which alone sets it

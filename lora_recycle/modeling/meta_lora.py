@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from transformers.utils import ModelOutput
 
+from ..adapters.peft_wrap import tuner_layers
 from ..adapters.pull import pull_adapter
 from ..backbones.backbone import Backbone
 from ..errors import ConfigError
@@ -21,9 +22,9 @@ from ..fewshot.heads import make_head
 from ..hub.download import HubOptions
 from ..hub.embedded import resolve_meta_lora
 from ..hub.repo_files import SIDECAR_FILE
-from .classifier import FewShotClassifier
+from .classifier import FewShotClassifier, described_task
 from .domains import DomainNetworks
-from .loading import load_networks
+from .loading import checked_options, load_networks
 from .networks import AdaptedNetworks
 from .publishing import push_adapter_folder
 from .serialization import write_meta_lora
@@ -55,7 +56,7 @@ class MetaLoRAForFewShotClassification(AdaptedNetworks, TaskServer):
 
     Args:
         backbone ([`Backbone`]): of the shared network; its linear layers are wrapped by PEFT in place.
-        peft_model: the PEFT model around `backbone.model`.
+        peft_model: the PEFT model around `backbone.model`; None of a frozen backbone, see `from_backbone`.
         settings (`dict`, *optional*): the sidecar: head, metric, temperature, head parameters, sources, results.
         domain_networks ([`DomainNetworks`], *optional*): the experts.
 
@@ -66,13 +67,15 @@ class MetaLoRAForFewShotClassification(AdaptedNetworks, TaskServer):
     def __init__(
         self,
         backbone: Backbone,
-        peft_model: PeftModel,
+        peft_model: PeftModel | None,
         settings: dict[str, Any] | None = None,
         domain_networks: DomainNetworks | None = None,
     ):
         super().__init__(backbone, peft_model, domain_networks)
         self.settings = dict(settings or {})
         self.head = make_head(self.settings.get("head", "prototypes"), self.settings)
+        #: what it was loaded from
+        self.name: str | None = None
         #: PNG of some of the surrogate images that it learned from, where they are at hand
         self.picture: bytes | None = None
         self._task: FewShotTask | None = None
@@ -90,10 +93,14 @@ class MetaLoRAForFewShotClassification(AdaptedNetworks, TaskServer):
         token: str | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
+        force_download: bool = False,
+        subfolder: str = "",
         base_model: str | Path | None = None,
         base_revision: str | None = None,
         device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        device_map: Any = None,
     ) -> MetaLoRAForFewShotClassification:
         """Load a meta-LoRA from a folder or a repo id; `demo` is the one that the package ships.
 
@@ -102,22 +109,66 @@ class MetaLoRAForFewShotClassification(AdaptedNetworks, TaskServer):
 
         Args:
             head (`str`, *optional*): a name in `fewshot.heads.HEADS`; by default the head it was saved with.
+            force_download: fetch again what the cache holds.
+            subfolder: of a local folder.
+            dtype: or its name; float32 by default. `torch_dtype` is its older name.
+            device_map: is refused, with what to pass instead.
 
         Raises:
             AdapterError: files are missing or damaged, or do not fit the base model.
-            ConfigError: there is no head of this name.
+            ConfigError: there is no head of this name, or an option that the model cannot follow.
         """
         if head is not None:
             make_head(head, {})  # an unknown name is an error before anything is fetched
-        hub = HubOptions(token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+        repo_or_path, dtype = checked_options(repo_or_path, subfolder, dtype, torch_dtype, device_map)
+        hub = HubOptions(
+            token=token, cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download
+        )
         info = pull_adapter(resolve_meta_lora(repo_or_path), revision=revision, **hub)
         settings = read_sidecar(info.path / SIDECAR_FILE, head)
         backbone, peft_model, experts = load_networks(info, settings, hub, base_model, base_revision, device, dtype)
         model = cls(backbone, peft_model, settings if head is None else {**settings, "head": head}, experts)
         path = task_file(info, model.settings, hub)
         model._task = None if path is None else load_task(path, model.head, backbone.hidden_size, model.domains)
-        model.picture = read_picture(info)
+        model.picture, model.name = read_picture(info), str(repo_or_path)
         return model
+
+    @classmethod
+    def from_backbone(
+        cls, backbone: Backbone | str | Path, *, head: str = "prototypes", **options: Any
+    ) -> MetaLoRAForFewShotClassification:
+        """A frozen backbone as a model, without any adapter: what a meta-LoRA is to be compared with first.
+
+        It fits, predicts and scores as a meta-LoRA does. There is nothing of it to save but its tasks (`new_task`) and
+        nothing to tune.
+
+        Args:
+            backbone: a loaded one, a folder or a repo id (`demo`: the embedded one).
+            head (`str`, *optional*): a name in `fewshot.heads.HEADS`.
+            options: what [`Backbone.from_pretrained`] takes, where it is to be loaded; `torch_dtype` for `dtype` too.
+
+        Raises:
+            AdapterError: the backbone is missing, damaged, or of an unknown type.
+            ConfigError: there is no head of this name, or an option that the model cannot follow.
+        """
+        make_head(head, {})
+        if not isinstance(backbone, Backbone):
+            named = {key: options.pop(key, None) for key in ("dtype", "torch_dtype", "device_map")}
+            folder, dtype = checked_options(backbone, options.pop("subfolder", ""), **named)
+            backbone = Backbone.from_pretrained(folder, dtype=dtype, **options)
+        elif tuner_layers(backbone.model):
+            raise ConfigError(f"{backbone.name} wears an adapter. Load the backbone once more for a frozen one.")
+        return cls(backbone, None, {"head": head})
+
+    @property
+    def frozen(self) -> bool:
+        """Whether it is a bare backbone."""
+        return self.peft_model is None
+
+    def __repr__(self) -> str:
+        name = "" if self.name is None else f"{self.name!r}, "
+        kind = "frozen " if self.frozen else ""
+        return f"{type(self).__name__}({name}{kind}backbone={self.backbone.name!r}, {described_task(self._task)})"
 
     def forward(
         self,
@@ -193,7 +244,7 @@ class MetaLoRAForFewShotClassification(AdaptedNetworks, TaskServer):
         self,
         images: Any,
         labels: Sequence[Any] | None = None,
-        config: TaskTuningConfig | None = None,
+        config: TaskTuningConfig | dict[str, Any] | None = None,
         *,
         domain: str | None = None,
     ) -> MetaLoRAForFewShotClassification:
@@ -215,11 +266,11 @@ class MetaLoRAForFewShotClassification(AdaptedNetworks, TaskServer):
             ConfigError: the model is merged, its head does not score by prototypes, or it has no such domain.
             DataError: as `fit`.
         """
-        from .tuning import default_config, tuned_task
+        from .tuning import chosen_config, tuned_task
 
         images, names = support_set(images, labels)
         require_two_classes(names)
-        config = config or default_config(self.head)
+        config = chosen_config(config, self.head)
         network = self.tuning_network(config)  # which takes back what was tuned before, so that the choice sees none
         choice = None
         if self.domains:
@@ -238,6 +289,8 @@ class MetaLoRAForFewShotClassification(AdaptedNetworks, TaskServer):
         """
         from .tuning import adapter_network, check_head
 
+        if self.frozen:
+            raise ConfigError("A frozen backbone has no adapter to tune. Load a meta-LoRA, or use fit.")
         if self._merged:
             raise ConfigError(
                 "A merged model cannot be tuned: its adapter is in the weights. Load it again, tune, merge."
@@ -261,9 +314,14 @@ class MetaLoRAForFewShotClassification(AdaptedNetworks, TaskServer):
                 files that only this library reads. By default weights are saved as they are.
 
         Raises:
-            ConfigError: another number of bits.
+            ConfigError: another number of bits, or a frozen backbone, of which there is nothing to save.
             StorageError: the folder holds something other than a meta-LoRA, or cannot be written.
         """
+        if self.frozen:
+            raise ConfigError(
+                "A frozen backbone has no meta-LoRA to save. To keep a task: task = model.new_task().fit(images, "
+                "labels); task.save(FILE); model.load_task(FILE)."
+            )
         write_meta_lora(self, save_directory, bits)
 
     def merge_and_save(self, save_directory: str | Path) -> None:

@@ -25,11 +25,13 @@ class AdaptedNetworks(nn.Module):
 
     Args:
         backbone ([`Backbone`]): of the shared network; its linear layers are wrapped by PEFT in place.
-        peft_model: the PEFT model around `backbone.model`.
+        peft_model: the PEFT model around `backbone.model`; None of a bare one.
         domain_networks ([`DomainNetworks`], *optional*): the experts.
     """
 
-    def __init__(self, backbone: Backbone, peft_model: PeftModel, domain_networks: DomainNetworks | None = None):
+    def __init__(
+        self, backbone: Backbone, peft_model: PeftModel | None, domain_networks: DomainNetworks | None = None
+    ):
         super().__init__()
         self.backbone, self.peft_model, self.domain_networks = backbone, peft_model, domain_networks
         #: PEFT's layers after `merge`, by the module that each stood around

@@ -53,7 +53,7 @@ class SavableModel(Protocol):
     """What is saved of a meta-LoRA."""
 
     backbone: Backbone
-    peft_model: PeftModel
+    peft_model: PeftModel | None
     settings: dict[str, Any]
     picture: bytes | None
     head: FewShotHead
@@ -138,7 +138,8 @@ def _remove_empty_folders(folder: Path) -> None:
             path.rmdir()  # only an empty one goes
 
 
-def _write_adapter(model: SavableModel, domain: str, peft_model: PeftModel, folder: Path) -> None:
+def _write_adapter(model: SavableModel, domain: str, peft_model: PeftModel | None, folder: Path) -> None:
+    assert peft_model is not None, "of a frozen backbone there is nothing to write"
     config: Any = peft_model.peft_config["default"]  # of the class of its type
     config.base_model_name_or_path = backbone_name(config.base_model_name_or_path)
     given, merged = config.target_modules, model._merged if model._merged_domain == domain else {}
@@ -182,6 +183,7 @@ def _own_settings(model: SavableModel) -> dict[str, Any]:
 
 
 def _card(model: SavableModel, name: str, settings: dict[str, Any], bits: int | None) -> str:
+    assert model.peft_model is not None
     config: Any = model.peft_model.peft_config["default"]
     base = config.base_model_name_or_path, config.revision, getattr(config, "r", None)
     coded = bits if bits in CODE_BITS else None

@@ -30,10 +30,6 @@ class TaskServer(FewShotClassifier):
     def _embeddings(self, pixel_values: torch.Tensor, domain: str | None = None) -> torch.Tensor:
         raise NotImplementedError
 
-    def new_task(self) -> SharedTask:
-        """A new, unfitted task on this model's backbone, for serving many users or many problems at once."""
-        return SharedTask(self)
-
     def load_task(self, path: str | Path) -> SharedTask:
         """Load a task that `SharedTask.save` wrote. The file is not trusted.
 

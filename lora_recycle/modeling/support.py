@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from ..errors import DataError
 from ..images.decode import local_path
-from ..images.sources import dataset_source, open_source
+from ..images.sources import SPLITS, dataset_source, open_source
 from ..images.tables import (
     IMAGE_COLUMNS,
     LABEL_COLUMNS,
@@ -42,6 +42,13 @@ def support_set(images: Any, labels: Sequence[Any] | None, columns: Columns = NO
     Raises:
         DataError: another number of labels, labels that are no names or numbers, or none and none to be found.
     """
+    return labelled_images(images, labels, columns, LEARNING_FIRST)
+
+
+def labelled_images(
+    images: Any, labels: Sequence[Any] | None, columns: Columns = NO_COLUMNS, order: Sequence[str] = SPLITS
+) -> tuple[Any, list[Any]]:
+    """As `support_set`, of images that are there to be judged: of several splits, the first of `order`."""
     if isinstance(labels, str):
         raise DataError(
             f"Labels must be one for each image, got the text {labels!r}. A column of a table is named as "
@@ -58,7 +65,7 @@ def support_set(images: Any, labels: Sequence[Any] | None, columns: Columns = NO
         return _of_classes(images)
     if are_pairs(images) or (isinstance(images, Dataset) and hasattr(images, "__len__")):
         return _of_pairs(images)
-    source = _labelled_source(images, columns)
+    source = _labelled_source(images, columns, order)
     numbers, label_names = source.classes()
     return source, [label_names[number] for number in numbers.tolist()]
 
@@ -108,14 +115,14 @@ def class_numbers(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return labels.long()
 
 
-def _labelled_source(images: Any, columns: Columns) -> ImageSource:
+def _labelled_source(images: Any, columns: Columns, order: Sequence[str]) -> ImageSource:
     if is_frame(images):
         return frame_source(images, labelled=True, columns=columns)
     if is_dataset(images):
-        return dataset_source(images, labelled=True, order=LEARNING_FIRST, columns=columns)
+        return dataset_source(images, labelled=True, order=order, columns=columns)
     if isinstance(images, (str, Path)):
         path = local_path(images) if "://" in str(images) else images
-        return open_source(path, order=LEARNING_FIRST, columns=columns)
+        return open_source(path, order=order, columns=columns)
     as_batch(images)  # which says what is wrong with what is no images at all
     raise DataError(
         "Labels are missing: pass one for each image, or a folder with one folder of images for each class."
@@ -146,6 +153,20 @@ def check_labels(labels: Iterable[Any]) -> None:
             if known != (kind, label):
                 one, other = sorted((repr(known[1]), repr(label)))
                 raise DataError(f"The labels {one} and {other} would pass for one class. Give all labels one type.")
+
+
+def check_known_labels(labels: Sequence[Any], known: Sequence[Any]) -> None:
+    """Raise `DataError` where there are no labels, or one that is none of the `known`."""
+    if not labels:
+        raise DataError("There are no images to judge.")
+    kinds = {(type(label), label) for label in known}
+    strange = dict.fromkeys(repr(label) for label in labels if (type(label), label) not in kinds)
+    if strange:
+        shown, few = ", ".join(list(strange)[:5]), ", ".join(map(repr, known[:9]))
+        raise DataError(
+            f"The task does not know the label {shown}: it was fitted to {few}{', ...' if len(known) > 9 else ''}. "
+            "Give the same names to both, or fit the class too."
+        )
 
 
 def without_failures(labels: list[Any], failures: dict[int, str]) -> list[Any]:

@@ -49,6 +49,13 @@ def adapter_network(backbone: Backbone, config: TaskTuningConfig) -> TaskNetwork
     return TaskNetwork(backbone, learning, last)
 
 
+def chosen_config(given: TaskTuningConfig | dict[str, Any] | None, head: FewShotHead) -> TaskTuningConfig:
+    """What `tune` was given; a dictionary changes some of the defaults."""
+    if isinstance(given, dict):
+        return TaskTuningConfig.from_dict(default_config(head).to_dict() | given, "tune")
+    return given or default_config(head)
+
+
 def tuned_task(
     network: TaskNetwork, head: FewShotHead, images: Any, names: list[Any], config: TaskTuningConfig
 ) -> FewShotTask:

@@ -165,6 +165,10 @@ class AdapterPool:
         for member in self._members:
             member.require_head(self.backbone)
 
+    def __repr__(self) -> str:
+        skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
+        return f"AdapterPool({len(self)} adapters of {self.backbone.name!r}{skipped})"
+
     def __len__(self) -> int:
         return len(self._members)
 

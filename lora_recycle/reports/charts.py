@@ -75,27 +75,33 @@ def _averaged(values: list[float]) -> list[tuple[float, float]]:
 
 
 def bars(group: Sequence[Mapping[str, Any]]) -> Markup:
-    """Horizontal accuracy bars of the methods on one data set and number of shots; `meta-lora` is hatched."""
+    """Horizontal accuracy bars of the methods on one data set and number of shots; `meta-lora` is hatched.
+
+    The axis begins at the ten below the least interval, so that differences can be seen; it says where.
+    """
     first = group[0]
+    low = 10.0 * math.floor(max(0.0, min(row["accuracy"] - row["ci95"] for row in group)) / 10)
     top = min(100.0, 10.0 * math.ceil(max(row["accuracy"] + row["ci95"] for row in group) / 10)) or 10.0
-    scale, bottom = 185 / top, 10 + 24 * len(group)
+    low = low if low < top else 0.0
+    scale, bottom, chance = 185 / (top - low), 10 + 24 * len(group), 100 / first["ways"]
     return render(
         "bars.html",
         heading=f"{first['data']}, {first['ways']}-way {first['shots']}-shot",
-        bars=[_bar(row, 10 + 24 * number, scale) for number, row in enumerate(group)],
+        bars=[_bar(row, 10 + 24 * number, low, scale) for number, row in enumerate(group)],
         bottom=bottom,
-        chance=f"M{110 + 100 / first['ways'] * scale:.1f} 4V{bottom}",
+        chance=f"M{110 + (chance - low) * scale:.1f} 4V{bottom}" if chance >= low else None,
+        low=f"{low:g}",
         top=f"{top:g}",
     )
 
 
-def _bar(row: Mapping[str, Any], y: int, scale: float) -> dict[str, Any]:
-    low, high = (110 + max(0.0, row["accuracy"] + sign * row["ci95"]) * scale for sign in (-1, 1))
+def _bar(row: Mapping[str, Any], y: int, start: float, scale: float) -> dict[str, Any]:
+    low, high = (110 + max(0.0, row["accuracy"] + sign * row["ci95"] - start) * scale for sign in (-1, 1))
     return {
         "method": row["method"],
         "strong": row["method"] == "meta-lora",
         "y": y,
-        "width": f"{row['accuracy'] * scale:.1f}",
+        "width": f"{(row['accuracy'] - start) * scale:.1f}",
         "error": f"M{low:.1f} {y + 8}H{high:.1f}M{low:.1f} {y + 4}v8M{high:.1f} {y + 4}v8",
         "figure": f"{row['accuracy']:.1f} ± {row['ci95']:.1f}",
     }
@@ -117,9 +123,11 @@ def scatter(heading: str, points: torch.Tensor, labels: Sequence[str], kinds: Se
     members: dict[tuple[str, str], list[int]] = {}
     for number, key in enumerate(zip(kinds, labels, strict=True)):
         members.setdefault(key, []).append(number)
-    names, spokes, marks = list(dict.fromkeys(kinds)), [], []
+    names, spokes, marks, middles = list(dict.fromkeys(kinds)), [], [], []
     for (kind, label), numbers in members.items():
         x, y = placed[numbers].mean(0).tolist()
+        name = label.partition(" (")[0]
+        middles.append({"x": f"{x:.1f}", "y": f"{y:.1f}", "name": name if len(name) <= 14 else f"{name[:13]}…"})
         for px, py in placed[numbers].tolist():
             spokes.append(f"M{x:.1f} {y:.1f}L{px:.1f} {py:.1f}")
             outline = f"M{px:.1f} {py:.1f}{_MARKS[names.index(kind)]}"
@@ -132,4 +140,5 @@ def scatter(heading: str, points: torch.Tensor, labels: Sequence[str], kinds: Se
         height=_MAP_HEIGHT,
         spokes="".join(spokes),
         marks=marks,
+        middles=middles,
     )

@@ -7,7 +7,9 @@ it is.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import json
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +51,9 @@ def page(title: str, sections: Sequence[tuple[str, str]], style: str = "", patte
     return str(render("page.html", sections=sections, **frame))
 
 
-def write_page(path: str | Path, title: str, sections: Sequence[tuple[str, str]]) -> Path:
+def write_page(path: str | Path, title: str, sections: Sequence[tuple[str, str]], style: str = "") -> Path:
     """Write a page whose charts may hatch, atomically, and return its path."""
-    atomic_write(Path(path), utf8(page(title, sections, patterns=True)))
+    atomic_write(Path(path), utf8(page(title, sections, Markup(style), patterns=True)))
     return Path(path)
 
 
@@ -69,6 +71,20 @@ def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[object]],
 def preformatted(text: str) -> Markup:
     """Text as it is."""
     return Markup("<pre>{}</pre>").format(text)
+
+
+def folded(summary: str, values: Mapping[str, Any]) -> Markup:
+    """Settings as JSON, numbers rounded to four digits, behind a line that opens them."""
+    text = json.dumps(_rounded(values), indent=1, default=str)
+    return Markup("<details><summary>{}</summary><pre>{}</pre></details>\n").format(summary, text)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.4g}") if math.isfinite(value) else str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _rounded(inner) for key, inner in value.items()}
+    return [_rounded(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def paragraph(text: str) -> Markup:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from ..runtime.terminal import counted
 from ..surrogate.dataset import SurrogateDataset, evenly_spread
 from .charts import charts, scatter
 from .gallery import gallery
-from .html_page import paragraph, preformatted, table, write_page
+from .html_page import folded, paragraph, table, write_page
 from .maps import principal_map, share_nearest_to_own, share_same_neighbour, turned
 
 
@@ -95,12 +94,11 @@ def write_surrogate_page(
     kept = None if patch_size is None else sample.kept_tokens
     scores = [(s["adapter"]["name"], s["num_images"], s["accuracy"], s["confidence"]) for s in shards]
     caption = "Accuracy: share of the images that their adapter classifies as intended."
-    settings = json.dumps(surrogate.manifest.get("config", {}), indent=2)
     sections = [
         ("Images", gallery(sample.pixels, captions, kept, patch_size, note)),
         ("Map of the embeddings", "" if images is None else _maps(images, views) + _agreement(surrogate, views)),
         ("Adapters", table(caption, ("adapter", "images", "accuracy", "confidence"), scores)),
-        ("Settings", preformatted(settings)),
+        ("Settings", folded("Settings of the run, as JSON", surrogate.manifest.get("config", {}))),
     ]
     title = f"{counted(len(surrogate), 'surrogate image')} of {counted(surrogate.num_shards, 'adapter')}"
     return write_page(path, title, sections)
@@ -130,8 +128,8 @@ def _maps(images: MapImages, views: Sequence[tuple[str, Backbone]]) -> Markup:
         figures.append(scatter(heading, turned(points, first), images.labels, images.kinds))
         rows.append((name, *(_share(features, images, kind) for kind in dict.fromkeys(images.kinds))))
     note = paragraph(
-        "Principal components of the embeddings. A line leads from each image to the middle of its class; names show "
-        "under the pointer."
+        "Principal components of the embeddings. A line leads from each image to the middle of its class, where its "
+        "name stands."
     )
     caption = (
         "Per cent of images nearest to the prototype of their own class among those of its kind, in all dimensions."

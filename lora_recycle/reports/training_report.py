@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from ..hub.cards import usage_lines
 from ..runtime.terminal import counted
 from .charts import bars, charts, curve
 from .gallery import gallery
-from .html_page import paragraph, preformatted, table, write_page
+from .html_page import folded, paragraph, table, write_page
 
 
 if TYPE_CHECKING:
@@ -48,6 +47,7 @@ def write_report(
     usage: str,
     rows: Sequence[Mapping[str, Any]] = (),
     judged: Mapping[str, Any] | None = None,
+    verdict: str = "",
 ) -> Path:
     """Write the page atomically and return its path.
 
@@ -62,6 +62,7 @@ def write_report(
         usage (`str`): the Python lines that use the result.
         rows (`Sequence[Mapping]`, *optional*): rows of `evaluation.results.summarise`.
         judged (`Mapping`, *optional*): `judged` of the sidecar, `CheckpointSelection.to_dict`.
+        verdict (`str`, *optional*): what is kept and on which evidence, in a sentence; the page begins with it.
 
     Raises:
         DataError: images, labels and masks do not match.
@@ -70,11 +71,12 @@ def write_report(
     note = "Made from the adapters alone."
     figures = [curve(name, values) for name, values in curves.items()] + ([_judged_curve(judged)] if judged else [])
     sections = [
+        ("Result", paragraph(verdict) if verdict else ""),
         ("Accuracy on real images", _accuracy(rows)),
         ("Training curves", charts(figures)),
         ("Surrogate images", gallery(surrogate_images, surrogate_labels, kept_tokens, patch_size, note)),
         ("Use it", Markup("<pre><code>{}</code></pre>").format(usage)),
-        ("Settings", preformatted(json.dumps(config, indent=2, default=str))),
+        ("Settings", folded("Settings of the run, as JSON", config)),
     ]
     return write_page(path, title, sections)
 
@@ -113,6 +115,7 @@ def write_training_report(
         config={"backbone": pool.backbone.name, "pool": count, **shown},
         usage=usage_lines(str(meta_lora)),
         judged=settings.get("judged"),
+        verdict="" if trainer.selection is None else trainer.selection.verdict(),
     )
 
 
@@ -143,7 +146,9 @@ def _accuracy(rows: Sequence[Mapping[str, Any]]) -> Markup:
         groups.setdefault((row["data"], row["ways"], row["shots"]), []).append(row)
     methods = [name for name in _METHODS if any(row["method"] == name for row in rows)]
     known = Markup("; ").join(Markup("<em>{}</em>: {}").format(name, _METHODS[name]) for name in methods)
-    note = paragraph("Hatched: the meta-LoRA. Lines on the bars: 95% intervals. Dashed: chance.")
+    note = paragraph(
+        "Hatched: the meta-LoRA. Lines on the bars: 95% intervals. Dashed: chance. Bars begin where the axis says."
+    )
     note += Markup("<p>{}.</p>\n").format(known)
     caption, header = "Per cent, with 95% intervals; differences are paired.", list(_COLUMNS)
     lines = [_accuracy_row(row) for row in rows]

@@ -65,6 +65,19 @@ class RecipeConfig:
         return cls(**values)
 
     @classmethod
+    def of(cls, given: Self | Mapping[str, Any] | None) -> Self:
+        """A config as users hand it over: one, a dictionary of its settings, or None for the defaults.
+
+        Raises:
+            ConfigError: as `from_dict`, or something else.
+        """
+        if given is None or isinstance(given, Mapping):
+            return cls.from_dict(dict(given or {}), cls.__name__)
+        if not isinstance(given, cls):
+            raise ConfigError(f"config must be {cls.__name__} or a dictionary, got a {type(given).__name__}.")
+        return given
+
+    @classmethod
     def from_yaml(cls, path: str | Path) -> Self:
         return cls.from_dict(read_yaml(path), where=str(path))
 

@@ -180,6 +180,9 @@ class SurrogateDataset:
             raise DataError(f"{folder}: no readable {MANIFEST} ({error}). Is the inversion finished?") from error
         return cls(folder, manifest)
 
+    def __repr__(self) -> str:
+        return f"SurrogateDataset({len(self)} images of {self.num_shards} adapters in {str(self.folder)!r})"
+
     def __len__(self) -> int:
         """Number of images."""
         return sum(entry["num_images"] for entry in self.manifest["shards"])

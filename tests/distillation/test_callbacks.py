@@ -1,8 +1,10 @@
 """Who looks on while a meta-LoRA is trained."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from lora_recycle.distillation.callbacks import Trackers, TrainerCallback
+from lora_recycle.distillation.callbacks import ProgressBar, Trackers, TrainerCallback
 from lora_recycle.distillation.config import DistillationConfig
 from lora_recycle.distillation.trainer import MetaLoRATrainer
 from lora_recycle.errors import ConfigError
@@ -72,8 +74,8 @@ def test_tensorboard_gets_the_numbers_of_every_step(tiny_pool, tiny_surrogate, t
     trainer.train(progress=False)
     events = loader.EventAccumulator(str(tmp_path / "lora_recycle"))
     events.Reload()
-    assert set(events.Tags()["scalars"]) >= {"relational", "loss", "grad_norm", "lr", "skipped", "judged"}
-    assert [event.step for event in events.Scalars("judged")] == [0, 12]
+    assert set(events.Tags()["scalars"]) >= {"relational", "loss", "grad_norm", "lr", "skipped", "held_out_error"}
+    assert [event.step for event in events.Scalars("held_out_error")] == [0, 12]
     found = events.Scalars("relational")
     assert [event.step for event in found] == list(range(12))
     assert [event.value for event in found] == pytest.approx(trainer.history["relational"])
@@ -84,3 +86,9 @@ def test_trackers_that_are_not_there(tmp_path, monkeypatch, name, told):
     monkeypatch.setattr("accelerate.tracking._available_trackers", [])
     with pytest.raises(ConfigError, match=told):
         Trackers([name], tmp_path)
+
+
+def test_the_bar_calls_an_error_an_error():
+    bar = ProgressBar()
+    bar.on_evaluate(SimpleNamespace(selection=SimpleNamespace(best_step=20)), 20, 66.94)
+    assert bar._evaluated == {"held_out_error": "66.9%", "best_step": "20"}

@@ -125,3 +125,18 @@ def test_images_and_labels_must_match(tmp_path):
         write(tmp_path / "report.html", surrogate_labels=["cat"])
     with pytest.raises(DataError, match="must be uint8"):
         write(tmp_path / "report.html", surrogate_images=torch.zeros(2, 3, 8, 8))
+
+
+def test_the_page_opens_with_the_verdict_and_folds_rounded_settings(tmp_path):
+    page = write(tmp_path / "report.html", verdict="The average is kept.", config={"lr": 0.1 + 0.2, "steps": 10})
+    assert page.index("The average is kept.") < page.index("Accuracy on real images")
+    folded = page.split("<details>")[1].split("</details>")[0]
+    assert "0.3" in folded and "0.30000" not in page
+
+
+def test_bars_begin_where_differences_can_be_seen(tmp_path):
+    near = summarise({"frozen": torch.tensor([90.0, 91.0]), "meta-lora": torch.tensor([95.0, 96.0])}, "digits", 5, 1)
+    page = write(tmp_path / "report.html", rows=near)
+    widths = [float(width) for width in re.findall(r'class="bar[^"]*" x="110" y="\d+" width="([\d.]+)"', page)]
+    assert len(widths) == 2 and widths[1] > 1.3 * widths[0]
+    assert ">80</text>" in page and 'class="chance"' not in page  # the axis says where it begins

@@ -6,6 +6,7 @@ import pytest
 
 from lora_recycle.distillation.config import DistillationConfig
 from lora_recycle.errors import ConfigError
+from lora_recycle.evaluation.config import EvaluationConfig
 from lora_recycle.inversion.config import InversionConfig
 from lora_recycle.pool.config import AdapterTrainingConfig
 from lora_recycle.runtime.config import read_yaml
@@ -152,3 +153,13 @@ def test_yaml_that_python_cannot_hold(tmp_path, text):
     (tmp_path / "recipe.yaml").write_text(text)
     with pytest.raises(ConfigError, match="recipe.yaml: not valid YAML"):
         read_yaml(tmp_path / "recipe.yaml")
+
+
+def test_a_dictionary_is_taken_for_a_config():
+    given = EvaluationConfig(ways=3)
+    assert EvaluationConfig.of({"ways": 3}) == given and EvaluationConfig.of(given) is given
+    assert EvaluationConfig.of(None) == EvaluationConfig()
+    with pytest.raises(ConfigError, match="unknown key 'way'"):
+        EvaluationConfig.of({"way": 3})
+    with pytest.raises(ConfigError, match="must be EvaluationConfig or a dictionary, got a list"):
+        EvaluationConfig.of([3])
