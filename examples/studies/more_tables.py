@@ -1,5 +1,6 @@
 """Tables of the documentation, from what small_files.py, adapter_types.py, fscil.py, rejection.py, choose_adapters.py,
-group_weights.py, shares.py, choose_without_images.py, second_backbone.py, domains.py and ablations.py wrote."""
+group_weights.py, shares.py, choose_without_images.py, second_backbone.py, domains.py, better_experts.py and
+ablations.py wrote."""
 
 import json
 from pathlib import Path
@@ -18,6 +19,7 @@ def more_tables(results: Path) -> dict[str, str]:
         "figures": figures,
         "second_backbone": second_backbone,
         "domains": domains,
+        "better_experts": better_experts,
     }
     paths = {name: results / f"{name}.json" for name in makers}
     found = {name: makers[name](json.loads(path.read_text())) for name, path in paths.items() if path.exists()}
@@ -84,6 +86,20 @@ def domains(found: dict) -> str:
         shares = [f"{d} " + " / ".join(f"{row['chosen'].get(d, 0):.0%}" for row in own) for d in chosen]
         rows.append([name, *(gain if gain != " / " else "-" for gain in gains), over, ", ".join(shares)])
     return markdown(["data", *methods, "chosen over shared", "what was chosen"], rows)
+
+
+def better_experts(found: dict) -> str:
+    """Differences to the average of a domain's adapters at 1 and 5 shots, a line for each domain."""
+    cells = {(row["domain"], row["shots"]): row for row in found["rows"]}
+    variants, rows = list(found["rows"][0]["over the average"]), []
+    for name in dict.fromkeys(row["domain"] for row in found["rows"]):
+        own = [cells[name, shots] for shots in (1, 5)]
+        gain = " / ".join(f"{row['gain'][0]:+.1f}" for row in own)
+        over = [
+            " / ".join("{:+.2f} ± {:.2f}".format(*row["over the average"][key]) for row in own) for key in variants
+        ]
+        rows.append([name, gain, *over])
+    return markdown(["domain", "average, over frozen", *variants], rows)
 
 
 def shares(found: dict) -> str:
