@@ -23,7 +23,7 @@ from PIL import Image
 from lora_recycle import __all__
 from lora_recycle.backbones.families import FAMILIES, TOWERS
 from lora_recycle.cli.main import build_parser, main
-from lora_recycle.evaluation import evaluate as evaluation
+from lora_recycle.evaluation import engine
 from lora_recycle.fewshot.episodes import sample_episodes
 from lora_recycle.fewshot.heads import HEADS
 from lora_recycle.merging import __all__ as merging_methods
@@ -47,7 +47,7 @@ PREPARED = ("docs/app.md", "docs/more.md", "docs/pictures.md")
 TESTED = {
     "docs/hub.md": ("tests/hub/test_docs.py", "tests/cli/test_hub_commands.py"),
     "docs/teachers.md": ("tests/adapters/test_teachers_page.py",),
-    "docs/methods.md": ("tests/merging/test_docs.py",),
+    "docs/baselines.md": ("tests/merging/test_docs.py",),
 }
 #: The most of each setting that is used here, so that a page takes seconds.
 SMALL = {"images_per_class": 2, "iterations": 2, "steps": 2, "rank": 4, "relational_batch": 12, "epochs": 1}
@@ -110,7 +110,7 @@ def small(monkeypatch):
         return sample_episodes(labels, ways, shots, 3, 20, *rest)
 
     monkeypatch.setattr(RecipeConfig, "__post_init__", cap)
-    monkeypatch.setattr(evaluation, "sample_episodes", few)
+    monkeypatch.setattr(engine, "sample_episodes", few)
     registries = [(registry, dict(registry)) for registry in (HEADS, FAMILIES, TOWERS)]
     yield
     for registry, known in registries:
@@ -120,7 +120,7 @@ def small(monkeypatch):
 
 @pytest.fixture(scope="session")
 def shelf(tmp_path_factory, tiny_pool, tiny_pool_path):
-    """What pages talk about: adapters/, photos/, images/, single images, a recipe. Copied for each page."""
+    """What pages talk about: adapters/, photos/, images/, test/, single images, a recipe. Copied for each page."""
     folder = tmp_path_factory.mktemp("docs")
     colours = torch.randint(0, 200, (len(CLASSES), 3), generator=torch.Generator().manual_seed(0)).tolist()
     for name, colour in zip(CLASSES, colours, strict=True):
@@ -133,6 +133,7 @@ def shelf(tmp_path_factory, tiny_pool, tiny_pool_path):
     shutil.copy(folder / "photos" / "dog" / "5.jpg", folder / "new.jpg")
     shutil.copytree(folder / "photos" / "dog", folder / "new")
     shutil.copytree(folder / "photos", folder / "images")
+    shutil.copytree(folder / "photos", folder / "test")
     for name in ("adapter-0", "adapter-1"):  # the plain LoRAs, which load at once
         shutil.copytree(tiny_pool_path / name, folder / "adapters" / name)
     for config in folder.glob("adapters/*/adapter_config.json"):

@@ -1,4 +1,4 @@
-"""docs/methods.md: its Python runs in its order, and its tables name every method that there is."""
+"""docs/baselines.md: its Python runs in its order, and its tables name every method that there is."""
 
 import re
 import shutil
@@ -10,7 +10,7 @@ from lora_recycle.cli.evaluate import EPILOG
 from lora_recycle.evaluation.config import all_methods
 
 
-PAGE = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "baselines.md").read_text(encoding="utf-8")
 
 
 def test_the_python_of_the_page(tiny_pool_path, tmp_path, monkeypatch):
@@ -18,7 +18,7 @@ def test_the_python_of_the_page(tiny_pool_path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}
     for code in re.findall(r"^```python\n(.*?)^```$", PAGE, re.M | re.S):
-        exec(compile(code, f"docs/methods.md: {code.splitlines()[0]}", "exec"), names)
+        exec(compile(code, f"docs/baselines.md: {code.splitlines()[0]}", "exec"), names)
     assert names["scores"].shape == (4, 2) and names["features"].shape == (4, 32)
     assert len(names["surrogate"]) == 32
     with safe_open("ties/adapter_model.safetensors", "pt") as file:
