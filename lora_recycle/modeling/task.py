@@ -14,7 +14,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import AdapterError
-from ..fewshot.calibration import FACTORS, support_factor
 from ..fewshot.domains import SHARED, DomainChoice
 from ..fewshot.heads import HEADS, FewShotHead
 from ..hub.repo_files import MAX_CLASSES
@@ -37,14 +36,12 @@ class FewShotTask:
         statistics: what the head keeps of the support set, so that images can be added later.
         prepared: what the head scores queries with.
         domain: whose network saw the images; None of a model without experts, which has one network.
-        factor: of the head's temperature, by which scores are divided: see [`fewshot.calibration.support_factor`].
     """
 
     label_names: list[Any]
     statistics: dict[str, torch.Tensor]
     prepared: dict[str, torch.Tensor]
     domain: DomainChoice | None = None
-    factor: float = 1.0
 
     @property
     def network(self) -> str:
@@ -61,7 +58,7 @@ class FewShotTask:
         domain: DomainChoice | None = None,
     ) -> FewShotTask:
         """Embeddings (N, D) by the network of `domain` and their N labels, added to those of an `earlier` task, which
-        keeps its domain and its factor."""
+        keeps its domain."""
         known = earlier.label_names if earlier else []
         check_labels([*known, *labels])
         names = known + sorted(set(labels) - set(known), key=lambda label: (str(type(label)), label))
@@ -70,22 +67,18 @@ class FewShotTask:
         statistics = head.statistics(features, index, len(names))
         if earlier:
             statistics = head.merged(earlier.statistics, statistics)
-            return dataclasses.replace(
-                earlier, label_names=names, statistics=statistics, prepared=head.prepare(statistics)
-            )
-        factor = support_factor(head, features, index, len(names))
-        return cls(names, statistics, head.prepare(statistics), domain, factor)
+        return cls(names, statistics, head.prepare(statistics), earlier.domain if earlier else domain)
 
     def logits(self, features: torch.Tensor, head: FewShotHead) -> torch.Tensor:
         """(Q, D) to (Q, C), float32."""
         prepared = {name: value.to(features.device) for name, value in self.prepared.items()}
-        return head.logits(features.float(), prepared) / self.factor
+        return head.logits(features.float(), prepared)
 
 
 def save_task(path: Path, task: FewShotTask) -> None:
     """Write a task atomically."""
     tensors = {name: value.cpu().contiguous() for name, value in task.statistics.items()}
-    header: dict[str, Any] = {"label_names": task.label_names, "factor": task.factor}
+    header: dict[str, Any] = {"label_names": task.label_names}
     if task.domain is not None:
         header["domain"] = dataclasses.asdict(task.domain)
     atomic_save_tensors(path, tensors, json.dumps(header))
@@ -125,14 +118,13 @@ def load_task(path: Path, head: FewShotHead, width: int, domains: Sequence[str] 
         with safe_open(path, "pt") as file:
             header = parse_json((file.metadata() or {})["header"])
             names, domain = header["label_names"], _domain(header.get("domain"), domains)
-            factor = _factor(header.get("factor", 1.0))  # earlier versions wrote none, and answered as with 1
             _check_names(names)
             _check_shapes(shapes, head, len(names), width)
             statistics = {name: file.get_tensor(name) for name in shapes}
         _check_values(statistics, len(names))
         prepared = head.prepare(statistics)
         _check_finite(prepared)  # finite numbers may be too large
-        return FewShotTask(names, statistics, prepared, domain, factor)
+        return FewShotTask(names, statistics, prepared, domain)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise AdapterError(f"{path}: the fitted task cannot be read ({error!r}). Delete the file.") from error
 
@@ -151,13 +143,6 @@ def _domain(found: Any, domains: Sequence[str]) -> DomainChoice | None:
         raise ValueError("the scores of its domains are no numbers")
     kept = ("separability", "displacement")
     return DomainChoice(name, {expert: {key: row[key] for key in kept} for expert, row in scores.items()})
-
-
-def _factor(found: Any) -> float:
-    """Raises `ValueError` where it is no factor that [`support_factor`] gives."""
-    if not isinstance(found, float) or not min(FACTORS) <= found <= max(FACTORS):
-        raise ValueError(f"the factor of its temperature is no number from {min(FACTORS):g} to {max(FACTORS):g}")
-    return found
 
 
 def _is_of_another_head(shapes: dict[str, tuple[int, ...]], head: FewShotHead) -> bool:

@@ -1,19 +1,16 @@
 """What users of scikit-learn and transformers expect of a model."""
 
-import json
 import warnings
 
 import pytest
 import sklearn
 import torch
-from safetensors import safe_open
 from sklearn.model_selection import cross_val_score
 
 from lora_recycle import MetaLoRAForFewShotClassification
 from lora_recycle.backbones.base_models import BaseModel
-from lora_recycle.errors import AdapterError, ConfigError, DataError
+from lora_recycle.errors import ConfigError, DataError
 from lora_recycle.pool.training import load_classifier
-from lora_recycle.runtime.files import atomic_save_tensors
 
 
 @pytest.fixture(scope="module")
@@ -60,25 +57,6 @@ def test_a_frozen_backbone_is_a_model_without_anything_to_save_or_tune(frozen, p
     with pytest.raises(ConfigError, match="no adapter to tune"):
         frozen.tune(images, labels)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_task_keeps_its_factor_and_earlier_files_have_none(frozen, photos, tmp_path):
-    images, labels = photos
-    task = frozen.new_task().fit(images[::8], labels[::8])
-    assert task._task.factor != 1
-    task.save(tmp_path / "task.safetensors")
-    loaded = frozen.load_task(tmp_path / "task.safetensors")
-    assert torch.equal(loaded.predict_proba(images), task.predict_proba(images))
-    with safe_open(tmp_path / "task.safetensors", "pt") as file:
-        header = json.loads(file.metadata()["header"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    earlier = {key: value for key, value in header.items() if key != "factor"}
-    atomic_save_tensors(tmp_path / "earlier.safetensors", tensors, json.dumps(earlier))
-    older = frozen.load_task(tmp_path / "earlier.safetensors")
-    assert older._task.factor == 1 and older.predict(images) == task.predict(images)
-    atomic_save_tensors(tmp_path / "wrong.safetensors", tensors, json.dumps(header | {"factor": 1e9}))
-    with pytest.raises(AdapterError, match="factor of its temperature"):
-        frozen.load_task(tmp_path / "wrong.safetensors")
 
 
 def test_reprs_are_short(frozen, photos):
