@@ -139,6 +139,8 @@ def use_meta_lora(work: Path) -> None:
     assert "n0" in succeed("predict", meta, "--support", work / "photos", work / "photos" / "n0")
     for format in ("torch", "transformers"):
         succeed("export", meta, "--format", format, "--output", work / format)
+    adapter = next(path for path in sorted((work / "pool").iterdir()) if path.is_dir())
+    succeed("extract", adapter, "--rank", 2, "--output", work / "extracted")
     succeed("quantize", meta, "--bits", 8, "--output", work / "small")
     succeed("push", meta, "owner/meta")
     assert "byte-identical" in succeed("reproduce", meta, work / "pool", "--output", work / "again")

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shlex
 from typing import Any
 
-from .common import Subparsers, add_base_model_argument, add_device_argument, echo, hint
+from .common import (
+    Subparsers,
+    add_base_model_argument,
+    add_device_argument,
+    add_json_argument,
+    check_json,
+    checked_device,
+    hint,
+    result,
+)
 
 
 EPILOG = """\
@@ -33,6 +43,7 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="new folder for the adapter")
     parser.add_argument("--data", metavar="PATH", help="labelled images, in class folders, to compare accuracies on")
+    add_json_argument(parser, "rank, energy and accuracies")
     add_base_model_argument(parser)
     add_device_argument(parser)
     return parser
@@ -40,9 +51,9 @@ def add_parser(subparsers: Subparsers, **options: Any) -> argparse.ArgumentParse
 
 def run(args: argparse.Namespace) -> None:
     from ..pool.extraction import extract
-    from .common import checked_device
 
-    result = extract(
+    check_json(args, "energy")
+    found = extract(
         args.checkpoint,
         args.output,
         args.rank,
@@ -52,10 +63,11 @@ def run(args: argparse.Namespace) -> None:
         data=args.data,
         device=checked_device(args.device),
     )
-    echo(
-        f"{result.folder}: rank {result.rank} holds {100 * result.energy:.1f}% of the squared change of the layers; "
-        f"{100 * result.left_out:.1f}% of the whole change is in norms, biases and embeddings, which no LoRA holds"
+    told = (
+        f"{found.folder}: rank {found.rank} holds {100 * found.energy:.1f}% of the squared change of the layers; "
+        f"{100 * found.left_out:.1f}% of the whole change is in norms, biases and embeddings, which no LoRA holds"
     )
-    if result.accuracy is not None:
-        echo(f"accuracy: {result.accuracy[0]:.2f}% of the checkpoint, {result.accuracy[1]:.2f}% of the adapter")
+    if found.accuracy is not None:
+        told += f"\naccuracy: {found.accuracy[0]:.2f}% of the checkpoint, {found.accuracy[1]:.2f}% of the adapter"
+    result(args, {**dataclasses.asdict(found), "folder": str(found.folder)}, told)
     hint(f"lora-recycle inspect {shlex.quote(args.output)}")

@@ -268,7 +268,7 @@ def files(world: World) -> Iterator[list[Case]]:
 
         def classify() -> None:
             begun = time.perf_counter()
-            with mock.patch("lora_recycle.modeling.meta_lora.pixel_batches", waited):
+            with mock.patch("lora_recycle.modeling.networks.pixel_batches", waited):
                 model.embed(paths, size)
             seconds["all"] += time.perf_counter() - begun
 
