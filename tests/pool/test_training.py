@@ -176,12 +176,18 @@ def test_a_folder_of_the_user_is_not_replaced(image_folder, tiny_backbone_path, 
     with pytest.raises(StorageError, match=r"pool: holds other files \(images-001\), which is not replaced"):
         train_adapters(image_folder, tmp_path / "pool", config, str(tiny_backbone_path), progress=False)
     assert [path.name for path in (tmp_path / "pool").rglob("*")] == ["images-001", "holiday.jpg"]  # told at once
-    (mine / "holiday.jpg").unlink()
+    shutil.rmtree(mine)
     with file_size_limit(1000), pytest.raises(StorageError, match="images-000 cannot be written: File too large"):
         train_adapters(image_folder, tmp_path / "pool", config, str(tiny_backbone_path), progress=False)
-    assert [path.name for path in (tmp_path / "pool").rglob("*")] == ["images-001"]
+    assert list((tmp_path / "pool").rglob("*")) == []
     train_adapters(image_folder, tmp_path / "pool", config, str(tiny_backbone_path), progress=False)
     assert len(find_adapters(tmp_path / "pool")) == 2
+    shutil.rmtree(mine)
+    mine.mkdir()
+    (mine / "holiday.jpg").touch()  # now beside an adapter of ours
+    with pytest.raises(StorageError, match=r"images-001: holds other files \(holiday.jpg\), which is not replaced"):
+        train_adapters(image_folder, tmp_path / "pool", config, str(tiny_backbone_path), progress=False)
+    assert [path.name for path in mine.iterdir()] == ["holiday.jpg"]
 
 
 def test_too_few_classes(image_folder, tiny_backbone_path, tmp_path):
