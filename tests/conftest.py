@@ -41,6 +41,7 @@ from accelerate.state import AcceleratorState  # noqa: E402
 from helpers_tiny import TINY_LAYERS, GivenImages, save_tiny_adapter, save_tiny_backbone, toy_images  # noqa: E402
 
 from lora_recycle.backbones.backbone import Backbone  # noqa: E402
+from lora_recycle.cli.main import main  # noqa: E402
 from lora_recycle.distillation.config import DistillationConfig  # noqa: E402
 from lora_recycle.distillation.trainer import MetaLoRATrainer  # noqa: E402
 from lora_recycle.hub import download  # noqa: E402
@@ -196,3 +197,16 @@ def launched_with_bf16(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs one command: exit code, stdout and stderr."""
+
+    def command(*arguments):
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return command

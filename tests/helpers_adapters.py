@@ -28,6 +28,9 @@ SIZES = {
     "image_size": 32,
     "patch_size": 8,
 }
+#: The text half of a tiny CLIP or SigLIP.
+TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 9}
+TEXT |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 ATTENTION = ["q_proj", "v_proj"]
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 #: Paths of transformers 5 below a ViT layer -> paths of transformers 4.

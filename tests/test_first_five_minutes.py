@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lora_recycle import MetaLoRAForFewShotClassification
 from lora_recycle.app.session import FewShotSession
 from lora_recycle.cli.common import table
-from lora_recycle.cli.main import build_parser, main
+from lora_recycle.cli.main import build_parser
 from lora_recycle.errors import DataError
 from lora_recycle.hub.embedded import backbone_path, meta_lora_path
 from lora_recycle.images import decode
@@ -76,18 +76,6 @@ def broken(copied):
     """The photos, one of which is none."""
     (copied / "cat" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut")
     return copied
-
-
-@pytest.fixture
-def run(capsys):
-    """Runs a command: exit code, stdout, stderr."""
-
-    def command(*words):
-        capsys.readouterr()
-        code = main([str(word) for word in words])
-        return code, *capsys.readouterr()
-
-    return command
 
 
 # Inputs

@@ -16,7 +16,6 @@ Groups of more than a thousand adapters are those of a sample, which the others 
 
 import argparse
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from transformers.utils import logging
 
 from lora_recycle import AdapterPool, DistillationConfig, InversionConfig, LoRAInverter, MetaLoRATrainer
+from lora_recycle.runtime.plans import peak_memory
 from lora_recycle.surrogate.dataset import SurrogateDataset
 
 
@@ -153,7 +153,7 @@ def do_stage(stage: str, pool: AdapterPool, folders: list[Path], output: Path, i
 
 
 def peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return peak_memory(torch.device("cpu")) / 2**20
 
 
 def print_row(row: dict) -> None:

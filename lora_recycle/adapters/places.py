@@ -84,7 +84,7 @@ def find_adapters(folder: str | Path) -> list[Path]:
     """The folder itself if it is an adapter or a checkpoint, else those of its sub-folders that are, sorted.
 
     Of the folders `checkpoint-500`, `checkpoint-1000`, ... of one run the last one counts. A checkpoint in a
-    sub-folder counts where it is an image classifier, so that a base model that lies beside its adapters does not.
+    sub-folder counts only if it is an image classifier; a base model beside its adapters does not count.
 
     Raises:
         AdapterError: the folder is missing or holds no adapter, or a link to one that lies elsewhere.

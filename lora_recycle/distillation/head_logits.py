@@ -58,6 +58,4 @@ def _answers(
     with pool.folded(adapter) as backbone:
         for rows in numbers.split(batch_size):
             beat(f"head of {pool.infos[adapter].name}, image {int(rows[0] - numbers[0])} of {len(numbers)}")
-            inputs, kept = images.inputs(rows, backbone.patch_size)
-            hidden, _ = backbone(backbone.normalize(inputs), None if kept is None else kept.to(backbone.device))
-            yield pool[adapter].logits(backbone, hidden).float().cpu()
+            yield pool[adapter].logits(backbone, images.hidden(backbone, rows)).float().cpu()

@@ -132,8 +132,7 @@ def _teachers(trainer: MetaLoRATrainer, store: _RandomStore) -> list[Stage]:
         folded = plans.clock()
 
         def ask() -> None:
-            inputs, kept = store.images.inputs(index, backbone.patch_size)
-            hidden, _ = backbone(backbone.normalize(inputs), None if kept is None else kept.to(backbone.device))
+            hidden = store.images.hidden(backbone, index)
             F.normalize(backbone.pool_features(hidden).float(), dim=-1).cpu()
 
         each = seconds_of(ask, backbone.device) / len(index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..backbones.backbone import Backbone
 from ..backbones.token_selection import take_patches
 from ..errors import DataError
 from ..pool.pool import AdapterPool
@@ -44,6 +45,11 @@ class SurrogateImages:
         tensors = [self.shards[shard].tensors[name] for shard in owners.tolist()]
         parts = [tensor.read(part) for tensor, part in zip(tensors, rows, strict=True)]
         return torch.cat(parts)[order.argsort()]
+
+    def hidden(self, backbone: Backbone, index: torch.Tensor) -> torch.Tensor:
+        """Hidden states (B, tokens, D) of images (B,), of the patches that the student sees of them."""
+        inputs, kept = self.inputs(index, backbone.patch_size)
+        return backbone(backbone.normalize(inputs), None if kept is None else kept.to(backbone.device))[0]
 
     def inputs(self, index: torch.Tensor, patch_size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What is forwarded of images (B,): uint8 (B, 3, H, W) and None, or kept patches (B, k, 3, p, p) and which."""

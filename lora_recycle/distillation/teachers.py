@@ -147,9 +147,7 @@ def _views(
     with pool.folded(teacher) as backbone:
         for start in range(0, len(rows), batch_size):
             beat(f"teacher {pool[teacher].info.name}, image {start} of {len(rows)}")
-            inputs, kept = images.inputs(rows[start : start + batch_size], backbone.patch_size)
-            kept = None if kept is None else kept.to(backbone.device)
-            hidden, _ = backbone(backbone.normalize(inputs), kept)
+            hidden = images.hidden(backbone, rows[start : start + batch_size])
             if said is not None:
                 logits = pool[teacher].logits(backbone, hidden)
                 said[start : start + batch_size] = logits.argmax(1).cpu()

@@ -47,6 +47,10 @@ def usage_lines(name: str) -> str:
     )
 
 
+#: What `meta_lora_card` raises of a sidecar that lacks what a card tells, as a stranger's may.
+NO_CARD = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError)
+
+
 def meta_lora_card(
     name: str,
     base_model: str | None,

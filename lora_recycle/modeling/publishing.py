@@ -14,7 +14,7 @@ from ..adapters.pull import AdapterInfo, pull_adapter, read_tensors
 from ..adapters.quantization import check_bits, weights_bytes
 from ..errors import AdapterError, PushError
 from ..hub.card_files import read_card
-from ..hub.cards import is_repo_id, meta_lora_card
+from ..hub.cards import NO_CARD, is_repo_id, meta_lora_card
 from ..hub.repo_files import (
     CARD_FILE,
     CODES_FILE,
@@ -166,7 +166,7 @@ def _names(info: AdapterInfo) -> list[str]:
 def _card(info: AdapterInfo, repo_id: str, settings: dict[str, Any], picture: bool) -> bytes:
     try:
         card = meta_lora_card(repo_id, info.base_model, info.base_revision, info.rank, settings, picture, info.bits)
-    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+    except NO_CARD as error:
         raise AdapterError(f"{info.where}: {SIDECAR_FILE} lacks what a card tells ({error!r}).") from error
     return utf8(card)
 

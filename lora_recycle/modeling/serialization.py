@@ -20,7 +20,7 @@ from ..errors import AdapterError, StorageError
 from ..fewshot.domains import SHARED
 from ..fewshot.heads import FewShotHead
 from ..hub.card_files import read_card
-from ..hub.cards import meta_lora_card
+from ..hub.cards import NO_CARD, meta_lora_card
 from ..hub.embedded import backbone_name
 from ..hub.repo_files import (
     CARD_FILE,
@@ -189,7 +189,7 @@ def _card(model: SavableModel, name: str, settings: dict[str, Any], bits: int | 
     coded = bits if bits in CODE_BITS else None
     try:
         return meta_lora_card(name, *base, settings, model.picture is not None, coded)
-    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError):
+    except NO_CARD:
         own = _own_settings(model)  # what a stranger's sidecar says beside it is no card's
         return meta_lora_card(name, *base, own, model.picture is not None, coded)
 

@@ -13,12 +13,13 @@ from torch import nn
 from ..adapters.adapter import Adapter, Factors
 from ..adapters.low_rank import decompose
 from ..adapters.peft_wrap import wrap
-from ..adapters.trainable import linear_layers
+from ..adapters.trainable import linear_layers, start_lora
 from ..backbones.backbone import Backbone
 from ..backbones.base_models import BaseModel
 from ..errors import AdapterError, ConfigError, DataError
 from ..hub.cards import extracted_card
 from ..hub.embedded import backbone_name
+from ..hub.repo_files import CARD_FILE
 from ..images.labelled import LabelledImages, load_labelled_images
 from ..runtime.files import creating_folder
 from ..runtime.outputs import check_output
@@ -98,7 +99,7 @@ def extract(
     result = Extraction(Path(output), rank, shares[rank - 1].item(), rest / (rest + whole.sum().item()))
     with creating_folder(Path(output)) as new:
         _save(new, base, backbone, adapter, kept, rank)
-        (new / "README.md").write_text(_card(result, adapter, backbone), encoding="utf-8")
+        (new / CARD_FILE).write_text(_card(result, adapter, backbone), encoding="utf-8")
     if images is None:
         return result
     small = AdapterPool.from_pretrained(output, backbone=backbone)
@@ -145,9 +146,7 @@ def _save(folder: Path, base: BaseModel, backbone: Backbone, adapter: Adapter, f
     inner: Any = wrapped.get_base_model()
     with torch.no_grad():
         for path, (b, a) in factors.items():
-            layer = inner.get_submodule(names[path])
-            layer.lora_A["default"].weight.copy_(a)
-            layer.lora_B["default"].weight.copy_(b)
+            start_lora(inner.get_submodule(names[path]), b, a)
         if adapter.head is not None:
             head = inner.classifier.modules_to_save["default"]
             head.weight.copy_(adapter.head.weight)

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from helpers_adapters import OLD_DINOV2, OLD_VIT, SIZES, edit_config, edit_tensors, to_old_name
+from helpers_adapters import OLD_DINOV2, OLD_VIT, SIZES, TEXT, edit_config, edit_tensors, to_old_name
 from helpers_tiny import shake, tiny_processor
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
@@ -38,8 +38,6 @@ from lora_recycle.inversion.inverter import LoRAInverter
 from lora_recycle.pool.pool import AdapterPool
 
 
-TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 9}
-TEXT |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 REGISTERS = {"num_register_tokens": 3}
 
 

@@ -53,19 +53,6 @@ def work(tmp_path_factory):
 
 
 @pytest.fixture
-def run(capsys):
-    """Runs one command: exit code, stdout and stderr."""
-
-    def command(*arguments):
-        capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return command
-
-
-@pytest.fixture
 def fails(run):
     """Runs a command that must fail with one line, which it returns."""
 

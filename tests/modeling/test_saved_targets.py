@@ -4,7 +4,7 @@ import re
 
 import peft
 import pytest
-from helpers_adapters import SIZES
+from helpers_adapters import SIZES, TEXT
 from transformers import (
     AutoModelForImageClassification,
     CLIPConfig,
@@ -21,8 +21,6 @@ from lora_recycle.backbones.families import TOWERS
 from lora_recycle.modeling.serialization import _targets
 
 
-TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 9}
-TEXT |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 #: The config of the tower, and that of its classifier where it is another.
 CONFIGS = {
     "vit": (ViTConfig(**SIZES),),
